@@ -1,0 +1,68 @@
+# One gate, the same on a laptop and in CI. `make demo` and `make test` need nothing but Python >= 3.11 and pip.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# Nothing here reaches for the hub. Test workers are processes: threads within each would fight over the cores.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Building the documentation prints an announcement of its theme otherwise.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-long lint format docs clean
+
+help:
+	@echo "make demo       train on the embedded world and write a report"
+	@echo "make test       format, lint, types, import contract, tests, docs"
+	@echo "make test-long  tests that take minutes: kills, ranks, fuzzing, parity"
+	@echo "make lint       the first four of make test"
+	@echo "make format     rewrite the code in the project's format"
+	@echo "make docs       build the documentation into site/"
+	@echo "make clean      remove the environment, caches and everything built"
+
+demo: $(VENV)/demo.stamp
+	$(OFFLINE) $(BIN)/infopo demo
+
+test: lint
+	$(PYTEST) -m "not long and not gpu" -n $(WORKERS)
+	$(MKDOCS) --quiet
+
+test-long: $(VENV)/dev.stamp
+	$(PYTEST) -m "long and not gpu" -n $(WORKERS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/dev.stamp
+	$(MKDOCS)
+
+clean:
+	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that an index chosen for it (CPU, CUDA) is not asked for anything else.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "infopo needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/demo.stamp

@@ -1,0 +1,312 @@
+"""InfoPOConfig: transformers' TrainingArguments plus what TRL's DPOConfig has, under the same names.
+
+What TRL offers and this trainer cannot honour is refused by name when it is set; leaving it alone changes nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from transformers import TrainingArguments
+
+from infopo.catalog import (
+    OBJECTIVES,
+    ON_BAD_ROW,
+    REFERENCE_SIDES,
+    check_objective,
+    complete_parameters,
+)
+from infopo.data.packing import PreferenceCollator
+from infopo.errors import RecipeError, UnsupportedArgumentError
+
+TRL_LOSS_TYPES: dict[str, str] = {
+    spec.trl_loss_type: name for name, spec in OBJECTIVES.items() if spec.trl_loss_type
+}
+
+_NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "truncation_mode": (
+        ("keep_start",),
+        "a response's end is cut, its start is kept; cut prompts with max_prompt_length",
+    ),
+    "padding_free": ((False,), "rows are padded in this version"),
+    "pad_to_multiple_of": ((None, "auto"), "rows are padded to the longest of their batch"),
+    "ld_alpha": ((None,), "the length-desensitised loss (LD-DPO) is not implemented"),
+    "f_divergence_type": (("reverse_kl",), "f-DPO is not implemented"),
+    "use_weighting": ((False,), "the WPO weighting is not implemented"),
+    "activation_offloading": ((False,), "use gradient_checkpointing to save memory"),
+    "sync_ref_model": ((False,), "the reference is frozen: it is part of InfoPO's definition"),
+    "router_aux_loss_coef": (
+        (None, 0.0),
+        "the load-balancing loss of mixture-of-experts models is not added",
+    ),
+}
+"""TRL argument -> (values that change nothing, why others are refused)."""
+
+
+@dataclass
+class InfoPOConfig(TrainingArguments):
+    """Settings of `InfoPOTrainer`.
+
+    All of transformers' `TrainingArguments`, with TRL's defaults for `learning_rate` (1e-6), `logging_steps` (10)
+    and `gradient_checkpointing`, which transformers now calls `activation_checkpointing` (True). `bf16` defaults to
+    True where the accelerator computes in bfloat16, to False on a CPU.
+
+    Attributes:
+        objective: Name of the loss (see `infopo.catalog.OBJECTIVES`). None: `loss_type` decides; without that, InfoPO.
+        loss_type: TRL's name(s) of the loss: `sigmoid` (DPO), `hinge`, `ipo`, `sft`. Several are added up.
+        loss_weights: Weights of several loss types; 1 each by default.
+        beta: β of the objective. None: the objective's default (InfoPO 1, DPO 0.1).
+        objective_parameters: Further parameters of the objective, e.g. `{"length_normalized": True}`.
+        label_smoothing: Assumed share of flipped labels, in [0, 0.5); for DPO (in TRL 1.16 `sigmoid` ignores it).
+        max_length: Most tokens of prompt + response; the response's end is cut. None: no limit.
+        max_prompt_length: Most tokens of a prompt; its beginning is cut. None: no limit but `max_length`.
+        on_bad_row: `raise` stops at the first row that cannot be used, `skip` counts it and goes on.
+        reference: `precompute` (once, in memory, before training), `live` (a second model beside the policy),
+            `adapter-off` (the policy without its adapter), `auto` (precompute), or the path of a model.
+        reference_sides: `needed` computes the reference log-probs that the loss needs, `both` also those that
+            only metrics need.
+        precompute_ref_log_probs: TRL's name for `reference="precompute"`.
+        precompute_ref_batch_size: Examples a forward pass of the reference; default `per_device_train_batch_size`.
+        max_tokens_per_forward: Most tokens that go through the model at once; a larger device batch runs in
+            pieces, with the same loss and gradient. None: no limit.
+        disable_dropout: Set dropout to 0 in policy and reference.
+        dataset_num_proc: Processes that tokenize.
+        model_init_kwargs: For `from_pretrained`, when the model is given by name.
+        trust_remote_code: Allow models that ship their own code.
+        pad_token: Token to pad with; default the tokenizer's own, else its end of sequence.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log records."})
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass; default True."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 autocast; default where supported, not on CPU."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: it hides NaN losses."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Has no effect: rows are tokenized here."}
+    )
+
+    objective: str | None = field(default=None, metadata={"help": "Name of the loss; default InfoPO."})
+    loss_type: list[str] | str | None = field(default=None, metadata={"help": "TRL's name(s) of the loss."})
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of several loss types."}
+    )
+    beta: float | None = field(default=None, metadata={"help": "beta of the objective."})
+    objective_parameters: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further parameters of the objective."}
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped labels (DPO)."})
+    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of prompt + response."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a prompt."})
+    on_bad_row: str = field(default="raise", metadata={"help": "raise or skip."})
+    reference: str = field(
+        default="auto", metadata={"help": "auto, precompute, live, adapter-off or a model's path."}
+    )
+    reference_sides: str = field(default="needed", metadata={"help": "needed or both."})
+    precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Same as reference=precompute."})
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Examples a reference forward pass."}
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None, metadata={"help": "Most tokens through the model at once."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set dropout to 0 in policy and reference."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models that ship their own code."}
+    )
+    pad_token: str | None = field(default=None, metadata={"help": "Token to pad with."})
+
+    truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start only."})
+    padding_free: bool = field(default=False, metadata={"help": "Not honoured: refused when set."})
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "Not honoured: refused when set."}
+    )
+    ld_alpha: float | None = field(default=None, metadata={"help": "Not honoured: refused when set."})
+    f_divergence_type: str = field(default="reverse_kl", metadata={"help": "reverse_kl only."})
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Has no effect with reverse_kl."})
+    use_weighting: bool = field(default=False, metadata={"help": "Not honoured: refused when set."})
+    discopop_tau: float = field(
+        default=0.05, metadata={"help": "Has no effect: the loss discopop is refused."}
+    )
+    activation_offloading: bool = field(default=False, metadata={"help": "Not honoured: refused when set."})
+    sync_ref_model: bool = field(default=False, metadata={"help": "Not honoured: refused when set."})
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Has no effect without sync_ref_model."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Has no effect without sync_ref_model."})
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Not honoured: refused when set."}
+    )
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "objective_parameters",
+    ]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing in (None, True)
+        super().__post_init__()
+        self._refuse_what_is_not_honoured()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if problems := self._problems():
+            raise RecipeError(problems)
+
+    def _refuse_what_is_not_honoured(self) -> None:
+        refused = [
+            f"{name}={getattr(self, name)!r}: {why}; expected {neutral[0]!r}"
+            for name, (neutral, why) in _NOT_HONOURED.items()
+            if getattr(self, name) not in neutral
+        ]
+        if refused:
+            raise UnsupportedArgumentError(refused)
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.objective is not None and self.loss_type is not None:
+            problems.append(
+                f"objective={self.objective!r} and loss_type={self.loss_type!r}: give one of the two"
+            )
+        for name in self.loss_type or []:
+            if name not in TRL_LOSS_TYPES:
+                problems.append(
+                    f"loss_type: {name!r} is not implemented; there are {', '.join(TRL_LOSS_TYPES)}"
+                )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type or []):
+            problems.append(f"loss_weights: expected one weight a loss type, got {self.loss_weights!r}")
+        if self.on_bad_row not in ON_BAD_ROW:
+            problems.append(f"on_bad_row: expected one of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}")
+        if self.reference_sides not in REFERENCE_SIDES:
+            problems.append(
+                f"reference_sides: expected one of {', '.join(REFERENCE_SIDES)}, got {self.reference_sides!r}"
+            )
+        if self.precompute_ref_log_probs and self.reference not in ("auto", "precompute"):
+            problems.append(f"precompute_ref_log_probs=True contradicts reference={self.reference!r}")
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "max_tokens_per_forward",
+            "precompute_ref_batch_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                problems.append(f"{name}: expected a positive number or None, got {value!r}")
+        if self.logging_nan_inf_filter:
+            problems.append("logging_nan_inf_filter: must be False; it would hide a loss that is NaN")
+        if not problems:
+            for name, parameters, _ in self._mixture():
+                problems += [p.removeprefix("objective.") for p in check_objective(name, parameters)]
+        return problems
+
+    def _mixture(self) -> list[tuple[str, dict[str, Any], float]]:
+        given = _as_dict(self.objective_parameters)
+        if not self.loss_type:
+            name = self.objective or "infopo"
+            if self.beta is not None:
+                given["beta"] = self.beta
+            if self.label_smoothing:
+                given["label_smoothing"] = self.label_smoothing
+            return [(name, given, 1.0)]
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return [
+            (TRL_LOSS_TYPES[t], self._for_loss_type(t), w)
+            for t, w in zip(self.loss_type, weights, strict=True)
+        ]
+
+    def _for_loss_type(self, loss_type: str) -> dict[str, Any]:
+        """Parameters in the sense of TRL: one β for all, SFT as a mean over tokens."""
+        name = TRL_LOSS_TYPES[loss_type]
+        given: dict[str, Any] = {"token_mean": True} if name == "sft" else _as_dict(self.objective_parameters)
+        known = OBJECTIVES[name].parameters
+        if "beta" in known:
+            given["beta"] = 0.1 if self.beta is None else self.beta
+        if "label_smoothing" in known and self.label_smoothing:
+            given["label_smoothing"] = self.label_smoothing
+        return given
+
+    def mixture(self) -> list[tuple[str, dict[str, Any], float]]:
+        """The objectives to add up: (name, all parameters, weight); one, unless `loss_type` names several."""
+        return [(name, complete_parameters(name, given), weight) for name, given, weight in self._mixture()]
+
+
+def _as_dict(setting: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A copy; text is for the command line only, where TrainingArguments has parsed it by now."""
+    return dict(setting) if isinstance(setting, dict) else {}
+
+
+def _accelerator_has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
+    """For `from_pretrained`: `model_init_kwargs`, with what has an argument of its own.
+
+    Raises:
+        RecipeError: `quantization_config` is given twice.
+    """
+    kwargs = dict(args.modelinit_kwargs or {})
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs.setdefault("dtype", "float32")  # as TRL: updates of 1e-6 vanish in bfloat16 weights
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise RecipeError("quantization_config is given twice: as an argument and in modelinit_kwargs")
+        kwargs["quantization_config"] = quantization_config
+    return kwargs
+
+
+def refuse_arguments(
+    model: Any,
+    ref_model: Any,
+    data_collator: Any,
+    train_dataset: Any,
+    compute_metrics: Callable[..., Any] | None,
+    quantization_config: Any,
+) -> None:
+    """Checks the arguments of `InfoPOTrainer`, all at once.
+
+    Raises:
+        UnsupportedArgumentError: One of them cannot be honoured.
+        RecipeError: One is missing, or two contradict each other.
+    """
+    problems: list[str] = []
+    unsupported: list[str] = []
+    if train_dataset is None:
+        problems.append("train_dataset: is required")
+    if ref_model is not None and ref_model is model:
+        problems.append("ref_model: is the same object as model; leave it out to use the policy as it is now")
+    if quantization_config is not None and not isinstance(model, str):
+        problems.append("quantization_config: the model is already loaded; give its name, or leave this out")
+    if data_collator is not None and not isinstance(data_collator, PreferenceCollator):
+        unsupported.append(
+            f"data_collator: expected infopo.data.packing.PreferenceCollator, got {type(data_collator).__name__}; "
+            "batches are packed, so other collators cannot be used"
+        )
+    if compute_metrics is not None:
+        unsupported.append(
+            "compute_metrics: no logits are kept to pass to it; read the metrics in a TrainerCallback's on_evaluate"
+        )
+    if isinstance(train_dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
+        unsupported.append("train_dataset: iterable datasets are not supported; give a datasets.Dataset")
+    if unsupported:
+        raise UnsupportedArgumentError(unsupported + problems)
+    if problems:
+        raise RecipeError(problems)

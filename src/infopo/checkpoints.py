@@ -1,0 +1,125 @@
+"""Checkpoints that are whole or not there, and that know which run they belong to."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from infopo.errors import CheckpointError
+from infopo.runs import fsync_tree, write_json_atomic
+
+IDENTITY = "infopo_state.json"
+STATE = "trainer_state.json"
+STAGING = ".staging"
+
+
+def find(resume_from_checkpoint: str | bool, output_dir: str) -> Path:
+    """The checkpoint to resume from: the one named, or (True) the last one in the output folder.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else last(output_dir)
+    if found is None:
+        raise CheckpointError(f"{output_dir}: there is no checkpoint to resume from")
+    if not (Path(found) / STATE).is_file():
+        raise CheckpointError(f"{found}: is no checkpoint (it holds no {STATE})")
+    return Path(found)
+
+
+def last(output_dir: str) -> str | None:
+    """The newest whole checkpoint of a run, or None."""
+    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+
+
+def write_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Notes which reference, objective and data the checkpoint was made with."""
+    write_json_atomic(checkpoint / IDENTITY, identity)
+
+
+def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another run: a reference that moved is the classic silent error of resuming.
+
+    Raises:
+        CheckpointError: Reference, objective or data differ; names each.
+    """
+    path = checkpoint / IDENTITY
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint}: has no {IDENTITY}; infopo did not write it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); resume from an earlier checkpoint") from error
+    now = json.loads(json.dumps(identity))
+    differing = [
+        f"{key} (then {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint}: was made with another {'; another '.join(differing)}. Resume with the recipe that "
+            "started the run, or start a new run in another output_dir."
+        )
+
+
+@contextlib.contextmanager
+def staged(
+    run_dir: Path, state: TrainerState, args: TrainingArguments, wait_for_everyone: Callable[[], None]
+) -> Iterator[Path]:
+    """A folder to write a checkpoint in; afterwards it is made durable and renamed to its place, oldest ones go.
+
+    Args:
+        run_dir: Where checkpoints live.
+        state: The trainer's state, whose `best_model_checkpoint` is set to the final name.
+        args: `should_save` and `save_total_limit`.
+        wait_for_everyone: Barrier over ranks: all have written before the rename.
+    """
+    staging = run_dir / STAGING
+    if args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+        staging.mkdir(parents=True)
+    wait_for_everyone()
+    yield staging
+    wait_for_everyone()
+    if args.should_save:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() or best.name == name else None
+            state.save_to_json(str(staging / name / STATE))
+        fsync_tree(staging / name)
+        final = run_dir / name
+        shutil.rmtree(final, ignore_errors=True)
+        (staging / name).replace(final)
+        shutil.rmtree(staging, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=args.save_total_limit,
+            best_model_checkpoint=state.best_model_checkpoint,
+            use_mtime=True,
+        )
+    wait_for_everyone()
+
+
+@contextlib.contextmanager
+def staged_files(
+    directory: Path, args: TrainingArguments, wait_for_everyone: Callable[[], None]
+) -> Iterator[Path]:
+    """A folder to write files in; afterwards they are made durable and moved, one by one, into `directory`."""
+    staging = directory / STAGING
+    if args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    wait_for_everyone()
+    yield staging
+    wait_for_everyone()
+    if args.should_save:
+        fsync_tree(staging)
+        for path in staging.iterdir():
+            path.replace(directory / path.name)
+        staging.rmdir()
+    wait_for_everyone()

@@ -1,0 +1,454 @@
+"""The recipe: what a run is asked to do, as typed sections read from YAML and `key=value` overrides.
+
+A recipe is judged as a whole: unknown keys, wrong types and impossible combinations are collected and raised as one
+`RecipeError`, each with its place and line. Imports neither torch nor transformers; what transformers accepts under
+`train` is handed in as a table of `TrainField`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from infopo.catalog import (
+    DATA_SHAPES,
+    ON_BAD_ROW,
+    REFERENCE_MODES,
+    REFERENCE_SIDES,
+    check_objective,
+    complete_parameters,
+    suggestion,
+)
+from infopo.errors import RecipeError
+from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types that model weights are loaded in."""
+
+
+def _one_of(*choices: str) -> dict[str, Any]:
+    return {"choices": choices}
+
+
+def _within(low: float, below: float | None = None) -> dict[str, Any]:
+    return {"low": low, "below": below}
+
+
+@dataclass(frozen=True)
+class AdapterSection:
+    """A LoRA adapter to train in place of the whole model (needs the `peft` extra)."""
+
+    r: int = field(default=16, metadata=_within(1))
+    """Rank of the update matrices."""
+    lora_alpha: int = field(default=32, metadata=_within(1))
+    """Scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = field(default=0.0, metadata=_within(0, below=1))
+    """Probability of dropping an input of the adapter. Any value but 0 makes the policy differ from itself."""
+    target_modules: str | list[str] | None = None
+    """Modules to adapt: names, a regular expression, `all-linear`, or null for peft's choice for the architecture."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The policy that training starts from."""
+
+    name_or_path: str
+    """Folder of a saved model, or a name on the hub."""
+    dtype: str = field(default="auto", metadata=_one_of(*DTYPES))
+    """Type of the weights; auto is float32 when all are trained, and the checkpoint's own beneath an adapter."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name; null lets infopo choose."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    adapter: AdapterSection | None = None
+    """LoRA adapter; null trains all weights."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The preference data and how it is turned into tokens."""
+
+    path: str
+    """File, folder, or name of a dataset."""
+    split: str = "train"
+    """Split to train on."""
+    shape: str | None = field(default=None, metadata=_one_of(*DATA_SHAPES))
+    """Shape of the rows; null recognises it from the columns."""
+    eval_path: str | None = None
+    """Data to evaluate on; null with `eval_split` takes that split of `path`."""
+    eval_split: str | None = None
+    """Split to evaluate on; null with `eval_path` takes the split named by `split`."""
+    max_length: int | None = field(default=1024, metadata=_within(2))
+    """Tokens of prompt and response together; null cuts nothing."""
+    max_prompt_length: int | None = field(default=None, metadata=_within(1))
+    """Tokens of the prompt; null limits prompt and response together only."""
+    on_bad_row: str = field(default="raise", metadata=_one_of(*ON_BAD_ROW))
+    """What to do with a row that cannot be used."""
+    num_proc: int | None = field(default=None, metadata=_within(1))
+    """Processes that encode rows; null encodes in this one."""
+    limit: int | None = field(default=None, metadata=_within(1))
+    """Number of rows to read, from the start; null reads all."""
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return self.eval_path is not None or self.eval_split is not None
+
+
+@dataclass(frozen=True)
+class ObjectiveSection:
+    """The loss. In YAML its parameters stand beside the name: `objective: {name: dpo, beta: 0.1}`, or `objective: dpo`.
+
+    Raises:
+        RecipeError: The catalog has no such objective or parameter, or refuses a value.
+    """
+
+    name: str = "infopo"
+    """Name in the catalog of objectives."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Values by parameter name; what is not given takes the catalog's default, so that a written recipe is complete."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", complete_parameters(self.name, self.parameters))
+
+
+@dataclass(frozen=True)
+class ReferenceSection:
+    """Where log π_ref comes from. In YAML `reference: live` stands for `reference: {source: live}`."""
+
+    source: str = "auto"
+    """`auto`, `live`, `precompute`, `adapter-off`, or the path of a reference model."""
+    sides: str = field(default="needed", metadata=_one_of(*REFERENCE_SIDES))
+    """Responses whose reference log-probs are computed: those that the loss needs, or both sides (for metrics)."""
+
+    @property
+    def is_path(self) -> bool:
+        """Whether `source` names a model and not a mode."""
+        return self.source not in REFERENCE_MODES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run is asked to do.
+
+    Checked by `parse_recipe`; the sections alone check nothing but the objective.
+    """
+
+    model: ModelSection
+    data: DataSection
+    output_dir: str
+    """The run directory."""
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    reference: ReferenceSection = field(default_factory=ReferenceSection)
+    train: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the trainer under transformers' names, and `resume_from_checkpoint`."""
+
+
+@dataclass(frozen=True)
+class TrainField:
+    """What one key under `train` accepts.
+
+    Attributes:
+        name: The key.
+        kinds: Accepted types (`float` takes integers too, `int` takes no booleans); empty accepts anything.
+        choices: Accepted texts; empty accepts any. Values that are not text are judged by `kinds` alone.
+    """
+
+    name: str
+    kinds: tuple[type, ...] = ()
+    choices: tuple[str, ...] = ()
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`, or None."""
+        if self.kinds and not any(_fits(value, kind) for kind in self.kinds):
+            return f"expected {_in_words(*self.kinds)}, got {shown(value)}"
+        if self.choices and isinstance(value, str) and value not in self.choices:
+            return _not_a_choice(value, self.choices)
+        return None
+
+
+RESUME = TrainField("resume_from_checkpoint", (bool, str, NoneType))
+"""Ours in all but name: true finds the newest checkpoint of the run directory."""
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), train_fields: Mapping[str, TrainField] | None = None
+) -> Recipe:
+    """Reads and checks a recipe file; see `parse_recipe`.
+
+    Raises:
+        RecipeError: The file cannot be read, or anything in it or in the overrides is wrong.
+    """
+    source = str(path)
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{source}: no such file; expected a YAML recipe") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{source}: is a directory; expected a YAML recipe") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError(
+            f"line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", source
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{source}: cannot be read: {error}") from error
+    return parse_recipe(text, source=source, overrides=overrides, train_fields=train_fields)
+
+
+def parse_recipe(
+    text: str,
+    *,
+    source: str,
+    overrides: Sequence[str] = (),
+    train_fields: Mapping[str, TrainField] | None = None,
+) -> Recipe:
+    """Reads a recipe and checks it as a whole.
+
+    Args:
+        text: YAML.
+        source: What errors call the recipe, e.g. its file name.
+        overrides: `section.key=value`, later ones win; the value is YAML, so `key=` means null. A whole section can
+            be replaced (`objective=dpo`, `model.adapter=null`).
+        train_fields: What `train` accepts; None or empty accepts any key.
+
+    Raises:
+        RecipeError: With every problem that was found.
+    """
+    problems = Problems(source)
+    tree = _expand_shorthands(read_tree(text, problems))
+    for override in overrides:
+        apply_override(tree, override, problems)
+        _expand_shorthands(tree)
+    return _build(tree, train_fields or {}, problems)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; `parse_recipe` of it gives an equal recipe."""
+    tree = asdict(recipe)
+    objective = tree["objective"]
+    tree["objective"] = {"name": objective["name"], **objective["parameters"]}
+    return dump_tree(tree)
+
+
+def _expand_shorthands(tree: Tree) -> Tree:
+    """`objective: dpo` and `reference: live` as the mappings that they stand for."""
+    for section, key in (("objective", "name"), ("reference", "source")):
+        if isinstance(tree.get(section), str):
+            tree[section] = {key: tree[section]}
+    return tree
+
+
+def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problems) -> Recipe:
+    """The recipe; raises with every problem when there is one.
+
+    Checks across sections see the settings as they came, right or wrong: so one mistake does not hide another.
+    """
+    _refuse_unknown(tree, Recipe, "", problems)
+    model = _read_section(ModelSection, tree.get("model"), "model", problems)
+    data = _read_section(DataSection, tree.get("data"), "data", problems)
+    output_dir = _read_output_dir(tree.get("output_dir"), problems)
+    objective = _read_objective(tree.get("objective"), problems)
+    reference = _read_section(ReferenceSection, tree.get("reference"), "reference", problems)
+    train = _read_train(tree.get("train"), train_fields, problems)
+    _check_reference(model, reference, problems)
+    _check_data(data, train, problems)
+    _check_precision(model, train, problems)
+    if problems:
+        raise RecipeError(problems.sentences(), problems.source)
+    if model["adapter"] is not None:
+        model["adapter"] = AdapterSection(**model["adapter"])
+    return Recipe(
+        ModelSection(**model),
+        DataSection(**data),
+        output_dir,
+        ObjectiveSection(**objective),
+        ReferenceSection(**reference),
+        train,
+    )
+
+
+def _refuse_unknown(tree: Tree, section: "type[DataclassInstance]", path: str, problems: Problems) -> None:
+    known = [f.name for f in fields(section)]
+    there_are = ", ".join(known)
+    for key in tree:
+        if key not in known:
+            problems.add(
+                join_path(path, key), f"no such setting{suggestion(key, known)}; there are {there_are}"
+            )
+
+
+def _read_section(section: "type[DataclassInstance]", value: Any, path: str, problems: Problems) -> Tree:
+    """All settings of one section, defaults filled in; wrong ones are noted and kept as they came."""
+    is_section = isinstance(value, dict | None)
+    if not is_section:
+        problems.add(path, f"expected a section with settings beneath it, got {shown(value)}")
+    given = value if is_section and value else {}
+    _refuse_unknown(given, section, path, problems)
+    kinds, settings = get_type_hints(section), {}
+    for spec in fields(section):
+        place, kind = f"{path}.{spec.name}", kinds[spec.name]
+        setting = given.get(spec.name, None if spec.default is MISSING else spec.default)
+        nested = next((k for k in get_args(kind) if is_dataclass(k)), None)
+        if spec.name not in given:
+            if spec.default is MISSING and is_section:
+                problems.add(place, "is required")
+        elif isinstance(nested, type) and setting is not None:
+            setting = _read_section(nested, setting, place, problems)
+        elif problem := _value_problem(setting, kind, spec.metadata):
+            problems.add(place, problem)
+        settings[spec.name] = setting
+    return settings
+
+
+def _read_output_dir(value: Any, problems: Problems) -> Any:
+    if value is None:
+        problems.add("output_dir", "is required: the folder that the run is written to")
+    elif problem := _value_problem(value, str, {}):
+        problems.add("output_dir", problem)
+    return value
+
+
+def _read_objective(value: Any, problems: Problems) -> Tree:
+    """Name and parameters, checked against the catalog."""
+    if not isinstance(value, dict | None):
+        problems.add(
+            "objective", f"expected a name, or a section with name and parameters, got {shown(value)}"
+        )
+        return {}
+    parameters = dict(value or {})
+    name = parameters.pop("name", ObjectiveSection.name)
+    if not isinstance(name, str):
+        problems.add("objective.name", f"expected text, got {shown(name)}")
+        return {}
+    for sentence in check_objective(name, parameters):
+        path, _, message = sentence.partition(": ")
+        problems.add(path, message)
+    return {"name": name, "parameters": parameters}
+
+
+def _read_train(value: Any, train_fields: Mapping[str, TrainField], problems: Problems) -> Tree:
+    if not isinstance(value, dict | None):
+        problems.add("train", f"expected a section with settings beneath it, got {shown(value)}")
+        return {}
+    train = value or {}
+    known = {**train_fields, RESUME.name: RESUME}
+    for key, setting in train.items():
+        if key == "output_dir":
+            problems.add(
+                "train.output_dir", "the run directory is set by output_dir at the top level; remove this one"
+            )
+        elif key in known:
+            if problem := known[key].problem(setting):
+                problems.add(f"train.{key}", problem)
+        elif train_fields:
+            problems.add(f"train.{key}", f"no such training argument{suggestion(str(key), known)}")
+    return train
+
+
+def _check_reference(model: Tree, reference: Tree, problems: Problems) -> None:
+    source = reference["source"]
+    if source == "adapter-off" and model["adapter"] is None:
+        problems.add(
+            "reference.source",
+            "adapter-off takes the model without its adapter as reference, but model.adapter is not set; "
+            "add an adapter, or use auto, live or precompute",
+        )
+    elif (
+        _fits(source, str)
+        and source not in REFERENCE_MODES
+        and (meant := suggestion(source, REFERENCE_MODES))
+    ):
+        modes = ", ".join(REFERENCE_MODES)
+        problems.add(
+            "reference.source",
+            f"{source!r} is none of {modes}{meant}; write ./{source} for a folder of that name",
+        )
+
+
+def _check_data(data: Tree, train: Tree, problems: Problems) -> None:
+    longest, prompt = data["max_length"], data["max_prompt_length"]
+    if _fits(longest, int) and _fits(prompt, int) and prompt >= longest:
+        problems.add(
+            "data.max_prompt_length",
+            f"{prompt} leaves no room for a response within max_length ({longest} tokens)",
+        )
+    if data["eval_path"] is not None or data["eval_split"] is not None:
+        return
+    asks_for_eval = {
+        "eval_strategy": train.get("eval_strategy", "no") not in ("no", None),
+        "eval_on_start": train.get("eval_on_start") is True,
+        "load_best_model_at_end": train.get("load_best_model_at_end") is True,
+    }
+    for key, asked in asks_for_eval.items():
+        if asked:
+            problems.add(
+                f"train.{key}", "there is no data to evaluate on; set data.eval_path or data.eval_split"
+            )
+
+
+def _check_precision(model: Tree, train: Tree, problems: Problems) -> None:
+    if train.get("fp16") is not True:
+        return
+    if train.get("bf16") is True:
+        problems.add("train.fp16", "bf16 is on too; keep one of them")
+    elif model["dtype"] in ("float16", "bfloat16") and model["adapter"] is None:
+        problems.add(
+            "train.fp16",
+            f"mixed precision scales gradients of float32 weights, but model.dtype is {model['dtype']}; "
+            "set model.dtype to float32, or turn fp16 off",
+        )
+
+
+def _value_problem(value: Any, kind: Any, limits: Mapping[str, Any]) -> str | None:
+    """What is wrong with a value of the sections above, or None."""
+    if not _fits(value, kind):
+        members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        return f"expected {_in_words(*members)}, got {shown(value)}"
+    if value == "":
+        return "is empty; expected text"
+    if value is not None and (choices := limits.get("choices")) and value not in choices:
+        return _not_a_choice(value, choices)
+    if value is None or "low" not in limits:
+        return None
+    low, below = limits["low"], limits["below"]
+    if value < low or (below is not None and value >= below):
+        return f"expected a value {f'>= {low}' if below is None else f'in [{low}, {below})'}, got {value}"
+    return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is of `kind`: a type, a union, or a list of such."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, member) for member in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+_WORDS = {
+    str: "text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    NoneType: "null",
+    list: "a list",
+    list[str]: "a list of texts",
+    dict: "a mapping",
+}
+
+
+def _in_words(*kinds: Any) -> str:
+    return " or ".join(_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+
+
+def _not_a_choice(value: str, choices: Sequence[str]) -> str:
+    return f"expected one of {', '.join(choices)}, got {value!r}{suggestion(value, list(choices))}"

@@ -1,0 +1,51 @@
+"""What happened to the rows: used, skipped and why, cut and how. One ledger from file to token ids."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from infopo.errors import DataError
+
+
+@dataclass
+class DataCounts:
+    """Ledger of one dataset: rows in = rows used + rows skipped by reason.
+
+    Attributes:
+        on_bad_row: `raise` stops at the first row that cannot be used; `skip` counts it and goes on.
+        source: Name of the dataset, for messages.
+        rows: Rows seen.
+        used: Rows that became examples.
+        skipped: Number of skipped rows by reason.
+        first_skipped: The first error of each reason, as an example to look at.
+        notes: Counts of what was changed or found in rows that are used, e.g. `response cut`.
+    """
+
+    on_bad_row: str = "raise"
+    source: str = ""
+    rows: int = 0
+    used: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def bad_row(self, error: DataError) -> None:
+        """Applies the policy to a row that cannot be used.
+
+        Raises:
+            DataError: `error`, unless bad rows are skipped.
+        """
+        if self.on_bad_row == "raise":
+            raise error
+        self.skipped[error.reason] += 1
+        self.first_skipped.setdefault(error.reason, str(error))
+
+    def lines(self) -> list[str]:
+        """The ledger in words, for the log and for `infopo check`."""
+        total_skipped = sum(self.skipped.values())
+        lines = [f"{self.source or 'data'}: {self.rows} rows, {self.used} used, {total_skipped} skipped"]
+        lines += [
+            f"  skipped {n}: {why} (first: {self.first_skipped[why]})"
+            for why, n in self.skipped.most_common()
+        ]
+        lines += [f"  {n} x {what}" for what, n in self.notes.most_common()]
+        return lines

@@ -1,0 +1,145 @@
+"""PreferenceExamples -> PackedBatch: which tokens stand where, and who shares what. Knows no model.
+
+A batch is a forest of token segments (see `PackedBatch`). Here each example gives one root, its prompt, with one
+child a response.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from infopo.records import PackedBatch, PreferenceExample, Role, response_indices
+
+
+def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
+    """Lays examples out as a forest; examples without any response are left out.
+
+    Raises:
+        ValueError: An example has an empty prompt or an empty response (its first token could not be scored).
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    start, parent, scored = [0], list[int](), list[bool]()
+    leaf, role, owner, reference = list[int](), list[int](), list[int](), list[float]()
+    examples = [example for example in examples if example.response_ids]
+
+    def add_segment(ids: Sequence[int], parent_segment: int, first_position: int, is_scored: bool) -> int:
+        if len(ids) == 0:
+            raise ValueError(f"{row_id}: a prompt and each of its responses need at least one token")
+        tokens.extend(ids)
+        positions.extend(range(first_position, first_position + len(ids)))
+        start.append(len(tokens))
+        parent.append(parent_segment)
+        scored.append(is_scored)
+        return len(parent) - 1
+
+    for index, example in enumerate(examples):
+        row_id = example.row_id
+        root = add_segment(example.prompt_ids, -1, 0, is_scored=False)
+        for ids in example.response_ids:
+            leaf.append(add_segment(ids, root, len(example.prompt_ids), is_scored=True))
+            owner.append(index)
+        role += [Role.CHOSEN] * len(example.chosen_ids) + [Role.REJECTED] * len(example.rejected_ids)
+        reference += example.reference or [float("nan")] * len(example.response_ids)
+
+    return _build(
+        tokens, positions, start, parent, scored, leaf, role, owner, reference, [e.row_id for e in examples]
+    )
+
+
+def split_by_tokens(
+    examples: Sequence[PreferenceExample], max_tokens: int | None
+) -> list[list[PreferenceExample]]:
+    """Cuts the examples, in order, into runs of at most `max_tokens` tokens; a larger example stands alone.
+
+    A prompt is counted once a response, which is what a padded row a response holds. At least one run is returned.
+    """
+    runs: list[list[PreferenceExample]] = [[]]
+    used = 0
+    for example in examples:
+        size = sum(len(example.prompt_ids) + len(ids) for ids in example.response_ids)
+        if runs[-1] and max_tokens is not None and used + size > max_tokens:
+            runs.append([])
+            used = 0
+        runs[-1].append(example)
+        used += size
+    return runs
+
+
+def select(batch: PackedBatch, responses: Sequence[int]) -> PackedBatch:
+    """The same batch with these responses only: segments that no remaining path holds are dropped.
+
+    Examples keep their numbers and names. Waits for the device.
+    """
+    kept = sorted({segment for response in responses for segment in batch.path(response)})
+    number = {segment: new for new, segment in enumerate(kept)}
+    token_index = [t for s in kept for t in range(batch.segment_start[s], batch.segment_start[s + 1])]
+    start = [0]
+    for s in kept:
+        start.append(start[-1] + batch.segment_start[s + 1] - batch.segment_start[s])
+    role, example, reference = batch.role.tolist(), batch.example.tolist(), batch.reference.tolist()
+    return _build(
+        batch.input_ids[token_index].tolist(),
+        batch.position_ids[token_index].tolist(),
+        start,
+        [number.get(batch.segment_parent[s], -1) for s in kept],
+        [batch.segment_scored[s] for s in kept],
+        [number[batch.leaf[r]] for r in responses],
+        [role[r] for r in responses],
+        [example[r] for r in responses],
+        [reference[r] for r in responses],
+        batch.row_ids,
+    ).to(batch.input_ids.device)
+
+
+class PreferenceCollator:
+    """Packs the examples of a device batch; picklable, so that data-loader workers can run it.
+
+    Args:
+        max_tokens: Upper bound on the tokens (prompt counted once a response) that go through the model at once;
+            a larger device batch is run in several pieces, with the same loss and gradient. None: one piece.
+    """
+
+    def __init__(self, max_tokens: int | None = None) -> None:
+        self.max_tokens = max_tokens
+
+    def __call__(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
+        return [pack(run) for run in split_by_tokens(examples, self.max_tokens)]
+
+
+def _build(
+    tokens: list[int],
+    positions: list[int],
+    start: list[int],
+    parent: list[int],
+    scored: list[bool],
+    leaf: list[int],
+    role: list[int],
+    example: list[int],
+    reference: Sequence[float],
+    row_ids: Sequence[str],
+) -> PackedBatch:
+    own = [
+        end - begin if is_scored else 0
+        for begin, end, is_scored in zip(start, start[1:], scored, strict=False)
+    ]
+    length_to = list[int]()
+    for segment, above in enumerate(parent):
+        length_to.append(own[segment] + (length_to[above] if above >= 0 else 0))
+    chosen, rejected, pairs = response_indices(role, example)
+    return PackedBatch(
+        input_ids=torch.tensor(tokens, dtype=torch.int64),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        segment_start=start,
+        segment_parent=parent,
+        segment_scored=scored,
+        leaf=leaf,
+        role=torch.tensor(role, dtype=torch.int64),
+        example=torch.tensor(example, dtype=torch.int64),
+        length=torch.tensor([length_to[segment] for segment in leaf], dtype=torch.int64),
+        chosen=chosen,
+        rejected=rejected,
+        pairs=pairs,
+        reference=torch.tensor(list(reference), dtype=torch.float64),
+        row_ids=tuple(row_ids),
+    )

@@ -1,0 +1,250 @@
+"""Sampling responses from a policy through transformers' `generate`.
+
+What is sampled is the policy's own law: the arguments of `sample` replace every sampling setting that a
+model ships in its `generation_config` (`top_k`, `repetition_penalty`, ...), whose defaults would quietly
+change the distribution that preference data is drawn from.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from infopo.errors import DataError, ModelError, RecipeError, UnsupportedArgumentError
+from infopo.records import Text
+
+# `generate` fills what a call leaves open from the model's shipped configuration; neutral values keep that out.
+_NEUTRAL_SETTINGS: dict[str, Any] = {
+    "num_beams": 1,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "return_dict_in_generate": False,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response."""
+
+    text: str
+    """The response without special tokens."""
+    token_ids: tuple[int, ...]
+    """The sampled tokens without the end-of-sequence token."""
+    finished: bool
+    """Whether the policy ended the response itself; False when it was cut at `max_new_tokens`."""
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    num_return_sequences: int = 1,
+    batch_size: int,
+    seed: int,
+    top_p: float = 1.0,
+) -> list[list[Sample]]:
+    """`num_return_sequences` responses to each prompt, in the order of the prompts.
+
+    The same arguments give the same samples: the global random state is neither read nor changed. The samples
+    drawn with one seed do depend on `batch_size`, since the sequences of a batch share one stream of draws.
+
+    Args:
+        model: A causal language model. It is put in evaluation mode for the call and left as it was.
+        tokenizer: The model's tokenizer.
+        prompts: Plain texts, or conversations to be rendered with the chat template and its generation
+            prompt. Special tokens are added once: a text that starts with the BOS token gets no second one.
+        max_new_tokens: Longest response, in tokens, the end-of-sequence token included.
+        temperature: Divides the logits; 0 means greedy decoding.
+        num_return_sequences: Responses a prompt; 1 when greedy.
+        batch_size: Sequences a batch, at least those of one prompt. Prompts of similar length share a batch.
+        seed: Of the draws; without effect when greedy.
+        top_p: Mass of the nucleus that tokens are drawn from, in (0, 1]; 1 keeps the whole distribution.
+
+    Raises:
+        RecipeError: an argument is outside its domain.
+        UnsupportedArgumentError: several greedy responses a prompt, or a conversation for a tokenizer without
+            a chat template.
+        DataError: a prompt is empty, or it leaves no room for `max_new_tokens` in the model's context.
+        ModelError: neither the model nor the tokenizer names an end-of-sequence token.
+    """
+    _check_arguments(max_new_tokens, temperature, num_return_sequences, batch_size, top_p)
+    end_token_ids = _end_token_ids(model, tokenizer)
+    settings = _generation_config(model.generation_config, max_new_tokens, temperature, top_p)
+    settings.update(
+        eos_token_id=end_token_ids, pad_token_id=_pad_id(tokenizer), num_return_sequences=num_return_sequences
+    )
+    prompt_ids = [_encode_prompt(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    _check_lengths(prompt_ids, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
+
+    samples: list[list[Sample]] = [[] for _ in prompts]
+    longest_first = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
+    prompts_per_batch = max(1, batch_size // num_return_sequences)
+    with _evaluation_mode(model), _private_random_state(seed, model.device), torch.inference_mode():
+        for start in range(0, len(longest_first), prompts_per_batch):
+            indices = longest_first[start : start + prompts_per_batch]
+            responses = _generate_batch(model, [prompt_ids[index] for index in indices], settings)
+            for row, ids in enumerate(responses):
+                samples[indices[row // num_return_sequences]].append(
+                    _to_sample(tokenizer, ids, end_token_ids)
+                )
+    return samples
+
+
+def _generate_batch(
+    model: PreTrainedModel, prompt_ids: list[list[int]], settings: GenerationConfig
+) -> list[list[int]]:
+    """The new token ids of each sequence, those after its end included."""
+    input_ids, attention_mask = _left_pad(prompt_ids, int(settings.pad_token_id))
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=settings,
+    )
+    responses: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+    return responses
+
+
+def _left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and attention mask, both (rows, longest row); padded on the left, all prompts end together."""
+    length = max(map(len, rows))
+    input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows])
+    attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return input_ids, attention_mask
+
+
+def _to_sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], end_token_ids: list[int]) -> Sample:
+    end = next((position for position, token in enumerate(ids) if token in end_token_ids), None)
+    kept = ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Sample(text=text, token_ids=tuple(kept), finished=end is not None)
+
+
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, index: int) -> list[int]:
+    """The prompt's ids: special tokens exactly once, and no end-of-sequence token that a tokenizer appends."""
+    if isinstance(prompt, str):
+        rendered = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = list(tokenizer(prompt, add_special_tokens=not rendered)["input_ids"])
+        appended_end = (
+            bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
+        )
+        ids = ids[:-1] if appended_end else ids
+    else:
+        if not tokenizer.chat_template:
+            raise UnsupportedArgumentError(
+                f"prompts[{index}]: a conversation needs a tokenizer with a chat template; "
+                "set tokenizer.chat_template or pass plain text"
+            )
+        # The template writes its special tokens itself.
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise DataError(
+            "the prompt has no tokens; expected at least one",
+            row_id=f"prompts[{index}]",
+            reason="empty prompt",
+        )
+    return ids
+
+
+def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those that the model's configuration adds."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise ModelError(
+            "neither the tokenizer nor the model's generation_config names an end-of-sequence token"
+        )
+    return sorted(ids)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Padding is masked before a prompt and cut off after a response, so that any token will do.
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def _generation_config(
+    shipped: GenerationConfig | None, max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
+    """The settings of a call, with every sampling setting that the model ships overruled."""
+    overruled = {
+        name: neutral
+        for name, neutral in _NEUTRAL_SETTINGS.items()
+        if getattr(shipped, name, None) is not None
+    }
+    if temperature > 0:
+        # Left open, top_k would be 50.
+        overruled |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    return GenerationConfig(
+        **overruled, do_sample=temperature > 0, max_new_tokens=max_new_tokens, use_cache=True
+    )
+
+
+def _check_arguments(
+    max_new_tokens: int, temperature: float, num_return_sequences: int, batch_size: int, top_p: float
+) -> None:
+    counts = {
+        "max_new_tokens": max_new_tokens,
+        "num_return_sequences": num_return_sequences,
+        "batch_size": batch_size,
+    }
+    problems = [f"{name}: expected at least 1, got {count}" for name, count in counts.items() if count < 1]
+    # Written so that NaN fails too.
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature: expected a finite number of at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p: expected a number in (0, 1], got {top_p}")
+    if problems:
+        raise RecipeError(problems)
+    if temperature == 0 and num_return_sequences > 1:
+        raise UnsupportedArgumentError(
+            f"num_return_sequences: greedy decoding has one response a prompt, got {num_return_sequences}; "
+            "set a temperature above 0"
+        )
+
+
+def _check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, context: int | None) -> None:
+    for index, ids in enumerate(prompt_ids):
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise DataError(
+                f"{len(ids)} prompt tokens and {max_new_tokens} new tokens do not fit the model's context of "
+                f"{context}; shorten the prompt or lower max_new_tokens",
+                row_id=f"prompts[{index}]",
+                reason="prompt too long",
+            )
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode within, and afterwards each submodule in the mode it had.
+
+    `model.train()` would not do: a frozen part of a model may be in evaluation mode while the rest trains.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _private_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """A random state seeded by `seed` within, and the caller's own afterwards, on the CPU and on `device`."""
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,90 @@
+"""Greedy accuracy of a policy on lab problems."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from infopo.errors import RecipeError
+from infopo.generate import sample
+from infopo.lab.problems import Problem, verify
+from infopo.records import Message
+
+# A worked solution has at most 37 tokens with its end of turn; slips to longer numbers add a few.
+MAX_NEW_TOKENS = 44
+
+# Two-sided 95 % quantile of the standard normal law.
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class AccuracyResult:
+    """A proportion with its uncertainty."""
+
+    correct: int
+    n: int
+    accuracy: float
+    """`correct / n`."""
+    ci95: tuple[float, float]
+    """The 95 % Wilson interval (`wilson_interval`)."""
+
+    def __str__(self) -> str:
+        low, high = self.ci95
+        return f"{self.accuracy:.3f} ({self.correct} of {self.n}, 95 % interval {low:.3f} to {high:.3f})"
+
+
+def as_prompt(problem: Problem) -> list[Message]:
+    """The conversation that asks the problem's question."""
+    return [{"role": "user", "content": problem.question}]
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    batch_size: int = 256,
+) -> AccuracyResult:
+    """The share of `problems` whose greedy response `verify` accepts.
+
+    A response that was cut at `MAX_NEW_TOKENS` counts as wrong, whatever it says.
+
+    Raises:
+        RecipeError: there are no problems.
+    """
+    if not problems:
+        raise RecipeError("problems: expected at least one, got none")
+    responses = sample(
+        model,
+        tokenizer,
+        [as_prompt(problem) for problem in problems],
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=0.0,
+        batch_size=batch_size,
+        seed=0,
+    )
+    correct = sum(
+        response.finished and verify(problem, response.text)
+        for problem, (response,) in zip(problems, responses, strict=True)
+    )
+    return AccuracyResult(
+        correct, len(problems), correct / len(problems), wilson_interval(correct, len(problems))
+    )
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson, 1927), which stays within [0, 1] and is never empty.
+
+    With p = correct / n and z = 1.96: centre (p + z²/2n) / (1 + z²/n), half-width
+    z sqrt(p (1 - p)/n + z²/4n²) / (1 + z²/n).
+
+    Raises:
+        RecipeError: not 0 <= correct <= n with n >= 1.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise RecipeError(f"correct: expected 0 <= correct <= n and n >= 1, got {correct} of {n}")
+    share, spread = correct / n, _Z95**2 / n
+    centre = (share + spread / 2) / (1 + spread)
+    half_width = _Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    # Rounding would otherwise leave the exact ends 0 and 1 by an ulp.
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)

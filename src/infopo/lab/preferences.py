@@ -1,0 +1,214 @@
+"""Preference data sampled from a policy on lab problems, with verified or with graded labels.
+
+The two kinds differ in the supports of p_w and p_l, the laws that chosen and rejected responses are drawn
+from, and objectives differ in what they make of that:
+
+- **verified**: chosen is a right sample and rejected a wrong sample of the same problem. The supports are
+  disjoint, so the population minimiser of InfoPO is that of SFT on the chosen responses.
+- **graded**: two samples of the policy ranked by a noisy judge of their quality. Either side may hold any
+  response, so the supports overlap, and p_w + p_l = 2 π_ref up to the pairs of equal samples, which are left
+  out because they carry no preference.
+"""
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from infopo.errors import DataError, RecipeError
+from infopo.generate import Sample, sample
+from infopo.lab.evaluation import MAX_NEW_TOKENS, as_prompt
+from infopo.lab.problems import Problem, make_problems, share_of_right_steps, verify
+
+LABELS = ("verified", "graded")
+
+PROBLEMS_PER_ROUND = 256
+"""Problems sampled at a time: a constant, so that fewer pairs are a prefix of more."""
+
+# A policy that is always right, or never, yields no verified pair however long it is sampled.
+_MAX_BARREN_ROUNDS = 8
+
+_Texts = tuple[str, str]
+"""A chosen and a rejected text."""
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """Preference rows and what it took to get them: `problems == len(rows) + sum(skipped.values())`."""
+
+    rows: list[dict[str, Any]]
+    """Conversational preference rows: `prompt`, `chosen` and `rejected`, each a list of messages."""
+    problems: int
+    """Problems looked at until the last pair was found."""
+    samples: int
+    """Responses sampled to these problems."""
+    right: int
+    """Responses, out of `samples`, that are right."""
+    skipped: dict[str, int]
+    """Problems that gave no pair, counted by reason."""
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none"
+        return (
+            f"{len(self.rows)} pairs from {self.problems} problems with {self.samples} samples, "
+            f"{self.right} of them right; problems skipped: {reasons}"
+        )
+
+
+def make_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labels: str,
+    n: int,
+    seed: int,
+    sampling_temperature: float = 1.0,
+    label_temperature: float = 0.5,
+    samples_per_problem: int = 4,
+) -> PreferencePairs:
+    """`n` preference pairs on problems of the `preference` split, one pair a problem.
+
+    The same model and arguments give the same pairs, and a smaller `n` gives a prefix of a larger one.
+    Responses that were cut at the token limit enter no pair.
+
+    Args:
+        model: The policy to sample from; the reference of the training that follows.
+        tokenizer: Its tokenizer.
+        labels: `verified`: a problem's first right sample against its first wrong one. `graded`: its two
+            samples, ranked by chance with `preference_probability`.
+        n: Pairs wanted.
+        seed: Of the problems, the samples and the labels.
+        sampling_temperature: 1 samples the policy's own law.
+        label_temperature: Noise of graded labels, in units of `quality`.
+        samples_per_problem: Samples drawn to find a verified pair, at least 2; a graded pair always takes 2.
+
+    Raises:
+        RecipeError: an argument is outside its domain.
+        DataError: 2,048 problems in a row gave no pair.
+    """
+    _check_arguments(labels, n, sampling_temperature, label_temperature, samples_per_problem)
+    draws = samples_per_problem if labels == "verified" else 2
+    stream = _sampled_problems(model, tokenizer, seed, sampling_temperature, draws)
+    label_rng = random.Random(f"labels:{seed}")
+    rows: list[dict[str, Any]] = []
+    skipped: Counter[str] = Counter()
+    problems = right = problems_at_last_pair = 0
+    while len(rows) < n:
+        problem, responses = next(stream)
+        problems += 1
+        right += sum(_is_right(problem, response) for response in responses)
+        if labels == "verified":
+            picked = _pick_verified(problem, responses)
+        else:
+            picked = _pick_graded(problem, responses, label_temperature, label_rng)
+        if isinstance(picked, str):
+            skipped[picked] += 1
+            _refuse_barren(problems - problems_at_last_pair, skipped)
+        else:
+            rows.append(_as_row(problem, picked))
+            problems_at_last_pair = problems
+    return PreferencePairs(rows, problems, problems * draws, right, dict(skipped))
+
+
+def quality(problem: Problem, text: str) -> float:
+    """Quality in [0, 1]: half the share of right steps plus half for a well-formed, right final answer."""
+    return (share_of_right_steps(problem, text) + verify(problem, text)) / 2
+
+
+def preference_probability(quality_a: float, quality_b: float, label_temperature: float) -> float:
+    """The Bradley-Terry probability that the judge prefers a to b: σ((q_a - q_b) / label_temperature)."""
+    # By tanh, since exp overflows when the temperature is small.
+    return (1 + math.tanh((quality_a - quality_b) / (2 * label_temperature))) / 2
+
+
+def _sampled_problems(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, temperature: float, draws: int
+) -> Iterator[tuple[Problem, list[Sample]]]:
+    """Problems without end, each with `draws` responses; a round is sampled when its first is asked for."""
+    seeds = random.Random(f"samples:{seed}")
+    for start in itertools.count(0, PROBLEMS_PER_ROUND):
+        problems = make_problems(start + PROBLEMS_PER_ROUND, seed, "preference")[start:]
+        responses = sample(
+            model,
+            tokenizer,
+            [as_prompt(problem) for problem in problems],
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=temperature,
+            num_return_sequences=draws,
+            batch_size=PROBLEMS_PER_ROUND * draws,
+            seed=seeds.getrandbits(32),
+        )
+        yield from zip(problems, responses, strict=True)
+
+
+def _pick_verified(problem: Problem, responses: Sequence[Sample]) -> _Texts | str:
+    """The first right and the first wrong response, or the reason why there is no pair."""
+    finished = [response for response in responses if response.finished]
+    right = [response.text for response in finished if _is_right(problem, response)]
+    wrong = [response.text for response in finished if not _is_right(problem, response)]
+    if right and wrong:
+        return right[0], wrong[0]
+    return "no wrong sample" if right else "no right sample"
+
+
+def _pick_graded(
+    problem: Problem, responses: Sequence[Sample], label_temperature: float, rng: random.Random
+) -> _Texts | str:
+    """Two responses in the order of the noisy judge, or the reason why there is no pair."""
+    a, b = responses
+    if not (a.finished and b.finished):
+        return "cut sample"
+    if a.text == b.text:
+        return "equal samples"
+    probability = preference_probability(
+        quality(problem, a.text), quality(problem, b.text), label_temperature
+    )
+    return (a.text, b.text) if rng.random() < probability else (b.text, a.text)
+
+
+def _is_right(problem: Problem, response: Sample) -> bool:
+    return response.finished and verify(problem, response.text)
+
+
+def _as_row(problem: Problem, texts: _Texts) -> dict[str, Any]:
+    chosen, rejected = texts
+    return {
+        "prompt": as_prompt(problem),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def _refuse_barren(problems_without_pair: int, skipped: Counter[str]) -> None:
+    if problems_without_pair >= _MAX_BARREN_ROUNDS * PROBLEMS_PER_ROUND:
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise DataError(
+            f"{problems_without_pair} problems in a row gave no pair ({counts}); "
+            "sample a policy that is sometimes right and sometimes wrong, or raise sampling_temperature",
+            row_id="lab preference pairs",
+            reason="no pairs",
+        )
+
+
+def _check_arguments(
+    labels: str, n: int, sampling_temperature: float, label_temperature: float, samples_per_problem: int
+) -> None:
+    problems = []
+    if labels not in LABELS:
+        problems.append(f"labels: expected one of {', '.join(LABELS)}, got {labels!r}")
+    if n < 0:
+        problems.append(f"n: expected at least 0, got {n}")
+    # Greedy samples of one problem are all the same.
+    if not sampling_temperature > 0:
+        problems.append(f"sampling_temperature: expected a number above 0, got {sampling_temperature}")
+    if not label_temperature > 0:
+        problems.append(f"label_temperature: expected a number above 0, got {label_temperature}")
+    if samples_per_problem < 2:
+        problems.append(f"samples_per_problem: expected at least 2, got {samples_per_problem}")
+    if problems:
+        raise RecipeError(problems)

@@ -1,0 +1,176 @@
+"""Chained-arithmetic problems with worked solutions, and the verifier that grades answers to them.
+
+A question such as `12+5-3*2=?` is evaluated strictly **from left to right**, without operator precedence:
+12+5=17, 17-3=14, 14*2=28. The worked solution writes one operation a line and closes with the answer:
+
+    12+5=17
+    17-3=14
+    14*2=28
+    Answer: 28
+
+Two or three operations: sums and differences with operands up to 99, products with operands up to 9, and every
+value met on the way within [0, 999]. A policy of a few hundred thousand parameters learns that within minutes,
+and carries and products keep it fallible for most of them.
+
+The split of a question is a function of the question's own text (`split_of`), so the problems of the
+supervised stage, those of the preference stage and those held out for evaluation are disjoint by
+construction, whatever seeds and sizes are asked for.
+"""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+
+from infopo.errors import DataError, RecipeError
+
+SPLITS = ("sft", "preference", "evaluation")
+
+ANSWER_PREFIX = "Answer: "
+MAX_VALUE = 999
+MIN_OPERATIONS, MAX_OPERATIONS = 2, 3
+
+# Of every ten questions, five train the SFT policy, four carry preferences and one is held out.
+_SPLIT_OF_BUCKET = ("sft",) * 5 + ("preference",) * 4 + ("evaluation",)
+
+# A natural number as it is written by hand: no sign, no leading zero. `[0-9]`, since `\d` takes any script.
+_NATURAL = r"(?:0|[1-9][0-9]*)"
+_INTEGER = rf"(?:{_NATURAL}|-[1-9][0-9]*)"
+_OPERATION = re.compile(rf"([+*-])({_NATURAL})")
+_QUESTION = re.compile(rf"({_NATURAL})((?:[+*-]{_NATURAL})+)=\?")
+_STEP = re.compile(rf"({_INTEGER})([+*-])({_NATURAL})=({_INTEGER})")
+_ANSWER = re.compile(rf"{ANSWER_PREFIX}({_INTEGER})")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its worked solution."""
+
+    question: str
+    """What the policy is asked, e.g. `12+5-3*2=?`."""
+    steps: tuple[str, ...]
+    """The right step lines in order, e.g. `("12+5=17", "17-3=14", "14*2=28")`."""
+    answer: int
+    """The value after the last step."""
+
+    @property
+    def solution(self) -> str:
+        """The worked solution as a response: the steps, then the answer line."""
+        return "\n".join((*self.steps, f"{ANSWER_PREFIX}{self.answer}"))
+
+
+def solve(question: str) -> Problem:
+    """The problem that `question` poses, evaluated from left to right.
+
+    Raises:
+        DataError: the question is not a chain such as `12+5-3*2=?`.
+    """
+    parsed = _QUESTION.fullmatch(question)
+    if parsed is None:
+        raise DataError(
+            "expected a question such as '12+5-3*2=?'", row_id=repr(question), reason="malformed question"
+        )
+    value = int(parsed[1])
+    steps = []
+    for operator, operand in _OPERATION.findall(parsed[2]):
+        result = _apply(operator, value, int(operand))
+        steps.append(f"{value}{operator}{operand}={result}")
+        value = result
+    return Problem(question, tuple(steps), value)
+
+
+def make_problems(n: int, seed: int, split: str) -> list[Problem]:
+    """`n` problems of one of the `SPLITS`, with distinct questions; the same arguments give the same problems.
+
+    A smaller `n` gives a prefix of a larger one. Different seeds of one split may share problems; different
+    splits never do.
+
+    Raises:
+        RecipeError: `n` is negative or the split is unknown.
+    """
+    if n < 0:
+        raise RecipeError(f"n: expected a number of problems of at least 0, got {n}")
+    if split not in SPLITS:
+        raise RecipeError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    # A string seed is hashed by `random` with SHA-512, so the three splits draw independent streams.
+    rng = random.Random(f"{split}:{seed}")
+    questions: dict[str, None] = {}
+    while len(questions) < n:
+        question = _draw_question(rng)
+        if split_of(question) == split:
+            questions[question] = None
+    return [solve(question) for question in questions]
+
+
+def split_of(question: str) -> str:
+    """The one split that `question` belongs to, from the SHA-256 of its text."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return _SPLIT_OF_BUCKET[int.from_bytes(digest[:8], "big") % len(_SPLIT_OF_BUCKET)]
+
+
+def verify(problem: Problem, text: str) -> bool:
+    """Whether `text` is a well-formed solution with the right final answer.
+
+    Well-formed: one line of the form `a+b=c` for each of the problem's steps, then `Answer: c`, and nothing
+    else, white space included. Like the verifiers of mathematics benchmarks it judges the outcome: a slip
+    in a step is forgiven when the answer is right (`share_of_right_steps` grades the steps).
+    """
+    *steps, last = text.split("\n")
+    answer = _ANSWER.fullmatch(last)
+    well_formed = len(steps) == len(problem.steps) and all(map(_STEP.fullmatch, steps))
+    return answer is not None and well_formed and int(answer[1]) == problem.answer
+
+
+def share_of_right_steps(problem: Problem, text: str) -> float:
+    """The share, in [0, 1], of the solution's steps that `text` takes rightly.
+
+    Step i is right when line i starts from the result that line i-1 states (the question's first number for
+    i = 1), applies the question's i-th operation, and its arithmetic holds. One slip therefore costs one
+    step, not every step after it. A malformed line is wrong, and so is the line after it. The share is taken
+    of the problem's steps or of the lines before the answer, whichever are more, so padding never pays.
+    """
+    lines = text.split("\n")
+    if _ANSWER.fullmatch(lines[-1]):
+        lines.pop()
+    before: int | None = int(re.split(r"[+*-]", problem.question, maxsplit=1)[0])
+    right = 0
+    for line, expected in zip(lines, problem.steps, strict=False):
+        taken = _STEP.fullmatch(line)
+        right += taken is not None and _continues(taken, before, expected)
+        before = int(taken[4]) if taken else None
+    return right / max(len(problem.steps), len(lines))
+
+
+def _continues(taken: re.Match[str], before: int | None, expected: str) -> bool:
+    """Whether a parsed step starts from `before`, does `expected`'s operation, and computes it rightly."""
+    reference = _STEP.fullmatch(expected)
+    assert reference is not None
+    value, operator, operand, result = int(taken[1]), taken[2], int(taken[3]), int(taken[4])
+    same_operation = (operator, operand) == (reference[2], int(reference[3]))
+    return value == before and same_operation and _apply(operator, value, operand) == result
+
+
+def _apply(operator: str, left: int, right: int) -> int:
+    if operator == "+":
+        return left + right
+    return left - right if operator == "-" else left * right
+
+
+def _draw_question(rng: random.Random) -> str:
+    """A random chain whose values all stay within [0, MAX_VALUE]."""
+    value = rng.randint(1, 99)
+    question = str(value)
+    for _ in range(rng.randint(MIN_OPERATIONS, MAX_OPERATIONS)):
+        operator, operand = _draw_operation(rng, value)
+        value = _apply(operator, value, operand)
+        question += f"{operator}{operand}"
+    return f"{question}=?"
+
+
+def _draw_operation(rng: random.Random, value: int) -> tuple[str, int]:
+    """An operation whose result stays within [0, MAX_VALUE]: operand in [2, 9] for products, else in [2, 99]."""
+    while True:
+        operator = rng.choice("+-*")
+        operand = rng.randint(2, 9 if operator == "*" else 99)
+        if 0 <= _apply(operator, value, operand) <= MAX_VALUE:
+            return operator, operand

@@ -1,0 +1,37 @@
+"""The lab's preference data under names that stand where a recipe's `data.path` does.
+
+`lab:verified` and `lab:graded` are sampled from the shipped policy when they are asked for; the same name, split and
+number of rows give the same rows. The splits hold responses to different problems.
+"""
+
+import datasets
+
+from infopo.errors import DataError
+from infopo.lab import policy_path
+from infopo.lab.preferences import make_pairs
+from infopo.models import load_policy, load_tokenizer
+
+LABELS = {"lab:verified": "verified", "lab:graded": "graded"}
+SPLITS = {"train": range(600), "test": range(600, 800)}
+SEED = 1
+
+
+def is_lab_source(path: str) -> bool:
+    """Whether a data path names the lab's own data."""
+    return path.startswith("lab:")
+
+
+def lab_dataset(path: str, split: str) -> datasets.Dataset:
+    """The lab's preference rows, 600 to train on (`train`) and 200 held out (`test`).
+
+    Raises:
+        DataError: There is no such data or split.
+    """
+    if path not in LABELS:
+        raise DataError(f"no such data; the lab has {' and '.join(LABELS)}", path)
+    if split not in SPLITS:
+        raise DataError(f"no split {split!r}; there are {' and '.join(SPLITS)}", path)
+    policy, tokenizer = load_policy(str(policy_path())), load_tokenizer(str(policy_path()))
+    # One sequence of problems for all splits: each problem is asked once.
+    pairs = make_pairs(policy, tokenizer, labels=LABELS[path], n=SPLITS[split].stop, seed=SEED)
+    return datasets.Dataset.from_list(pairs.rows[SPLITS[split].start :])

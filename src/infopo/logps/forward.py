@@ -1,0 +1,101 @@
+"""Batch + model -> log-probs of responses: the one switch between paths, and the start-up self-test.
+
+A path is a function `(model, batch) -> log-prob of every token of every response, response after response`.
+All paths give the same numbers; `naive` defines them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from infopo.errors import LogpsError
+from infopo.logps import naive
+from infopo.records import PackedBatch, ResponseLogps, sum_dtype
+
+TokenLogps = Callable[[nn.Module, PackedBatch], Float[Tensor, " response_tokens"]]
+
+PATHS: Mapping[str, TokenLogps] = {"naive": naive.token_logps}
+
+DEFAULT_PATH = "naive"
+
+
+def response_logps(
+    model: nn.Module, batch: PackedBatch, path: str = DEFAULT_PATH
+) -> Float[Tensor, " responses"]:
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of every response (nats).
+
+    The sum runs in float64 where the device has it: float32 sums are off by up to 1e-3 nat on long responses, and
+    InfoPO exponentiates differences of such sums.
+    """
+    tokens = PATHS[path](model, batch)
+    tokens = tokens.to(sum_dtype(tokens.device))
+    if batch.num_responses == 0:
+        return tokens  # no element, but a gradient path to every parameter
+    # Split and sum, not index_add: the latter adds in no fixed order on a GPU.
+    return torch.stack([part.sum() for part in tokens.split(response_lengths(batch))])
+
+
+def response_lengths(batch: PackedBatch) -> list[int]:
+    """Number of scored tokens of each response, from the layout on the host."""
+    start, scored = batch.segment_start, batch.segment_scored
+    return [
+        sum(start[s + 1] - start[s] for s in batch.path(r) if scored[s]) for r in range(batch.num_responses)
+    ]
+
+
+def with_layout(policy: Tensor, reference: Tensor, batch: PackedBatch) -> ResponseLogps:
+    """What a loss sees: the log-probs, and the batch's account of who is who."""
+    return ResponseLogps(
+        policy=policy,
+        reference=reference.to(policy.dtype),
+        length=batch.length,
+        role=batch.role,
+        example=batch.example,
+        chosen=batch.chosen,
+        rejected=batch.rejected,
+        pairs=batch.pairs,
+    )
+
+
+def padding_noise(
+    model: nn.Module, together: PackedBatch, alone: Sequence[PackedBatch], path: str = DEFAULT_PATH
+) -> float:
+    """Largest change of a response's log-prob (nats) between a batch and the response on its own, unpadded.
+
+    In exact arithmetic it is zero. In half precision it is the noise that InfoPO's exp() multiplies.
+
+    Args:
+        model: The policy.
+        together: Several responses.
+        alone: The same responses in the same order, one a batch.
+        path: The path that is tested, on `together`; `alone` runs on the naive one.
+    """
+    with torch.no_grad():
+        tested = response_logps(model, together, path)
+        expected = torch.cat([response_logps(model, batch, "naive") for batch in alone])
+    return float((tested - expected).abs().max())
+
+
+def self_test(
+    model: nn.Module, together: PackedBatch, alone: Sequence[PackedBatch], path: str = DEFAULT_PATH
+) -> float:
+    """Checks on a small batch that log-probs depend on their own prompt and response only; returns the noise.
+
+    Raises:
+        LogpsError: In float32 or better, a log-prob moves by more than 1e-3 nat when its neighbours go: the model
+            looks at padding or at other rows, and would be trained on wrong numbers.
+    """
+    noise = padding_noise(model, together, alone, path)
+    dtype = next(model.parameters()).dtype
+    is_exact = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
+        together.input_ids.device.type
+    )
+    if is_exact and not noise < 1e-3:
+        name = type(getattr(model, "module", model)).__name__
+        raise LogpsError(
+            f"{name}: the log-prob of a response changes by {noise:.3g} nats with the other responses of its batch "
+            f"(path {path!r}); expected less than 0.001. This architecture cannot be trained with batched rows."
+        )
+    return noise

@@ -1,0 +1,196 @@
+"""Models, tokenizers and adapters: the only caller of `from_pretrained`.
+
+A name is a local folder, a hub name, or `lab:policy`, the small model that ships with this package.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from infopo.errors import ModelError
+
+LAB_POLICY = "lab:policy"
+LAB_POLICY_FOLDER = Path(__file__).parent / "lab" / "policy"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_name(name_or_path: str) -> str:
+    """The folder of `lab:policy`; any other name unchanged."""
+    return str(LAB_POLICY_FOLDER) if name_or_path == LAB_POLICY else name_or_path
+
+
+def let_gradients_reach_adapters(model: nn.Module) -> None:
+    """With a frozen embedding, recomputed segments would have no input that asks for a gradient."""
+    model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, from safetensors, with errors in plain words.
+
+    Args:
+        name_or_path: Local folder, hub name or `lab:policy`.
+        kwargs: For `from_pretrained`: `dtype`, `attn_implementation`, `revision`, `quantization_config`, ...
+
+    Raises:
+        ModelError: The model cannot be found, or its weights do not fit its architecture.
+    """
+    kwargs.setdefault("use_safetensors", True)
+    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = DTYPES[kwargs["dtype"]]
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve_name(name_or_path), output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model {name_or_path!r} cannot be loaded: {_first_lines(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model {name_or_path!r}: {len(missing)} weights are not in its files and would be random, "
+            f"e.g. {missing[0]!r}; expected a complete causal language model"
+        )
+    return model
+
+
+def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, with errors in plain words.
+
+    Raises:
+        ModelError: The tokenizer cannot be found or read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_name(name_or_path), **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {_first_lines(error)}") from error
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether the model carries PEFT adapters; False where peft is not installed."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return False
+    return isinstance(model, PeftModel)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
+    """The model with a fresh adapter; only the adapter is trained.
+
+    Raises:
+        ModelError: peft is missing, the model has an adapter already, or the adapter fits no module of it.
+    """
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ModelError("an adapter needs the peft library: pip install 'infopo[peft]'") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise ModelError(
+            f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if is_peft_model(model):
+        raise ModelError(
+            "peft_config: the model already carries an adapter. Merge it first (model.merge_and_unload()), "
+            "or pass the model without peft_config to go on training the adapter it has."
+        )
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(f"peft_config does not fit {type(model).__name__}: {_first_lines(error)}") from error
+
+
+def lora_config(**settings: Any) -> Any:
+    """peft's `LoraConfig` for a causal language model.
+
+    Raises:
+        ModelError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ModelError("an adapter needs the peft library: pip install 'infopo[peft]'") from error
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module, pad_token: str | None) -> None:
+    """Generation needs a padding token, and model and tokenizer must agree on it.
+
+    Args:
+        tokenizer: Gets `pad_token`; without one and without its own, its end of sequence.
+        model: Its configurations name the same token.
+        pad_token: The token's text, or None.
+
+    Raises:
+        ModelError: The tokenizer has no such token.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ModelError(f"pad_token: {pad_token!r} is not in the tokenizer's vocabulary")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for settings in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        if settings is not None:
+            settings.pad_token_id = tokenizer.pad_token_id
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: policy and reference must be the same function at step 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for name in (
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+    ):  # functional dropout reads these
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a plain float, which nn.Module does not know
+
+
+def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None:
+    """Refuses data that the model cannot read, before its first batch fails on it.
+
+    Args:
+        model: The policy.
+        longest_row: Most tokens of a prompt with one of its responses.
+        largest_token_id: Largest token id of the data.
+
+    Raises:
+        ModelError: A row is longer than the model's context, or a token has no embedding.
+    """
+    name = type(model).__name__
+    embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if largest_token_id >= embeddings:
+        raise ModelError(
+            f"{name} has {embeddings} token embeddings, but the data hold token {largest_token_id}: "
+            "the tokenizer does not belong to this model"
+        )
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if context is not None and longest_row > context:
+        raise ModelError(
+            f"{name} reads at most {context} tokens, but a prompt with its response has {longest_row}: "
+            f"set max_length to {context} or less"
+        )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all weights: the identity of a model's values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _first_lines(error: Exception, count: int = 2) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count]) or type(error).__name__

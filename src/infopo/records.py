@@ -1,0 +1,238 @@
+"""The nouns: what flows from rows to losses, and the shape vocabulary of the whole package.
+
+Shape names: `tokens` (positions of a packed batch), `segments`, `responses`, `chosen`, `rejected`, `pairs`,
+`scored` (tokens that belong to a response). Log-probs are natural logarithms (nats).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Message = dict[str, Any]
+"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+
+Text = str | list[Message]
+"""A prompt or a response: plain text, or the turns of a conversation."""
+
+
+class Role(IntEnum):
+    """What a response is to its prompt."""
+
+    CHOSEN = 0
+    REJECTED = 1
+    KL = 2
+    """Mismatched response that estimates a KL term (KTO)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """One row as its author wrote it, whatever the dataset's shape was.
+
+    Attributes:
+        prompt: Plain text, or the turns up to and including the last user turn.
+        chosen: Responses to prefer; each as plain text or as the turns that follow the prompt.
+        rejected: Responses to avoid, likewise.
+        row_id: File and row (`pairs.jsonl:17`), the name under which errors and logs speak of it.
+    """
+
+    prompt: Text
+    chosen: list[Text]
+    rejected: list[Text]
+    row_id: str
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """One row in token ids: a prompt with n >= 0 chosen and m >= 0 rejected responses, n + m >= 1.
+
+    The example with no response at all (`EMPTY_EXAMPLE`) stands in where a rank has run short of rows.
+
+    Attributes:
+        prompt_ids: At least one token (whatever predicts a response's first token).
+        chosen_ids: Token ids of each chosen response, at least one token each.
+        rejected_ids: Token ids of each rejected response.
+        row_id: See `PreferenceRow`.
+        reference: log π_ref of each response (nats), chosen first; NaN where not computed. None: not computed.
+    """
+
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[Sequence[int]]
+    rejected_ids: Sequence[Sequence[int]]
+    row_id: str
+    reference: Sequence[float] | None = None
+
+    @property
+    def response_ids(self) -> list[Sequence[int]]:
+        """All responses, chosen first: the order of `reference`."""
+        return [*self.chosen_ids, *self.rejected_ids]
+
+
+EMPTY_EXAMPLE = PreferenceExample(prompt_ids=(), chosen_ids=(), rejected_ids=(), row_id="")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Token segments as a forest; a response is the path from a root to its leaf.
+
+    Each segment is stored once and follows its parent, so that what several responses share is encoded and
+    scored once. Today's forests are prompt -> responses; longer common prefixes change `data/packing.py` alone.
+
+    Attributes:
+        input_ids: Tokens of all segments, one after the other.
+        position_ids: Position of each token on its path: a child goes on where its parent ended.
+        segment_start: First token of each segment, and the number of tokens at the end. On the host.
+        segment_parent: Parent of each segment, -1 for a root; a parent comes before its children. On the host.
+        segment_scored: Whether the segment belongs to responses (False: it is prompt). On the host.
+        leaf: Segment at which each response ends. On the host.
+        role: `Role` of each response.
+        example: Index (within the batch) of the example that each response belongs to.
+        length: Number of scored tokens of each response.
+        chosen: Indices of the chosen responses.
+        rejected: Indices of the rejected responses.
+        pairs: Every (chosen, rejected) couple of the same example, as indices into the responses.
+        reference: log π_ref of each response (nats); NaN where not computed.
+        row_ids: Name of each example's row.
+    """
+
+    input_ids: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, " tokens"]
+    segment_start: list[int]
+    segment_parent: list[int]
+    segment_scored: list[bool]
+    leaf: list[int]
+    role: Int[Tensor, " responses"]
+    example: Int[Tensor, " responses"]
+    length: Int[Tensor, " responses"]
+    chosen: Int[Tensor, " chosen"]
+    rejected: Int[Tensor, " rejected"]
+    pairs: Int[Tensor, "pairs 2"]
+    reference: Float[Tensor, " responses"]
+    row_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.row_ids)
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.leaf)
+
+    def path(self, response: int) -> list[int]:
+        """Segments from the root to the response's leaf."""
+        segment, path = self.leaf[response], []
+        while segment != -1:
+            path.append(segment)
+            segment = self.segment_parent[segment]
+        return path[::-1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
+        """The same batch with its tensors on `device`; what describes the layout stays on the host."""
+        moved = {n: getattr(self, n) for n in self.__slots__ if isinstance(getattr(self, n), Tensor)}
+        moved["reference"] = moved["reference"].to(sum_dtype(device))
+        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in moved.items()})
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory; the hook that `DataLoader(pin_memory=True)` calls."""
+        pinned = {
+            n: getattr(self, n).pin_memory() for n in self.__slots__ if isinstance(getattr(self, n), Tensor)
+        }
+        return replace(self, **pinned)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseLogps:
+    """What a loss sees of a batch: log-probs of responses, and who is what. No tokens, no model.
+
+    Attributes:
+        policy: log π_θ(y|x), summed over the response's tokens (nats). Carries the gradient.
+        reference: log π_ref(y|x) (nats); NaN where it was not computed.
+        length: Number of tokens of each response.
+        role: `Role` of each response.
+        example: Index of the example that each response belongs to.
+        chosen: Indices of the chosen responses.
+        rejected: Indices of the rejected responses.
+        pairs: Every (chosen, rejected) couple of one example, as indices into the responses.
+    """
+
+    policy: Float[Tensor, " responses"]
+    reference: Float[Tensor, " responses"]
+    length: Int[Tensor, " responses"]
+    role: Int[Tensor, " responses"]
+    example: Int[Tensor, " responses"]
+    chosen: Int[Tensor, " chosen"]
+    rejected: Int[Tensor, " rejected"]
+    pairs: Int[Tensor, "pairs 2"]
+
+    @classmethod
+    def of(
+        cls,
+        policy: Float[Tensor, " responses"],
+        reference: Float[Tensor, " responses"],
+        length: Int[Tensor, " responses"],
+        role: Int[Tensor, " responses"],
+        example: Int[Tensor, " responses"],
+    ) -> "ResponseLogps":
+        """Derives the index tensors from roles and examples. For tests and notebooks: it waits for the device."""
+        chosen, rejected, pairs = response_indices(role.tolist(), example.tolist())
+        return cls(
+            policy,
+            reference,
+            length,
+            role,
+            example,
+            *(t.to(policy.device) for t in (chosen, rejected, pairs)),
+        )
+
+
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """Type in which log-probs are summed: float64, except on devices that have none (Apple's MPS)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def response_indices(role: Sequence[int], example: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of chosen responses, of rejected responses, and of all chosen-rejected pairs of one example.
+
+    Returns:
+        chosen (chosen,), rejected (rejected,) and pairs (pairs, 2), int64, on the host.
+    """
+    chosen = [i for i, r in enumerate(role) if r == Role.CHOSEN]
+    rejected = [i for i, r in enumerate(role) if r == Role.REJECTED]
+    rejected_of: dict[int, list[int]] = {}
+    for i in rejected:
+        rejected_of.setdefault(example[i], []).append(i)
+    pairs = [(c, r) for c in chosen for r in rejected_of.get(example[c], [])]
+    return (
+        torch.tensor(chosen, dtype=torch.int64),
+        torch.tensor(rejected, dtype=torch.int64),
+        torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+    )
+
+
+Per = Literal["pair", "chosen", "rejected", "token"]
+"""What a loss term is averaged over: pairs, chosen responses, rejected responses, or tokens of chosen responses."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One summand of a loss: values to add up, and what their sum is divided by.
+
+    The loss of an optimizer step is Σ_terms Σ values / count, where count is the number of `per` in the *whole*
+    step, over all micro-batches and ranks. So the split into micro-batches changes nothing.
+
+    Attributes:
+        values: One value each pair, chosen or rejected response; with `per="token"`, one value a chosen response,
+            already summed over its tokens.
+        per: The denominator.
+        name: What the term is called in metrics, e.g. `chosen` or `rejected`.
+    """
+
+    values: Float[Tensor, " items"]
+    per: Per
+    name: str = "loss"

@@ -1,0 +1,412 @@
+"""The run directory: what a run leaves behind, written so that a kill at any moment leaves it readable.
+
+    recipe.yaml        the resolved recipe
+    environment.json   versions, commit, hardware, seed, command line
+    metrics.jsonl      one JSON object a line, each with its `step`
+    eval.json          results of evaluation
+
+All JSON is strict: NaN and infinities, which JSON cannot hold, are the texts "NaN", "Infinity" and "-Infinity";
+`read_run` turns them back into numbers in the metrics. Imports neither torch nor transformers.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from infopo.errors import DataError
+
+METRICS = "metrics.jsonl"
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+EVALUATION = "eval.json"
+
+SCHEMA_VERSION = 1
+"""Of `environment.json`; rises when a reader must know about a change."""
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "peft")
+"""Packages whose versions a run records."""
+
+Record = dict[str, Any]
+"""One line of metrics: `step` and numbers by name."""
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RunDirectoryError(DataError):
+    """A file of a run directory cannot be read or written; names the file, and the line where there is one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as it was found.
+
+    Attributes:
+        directory: Where it lies.
+        recipe: Text of the resolved recipe; None where the file is missing, as for each file below.
+        environment: Versions, hardware, seed.
+        evaluation: Results of evaluation.
+        metrics: Records in the order written.
+        lost_last_line: Whether the last line of metrics was half-written and left out.
+    """
+
+    directory: Path
+    recipe: str | None = None
+    environment: Record | None = None
+    evaluation: Record | None = None
+    metrics: list[Record] = field(default_factory=list)
+    lost_last_line: bool = False
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, from the records that hold it."""
+        held = [(record["step"], record[name]) for record in self.metrics if name in record]
+        return [step for step, _ in held], [value for _, value in held]
+
+
+class RunWriter:
+    """Writes a run directory; one writer a run (rank 0).
+
+    Args:
+        directory: Made, with its parents, when absent.
+
+    Raises:
+        RunDirectoryError: The directory cannot be written to. So do all methods.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._last_line_is_whole = False
+        with _named(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def write_recipe(self, text: str) -> None:
+        write_text_atomic(self.directory / RECIPE, text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_json_atomic(self.directory / ENVIRONMENT, environment)
+
+    def write_evaluation(self, results: Mapping[str, Any]) -> None:
+        write_json_atomic(self.directory / EVALUATION, results)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Adds one line. It survives the death of the process at once; that of the machine when it is synced.
+
+        Args:
+            record: Has an integer `step`.
+        """
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"a record of metrics has an integer step, got {record.get('step')!r}")
+        line = f"{to_json(record)}\n".encode()
+        path = self.directory / METRICS
+        with _named(path):
+            if not self._last_line_is_whole:
+                _cut_partial_line(path)
+                self._last_line_is_whole = True
+            # One write to a file opened for appending: a kill leaves the line whole, or cut short at the very end.
+            with path.open("ab", buffering=0) as file:
+                file.write(line)
+
+    def truncate_metrics_after(self, step: int) -> None:
+        """Drops what a resumed run will write again: records of later steps, and a half-written last line."""
+        path = self.directory / METRICS
+        if not path.exists():
+            return
+        kept = [line for line, record in _metric_lines(path) if record is not None and record["step"] <= step]
+        write_text_atomic(path, "".join(f"{line}\n" for line in kept))
+        self._last_line_is_whole = True
+
+
+def read_run(directory: str | Path) -> Run:
+    """Reads what there is of a run: files may be missing, the last line of metrics may be half-written.
+
+    Raises:
+        RunDirectoryError: No such directory, nothing of a run in it, or a file in it is damaged.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise RunDirectoryError("is no directory; expected the output_dir of a run", str(directory))
+    if not any((directory / name).is_file() for name in (METRICS, RECIPE, ENVIRONMENT, EVALUATION)):
+        expected = f"{RECIPE}, {METRICS}, {ENVIRONMENT} or {EVALUATION}"
+        raise RunDirectoryError(f"is no run directory: it holds no {expected}", str(directory))
+    lines = _metric_lines(directory / METRICS) if (directory / METRICS).is_file() else []
+    return Run(
+        directory,
+        recipe=_read_text(directory / RECIPE),
+        environment=_read_object(directory / ENVIRONMENT),
+        evaluation=_read_object(directory / EVALUATION),
+        metrics=[record for _, record in lines if record is not None],
+        lost_last_line=any(record is None for _, record in lines),
+    )
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"cannot be read: {error}", str(path)) from error
+
+
+def _read_object(path: Path) -> Record | None:
+    text = _read_text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunDirectoryError(f"is not valid JSON: {error}", str(path)) from error
+    if not isinstance(value, dict):
+        raise RunDirectoryError(f"expected a JSON object, got {type(value).__name__}", str(path))
+    return value
+
+
+def _metric_lines(path: Path) -> list[tuple[str, Record | None]]:
+    """Lines of metrics with their records; None for a last line that was cut short."""
+    with _named(path):
+        lines = path.read_bytes().split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    found: list[tuple[str, Record | None]] = []
+    for number, raw in enumerate(lines, start=1):
+        record = _record(raw)
+        if record is None and number < len(lines):
+            raise RunDirectoryError("is no JSON object with an integer step", f"{path}:{number}")
+        found.append((raw.decode("utf-8", errors="replace"), record))
+    return found
+
+
+def _record(line: bytes) -> Record | None:
+    """One record, non-finite texts as numbers; None where the line is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return {
+        key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
+        for key, value in record.items()
+    }
+
+
+def _cut_partial_line(path: Path) -> None:
+    """Ends the file at its last whole line, so that the next record does not grow onto half of one."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+# --- durable files ---
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON; NaN and infinities as text, arrays and tensors of one number as that number."""
+    return json.dumps(_jsonable(value), indent=indent, allow_nan=False)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_jsonable(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        return _jsonable(value.item())
+    raise TypeError(f"{type(value).__name__} has no place in JSON: {value!r}")
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Writes indented JSON; see `write_text_atomic`."""
+    write_text_atomic(path, f"{to_json(value, indent=2)}\n")
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all, and durable once this returns.
+
+    Raises:
+        RunDirectoryError: The file cannot be written; what stood there before still does.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _named(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(text.encode("utf-8", errors="backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync(path.parent)
+
+
+def fsync_tree(directory: str | Path) -> None:
+    """Makes every file of a folder durable, and the folder itself."""
+    directory = Path(directory)
+    with _named(directory):
+        for path in directory.rglob("*"):
+            _fsync(path)
+        _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the system refuses, as an error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(f"{error.strerror or error}", str(path)) from error
+
+
+# --- provenance ---
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, read in pieces.
+
+    Raises:
+        RunDirectoryError: The file cannot be read.
+    """
+    with _named(Path(path)), Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def directory_hash(directory: str | Path, patterns: Sequence[str] = ("*",)) -> str:
+    """SHA-256 of a folder's content: names (relative) and bytes of its files, hidden ones left out.
+
+    Moving or copying the folder does not change it; renaming a file in it does.
+
+    Args:
+        directory: E.g. the folder of a saved model.
+        patterns: Shell patterns of file names that count, e.g. `("*.safetensors", "*.json")`.
+
+    Raises:
+        RunDirectoryError: No such folder, or no file in it counts.
+    """
+    directory = Path(directory)
+    relative = {path.relative_to(directory) for pattern in patterns for path in directory.rglob(pattern)}
+    names = sorted(
+        name.as_posix()
+        for name in relative
+        if (directory / name).is_file() and not any(part.startswith(".") for part in name.parts)
+    )
+    if not names:
+        raise RunDirectoryError(f"holds no file named like {', '.join(patterns)}", str(directory))
+    total = hashlib.sha256()
+    for name in names:
+        total.update(f"{name}\0{file_sha256(directory / name)}\n".encode("utf-8", errors="surrogateescape"))
+    return total.hexdigest()
+
+
+def environment(
+    *,
+    seed: int | None,
+    packages: Sequence[str] = PACKAGES,
+    accelerators: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> Record:
+    """Where and with what a run was made.
+
+    Args:
+        seed: Of the run; None where none was set.
+        packages: Distributions whose versions are recorded; null for those not installed.
+        accelerators: Names of the devices in use. Handed in, because asking for them takes torch.
+        extra: Further keys; they win over those of the same name.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "infopo": _version("infopo"),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "git": _git_state(Path.cwd()),
+        "platform": platform.platform(),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "memory_bytes": _memory_bytes(),
+            "accelerators": list(accelerators),
+        },
+        "command_line": list(sys.argv),
+        "seed": seed,
+        **(extra or {}),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(directory: Path) -> dict[str, Any] | None:
+    """Commit of the repository that `directory` lies in, and whether it has changes; None without one."""
+    if _git(directory, "rev-parse", "--is-inside-work-tree") != "true":
+        return None
+    changes = _git(directory, "status", "--porcelain")
+    return {
+        "commit": _git(directory, "rev-parse", "--verify", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """What git prints; None where it fails, hangs or is not installed."""
+    quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=directory,
+            env=quiet,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

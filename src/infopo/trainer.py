@@ -1,0 +1,572 @@
+"""InfoPOTrainer: transformers' Trainer with preference objectives. No mathematics here.
+
+A step, whatever the objective: log-probs of the batch's responses under the policy (`logps`), the reference's
+(`reference`), loss terms (`objectives`), each divided by its count in the whole optimizer step.
+"""
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    set_seed,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
+
+from infopo import checkpoints, models
+from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
+from infopo.catalog import OBJECTIVES
+from infopo.data.counts import DataCounts
+from infopo.data.encode import Encoder, encode_rows
+from infopo.data.examples import ExampleDataset
+from infopo.data.packing import PreferenceCollator, pack
+from infopo.data.sampling import PaddedSampler
+from infopo.data.sources import read_rows
+from infopo.errors import NonFiniteLossError, RecipeError, ReferenceMismatchError, UnsupportedArgumentError
+from infopo.logps.forward import response_logps, self_test, with_layout
+from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
+from infopo.objectives import LossTerms, loss_function
+from infopo.records import PackedBatch, PreferenceExample, ResponseLogps
+from infopo.reference import LiveReference, Reference, StoredReference, precompute
+
+logger = logging.getLogger(__name__)
+
+PER = ("pair", "chosen", "rejected", "token")
+"""Order of the denominators in the counts of a step."""
+
+RawDataset: TypeAlias = datasets.Dataset | ExampleDataset
+MAX_STEP_0_LOG_RATIO = 1e-3
+SELF_TEST_TOKENS = 256
+
+
+class InfoPOTrainer(Trainer):
+    """Aligns a causal language model with preference data.
+
+    The interface is that of TRL's `DPOTrainer`; the loss is InfoPO with β = 1 unless `args` name another.
+
+    Args:
+        model: The SFT policy: a model, or the name or folder of one.
+        ref_model: The frozen reference. None: the policy as it is now (see `InfoPOConfig.reference`).
+        args: Settings; by default InfoPO's, writing to `<model>-InfoPO`.
+        data_collator: None, or a `PreferenceCollator`.
+        train_dataset: Preference rows (`datasets.Dataset` in a shape of `data/sources.py`) or an `ExampleDataset`.
+        eval_dataset: Likewise; or a dict of them, each evaluated under its name.
+        processing_class: The tokenizer; None: the one that belongs to the model.
+        compute_metrics: Must be None: there are no logits or labels to pass (use callbacks).
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+        quantization_config: For `from_pretrained`, when `model` is a name.
+        peft_config: Adapter to add to the model and train alone.
+
+    Raises:
+        RecipeError: Settings that contradict each other.
+        UnsupportedArgumentError: An argument that cannot be honoured.
+        DataError: A row that cannot be used, named by file and row (unless `on_bad_row="skip"`).
+        ModelError: Model, tokenizer or adapter cannot be used.
+    """
+
+    loss_is_scaled_for_ga = True
+    args: InfoPOConfig
+    control: TrainerControl
+    train_dataset: ExampleDataset
+    eval_dataset: ExampleDataset | dict[str, ExampleDataset] | None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: InfoPOConfig | None = None,
+        data_collator: PreferenceCollator | None = None,
+        train_dataset: RawDataset | None = None,
+        eval_dataset: RawDataset | Mapping[str, RawDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
+            None,
+            None,
+        ),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        args = args or InfoPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-InfoPO")
+        refuse_arguments(model, ref_model, data_collator, train_dataset, compute_metrics, quantization_config)
+        set_seed(args.seed)  # before an adapter is initialised at random
+        if isinstance(model, str):
+            model = models.load_policy(model, **init_kwargs(args, quantization_config))
+        if processing_class is None:
+            processing_class = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        models.set_pad_token(processing_class, model, args.pad_token)
+        if peft_config is not None:
+            model = models.add_adapter(model, peft_config)
+        if models.is_peft_model(model) and args.activation_checkpointing:
+            models.let_gradients_reach_adapters(model)
+        if args.disable_dropout:
+            for each in (model, ref_model):
+                if each is not None:
+                    models.disable_dropout(each)
+
+        self.mixture = args.mixture()
+        self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
+        self._encoder = Encoder(
+            processing_class, max_length=args.max_length, max_prompt_length=args.max_prompt_length
+        )
+        train_examples = self._encode(train_dataset, "train_dataset", args)
+        models.check_fit(model, train_examples.longest_row, train_examples.largest_token_id)
+        eval_examples = self._encode_all(eval_dataset, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or PreferenceCollator(args.max_tokens_per_forward),
+            train_dataset=train_examples,
+            eval_dataset=eval_examples,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise UnsupportedArgumentError(
+                "torch.nn.DataParallel is not supported, and one process sees several GPUs: start with "
+                "`accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
+            )
+        if args.max_tokens_per_forward and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UnsupportedArgumentError(
+                "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
+                "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
+            )
+        self._metric_sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._step_record: list[tuple[PackedBatch, ResponseLogps, LossTerms]] = []
+        self._is_checked = False
+        self._staging: str | None = None
+        self._set_up_reference(ref_model, quantization_config)
+        if self.is_world_process_zero():
+            sides = " and ".join(sorted(self.reference_sides)) or "no"
+            print(f"objective: {self.objective_in_words()}")
+            print(f"reference: {self.reference_in_words}, for {sides} responses")
+
+    # ---- objective and reference -------------------------------------------------------------------------------
+
+    def objective_in_words(self) -> str:
+        """Name and parameters of the loss, e.g. `InfoPO (beta=1.0, length_normalized=False, cap=5.0)`."""
+        parts = []
+        for name, parameters, weight in self.mixture:
+            factor = "" if len(self.mixture) == 1 else f"{weight:g} x "
+            values = ", ".join(f"{key}={value}" for key, value in parameters.items())
+            parts.append(f"{factor}{OBJECTIVES[name].title} ({values})")
+        return " + ".join(parts)
+
+    @property
+    def reference_sides(self) -> frozenset[str]:
+        """Sides whose reference log-probs are computed."""
+        if self.args.reference_sides == "both":
+            return frozenset({"chosen", "rejected"})
+        return frozenset().union(*(OBJECTIVES[name].reference for name, _, _ in self.mixture))
+
+    def _set_up_reference(self, ref_model: nn.Module | None, quantization_config: Any) -> None:
+        """Decides where reference log-probs come from, and stores them in the datasets where they are precomputed."""
+        source = "precompute" if self.args.precompute_ref_log_probs else self.args.reference
+        named_model = source not in ("auto", "precompute", "live", "adapter-off")
+        if named_model and ref_model is not None:
+            raise RecipeError(f"reference={source!r} and ref_model are both given: give one of the two")
+        if source == "adapter-off" and not models.is_peft_model(self.model):
+            raise RecipeError("reference='adapter-off': the model has no adapter to switch off")
+        if named_model:
+            ref_model = models.load_policy(source, **init_kwargs(self.args, quantization_config))
+            if self.args.disable_dropout:
+                models.disable_dropout(ref_model)
+        self.policy_hash = models.weights_hash(self.model)
+        self._policy_is_reference = ref_model is None and source != "adapter-off"
+        self.reference_in_words = "the policy as it is now" if ref_model is None else "a model of its own"
+        self.ref_model: nn.Module | None = None
+        self.reference: Reference = StoredReference(self.reference_sides)
+        if not self.reference_sides:
+            self.reference_hash = None
+        elif source == "adapter-off":
+            self.reference_in_words = "the policy without its adapter"
+            self.reference_hash = models.weights_hash(self.model.get_base_model())
+            off = self.accelerator.unwrap_model(self.model).disable_adapter
+            self.reference = LiveReference(self.model, self.reference_sides, off)
+        else:
+            self.reference_hash = self.policy_hash if ref_model is None else models.weights_hash(ref_model)
+            if source == "live":
+                self.ref_model = self._freeze(
+                    ref_model if ref_model is not None else copy.deepcopy(self.model)
+                )
+                self.reference = LiveReference(self.ref_model, self.reference_sides)
+            else:
+                self._store_reference(ref_model if ref_model is not None else self.model)
+
+    def _freeze(self, model: nn.Module) -> nn.Module:
+        model.requires_grad_(False).eval()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return model.to(self.args.device)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _store_reference(self, model: nn.Module) -> None:
+        self.train_dataset = self._with_reference(self.train_dataset, model)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {k: self._with_reference(v, model) for k, v in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference(self.eval_dataset, model)
+
+    def _with_reference(self, dataset: ExampleDataset, model: nn.Module) -> ExampleDataset:
+        home = next(model.parameters()).device
+        if getattr(model, "quantization_method", None) is None:
+            model.to(self.args.device)
+        stored = precompute(
+            dataset,
+            model,
+            self.reference_sides,
+            batch_size=self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
+            device=self.args.device,
+            context=self.accelerator.autocast,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            add_over_ranks=partial(self.accelerator.reduce, reduction="sum"),
+            progress=partial(tqdm, desc="reference log-probs", disable=self.args.disable_tqdm, leave=False),
+        )
+        if model is self.model and getattr(model, "quantization_method", None) is None:
+            model.to(home)
+        return stored
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _encode(self, dataset: RawDataset, name: str, args: InfoPOConfig) -> ExampleDataset:
+        if isinstance(dataset, ExampleDataset):
+            return dataset
+        counts = DataCounts(on_bad_row=args.on_bad_row, source=name)
+        examples = encode_rows(
+            read_rows(dataset, counts), self._encoder, counts, num_proc=args.dataset_num_proc
+        )
+        if args.process_index == 0:
+            print(*counts.lines(), sep="\n")
+        return examples
+
+    def _encode_all(self, dataset: Any, args: InfoPOConfig) -> Any:
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, Mapping):
+            return {name: self._encode(each, f"eval_dataset[{name}]", args) for name, each in dataset.items()}
+        return self._encode(dataset, "eval_dataset", args)
+
+    def _get_train_sampler(self, train_dataset: ExampleDataset | None = None) -> Sampler[int] | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        batch_size = self._train_batch_size
+        if self.args.train_sampling_strategy == "group_by_length":
+            group = batch_size * self.args.gradient_accumulation_steps
+            generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
+            sampler: Sampler[int] = LengthGroupedSampler(
+                group, lengths=dataset.lengths.tolist(), generator=generator
+            )
+        else:
+            sampler = super()._get_train_sampler(dataset)
+        if self.args.world_size == 1:
+            return sampler
+        if isinstance(sampler, RandomSampler):  # the order that accelerate would give every rank
+            sampler = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
+        return PaddedSampler(sampler, batch_size * self.args.world_size)
+
+    def _get_eval_sampler(self, eval_dataset: ExampleDataset) -> Sampler[int] | None:
+        if self.args.world_size == 1:
+            return SequentialSampler(eval_dataset)
+        return PaddedSampler(
+            SequentialSampler(eval_dataset), self.args.eval_batch_size * self.args.world_size
+        )
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return (
+            [b.to(self.args.device) for b in inputs]
+            if isinstance(inputs, list)
+            else inputs.to(self.args.device)
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[list[PackedBatch]], Tensor]:
+        """The device batches of one optimizer step, and how many items (`PER`) the step holds over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = (
+            torch.stack([_count(b) for batch in batches for b in batch]).sum(0) if batches else torch.zeros(4)
+        )
+        counts = counts.to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, counts
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `Trainer`; a checkpoint made with another reference, objective or data is refused.
+
+        Raises:
+            CheckpointError: The checkpoint does not belong to this run.
+        """
+        if resume_from_checkpoint:
+            path = checkpoints.find(resume_from_checkpoint, self.args.output_dir)
+            checkpoints.check_identity(path, self._identity())
+            resume_from_checkpoint = str(path)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Forward and backward pass of a device batch, in pieces where `max_tokens_per_forward` asks for it."""
+        if not self._is_checked:
+            self._check_model(model, inputs[0].to(self.args.device))
+        loss = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs):
+            is_last = number == len(inputs) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, batch, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._check_finite(loss)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: PackedBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """This piece's share of the optimizer step's loss, times the number of ranks (whose gradients are averaged).
+
+        Σ_terms Σ values / count, with the counts of the whole step.
+        """
+        logps = self._logps(model, inputs)
+        terms = self._terms(logps)
+        self._record_metrics("train", logps)
+        detached = [replace(term, values=term.values.detach()) for term in terms]
+        self._step_record.append((inputs, replace(logps, policy=logps.policy.detach()), detached))
+        counts = num_items_in_batch if num_items_in_batch is not None else _count(inputs).to(self.args.device)
+        counts = counts.to(logps.policy.dtype).clamp(min=1)
+        loss = sum(
+            (term.values.sum() / counts[PER.index(term.per)] for term in terms), logps.policy.sum() * 0
+        )
+        return loss * self.args.world_size
+
+    def _logps(self, model: nn.Module, batch: PackedBatch) -> ResponseLogps:
+        policy = response_logps(model, batch)
+        reference = self.reference(batch) if self.reference_sides else batch.reference
+        return with_layout(policy, reference, batch)
+
+    def _terms(self, logps: ResponseLogps) -> LossTerms:
+        return [
+            replace(term, values=weight * term.values)
+            for function, weight in self._loss_functions
+            for term in function(logps)
+        ]
+
+    def _check_finite(self, loss: Tensor) -> None:
+        """Once an optimizer step, before it is taken: the only wait for the device in a step."""
+        record, self._step_record = self._step_record, []
+        # The loss of the last piece alone would hide a NaN of an earlier one.
+        values = [term.values.sum() for _, _, terms in record for term in terms]
+        if torch.stack([loss.detach(), *values]).isfinite().all().item():
+            return
+        rows = [row for batch, logps, terms in record for row in non_finite_rows(batch, logps, terms)]
+        raise NonFiniteLossError(
+            f"step {self.state.global_step + 1}: the loss is not finite; rows: {', '.join(rows) or 'unknown'}. "
+            "No update was made. A lower learning rate, or bf16 in place of fp16, is the usual remedy."
+        )
+
+    def _check_model(self, model: nn.Module, batch: PackedBatch) -> None:
+        """Start-up self-test on a small batch, and equality of policy and reference at step 0.
+
+        Every rank runs the same number of forward passes: sharded models wait for each other in each.
+        """
+        self._is_checked = True
+        was_training = model.training
+        model.eval()
+        probes = _probes(self.train_dataset)
+        alone = [pack([probe]).to(self.args.device) for probe in probes]
+        noise = self_test(model, pack(probes).to(self.args.device), alone)
+        exact = (
+            self.model.dtype in (torch.float32, torch.float64) and self.accelerator.mixed_precision == "no"
+        )
+        if not exact:
+            report = logger.warning if noise > 0.1 else logger.info
+            report("rounding noise of a response's log-prob: %.2g nats (measured by padding alone)", noise)
+        if exact and self._policy_is_reference and self.reference_sides and self.state.global_step == 0:
+            with torch.no_grad():
+                log_ratio = (response_logps(model, batch) - self.reference(batch)).abs().nan_to_num()
+            if batch.num_responses and log_ratio.max() >= MAX_STEP_0_LOG_RATIO:
+                worst = int(log_ratio.argmax())
+                raise ReferenceMismatchError(
+                    f"{batch.row_ids[int(batch.example[worst])]}: before the first update, policy and reference differ "
+                    f"by {float(log_ratio[worst]):.3g} nats on this row, expected less than {MAX_STEP_0_LOG_RATIO}. "
+                    "They are the same weights, so something else changed: dropout, attention kernel or precision."
+                )
+        model.train(was_training)
+
+    # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
+
+    def _record_metrics(self, mode: str, logps: ResponseLogps) -> None:
+        _, parameters, _ = self.mixture[0]
+        is_infopo = self.mixture[0][0] == "infopo"
+        self._metric_sums[mode].add(
+            *preference_metrics(
+                logps,
+                beta=parameters.get("beta", 1.0),
+                reference_sides=self.reference_sides,
+                length_normalized=is_infopo and parameters["length_normalized"],
+                cap=parameters.get("cap", 5.0),
+            )
+        )
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values) if self.args.world_size > 1 else values
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics gathered since the last record (one reduction over ranks)."""
+        if "loss" in logs:
+            logs |= self._metric_sums["train"].reduce(self._gather)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `Trainer`; a dataset given here is tokenized, and its reference computed, as in the constructor.
+
+        Raises:
+            RecipeError: The reference was precomputed from the policy, which training has changed since.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._encode_all(eval_dataset, self.args)
+            if isinstance(self.reference, StoredReference) and self.reference_sides:
+                eval_dataset = self._late_reference(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _late_reference(self, dataset: Any) -> Any:
+        each = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+        if all(d.reference is not None for d in each):
+            return dataset
+        if not self._policy_is_reference or self.state.global_step > 0:
+            raise RecipeError(
+                "evaluate(eval_dataset=...): the reference's log-probs were computed before training and its model "
+                "is gone. Give this dataset to the constructor, or set reference='live'."
+            )
+        if isinstance(dataset, dict):
+            return {name: self._with_reference(d, self.model) for name, d in dataset.items()}
+        return self._with_reference(dataset, self.model)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and metrics over the whole set: sums over counts, each example once, whatever batches and ranks."""
+        model = self._wrap_model(self.model, training=False)
+        if len(self.accelerator._models) == 0 and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        losses = MetricSums()
+        with torch.no_grad(), self.accelerator.autocast():
+            for inputs in dataloader:
+                for batch in self._prepare_inputs(inputs):
+                    logps = self._logps(model, batch)
+                    counts = _count(batch)
+                    for index, term in enumerate(self._terms(logps)):
+                        losses.add({f"{index}": (term.values.sum(), int(counts[PER.index(term.per)]))})
+                    self._record_metrics("eval", logps)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {"loss": sum(losses.reduce(self._gather).values())}
+        metrics |= self._metric_sums["eval"].reduce(self._gather)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset)
+        )
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        """6 x parameters x tokens of the batch: forward and backward pass, attention left out."""
+        parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6.0 * parameters * sum(_row_tokens(batch) for batch in inputs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor([sum(_row_tokens(batch) for batch in inputs)], device=self.args.device)
+            self.state.num_input_tokens_seen += int(self._gather(tokens).sum())
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "reference": self.reference_hash,
+            "reference_sides": sorted(self.reference_sides),
+            "objective": [[name, parameters, weight] for name, parameters, weight in self.mixture],
+            "data": self.train_dataset.content_hash(),
+        }
+
+    def save_final_model(self) -> None:
+        """Writes model and tokenizer to `output_dir`, each file whole or not there."""
+        with checkpoints.staged_files(
+            Path(self.args.output_dir), self.args, self.accelerator.wait_for_everyone
+        ) as new:
+            self.save_model(str(new))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # while staged, the folder is about to be renamed under the upload
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes under a temporary name, makes it durable, renames: a checkpoint is whole or not there."""
+        run_dir = Path(super()._get_output_dir(trial))
+        with checkpoints.staged(
+            run_dir, self.state, self.args, self.accelerator.wait_for_everyone
+        ) as staging:
+            self._staging = str(staging)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.args.should_save:
+                checkpoints.write_identity(staging / f"checkpoint-{self.state.global_step}", self._identity())
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / f"checkpoint-{self.state.global_step}"))
+
+
+def _count(batch: PackedBatch) -> Tensor:
+    """Number of pairs, chosen, rejected responses and tokens of chosen responses, (4,) int64."""
+    tokens = batch.length[batch.chosen].sum()
+    return torch.stack(
+        [tokens.new_tensor(len(i)) for i in (batch.pairs, batch.chosen, batch.rejected)] + [tokens]
+    )
+
+
+def _row_tokens(batch: PackedBatch) -> int:
+    """Tokens of all responses with their prompts, as rows."""
+    start = batch.segment_start
+    return sum(start[s + 1] - start[s] for r in range(batch.num_responses) for s in batch.path(r))
+
+
+def _probes(dataset: ExampleDataset) -> list[PreferenceExample]:
+    """Two short examples of unequal length, together at most `SELF_TEST_TOKENS` tokens of rows."""
+    example, quarter = dataset[0], SELF_TEST_TOKENS // 4
+    prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
+    half = response[: max(1, len(response) // 2)]
+    return [PreferenceExample(prompt, [ids], [], example.row_id) for ids in (response, half)]

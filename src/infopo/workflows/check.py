@@ -1,0 +1,65 @@
+"""`infopo check`: everything that `infopo train` does up to and including one step; nothing is written."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from infopo.build import build_examples, build_tokenizer, build_trainer_on, train_fields
+from infopo.config import Recipe, load_recipe
+from infopo.data.encode import render
+from infopo.data.examples import ExampleDataset
+
+RENDERED_EXAMPLES = 3
+
+
+def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Validates a recipe, loads its model, tokenizes its data, does one step, and says what it found.
+
+    Raises:
+        InfoPOError: Anything that would stop `infopo train`.
+    """
+    recipe = load_recipe(recipe_path, overrides, train_fields())
+    print(f"recipe: {recipe_path} is valid")
+    tokenizer = build_tokenizer(recipe)
+    train, counts = build_examples(recipe.data, tokenizer)
+    print(*counts.lines(), sep="\n")
+    _print_lengths(train)
+    if recipe.data.has_eval:
+        _, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
+        print(*eval_counts.lines(), sep="\n")
+    for index in range(min(RENDERED_EXAMPLES, len(train))):
+        print(f"--- {train[index].row_id} (scored tokens are marked)")
+        print(render(train[index], tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, _first_step(recipe, train), None)
+        start = time.perf_counter()
+        result = trainer.train()
+        seconds = time.perf_counter() - start
+    print(f"one step: loss {result.training_loss:.4f}, {seconds:.1f} s")
+    print("check passed")
+
+
+def _one_step(recipe: Recipe, folder: str) -> Recipe:
+    train = {
+        k: v for k, v in recipe.train.items() if not k.startswith(("eval_", "save_", "load_best", "push_to"))
+    }
+    train |= {"max_steps": 1, "save_strategy": "no", "report_to": "none", "logging_steps": 1}
+    train.pop("resume_from_checkpoint", None)
+    return replace(recipe, train=train, output_dir=folder)
+
+
+def _first_step(recipe: Recipe, dataset: ExampleDataset) -> ExampleDataset:
+    """As many examples as one optimizer step of one process takes: the reference pass need not run on all rows."""
+    size = recipe.train.get("per_device_train_batch_size", 8) * recipe.train.get(
+        "gradient_accumulation_steps", 1
+    )
+    return ExampleDataset.from_examples(dataset[i] for i in range(min(size, len(dataset))))
+
+
+def _print_lengths(dataset: ExampleDataset) -> None:
+    quantiles = np.quantile(dataset.lengths, [0, 0.5, 0.9, 1]).astype(int).tolist()
+    print("tokens an example (prompt and responses): min {}, median {}, 90 % {}, max {}".format(*quantiles))

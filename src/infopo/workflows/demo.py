@@ -1,0 +1,388 @@
+"""`infopo demo`: what each method does to a small model, at three learning rates, on the same pairs."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from infopo.build import build_examples, build_trainer_on
+from infopo.catalog import OBJECTIVES
+from infopo.config import DataSection, ModelSection, ObjectiveSection, Recipe, ReferenceSection, to_yaml
+from infopo.data.examples import ExampleDataset
+from infopo.errors import RecipeError
+from infopo.generate import sample
+from infopo.lab import Problem, make_problems
+from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt
+from infopo.lab.preferences import make_pairs
+from infopo.models import LAB_POLICY, load_policy, load_tokenizer
+from infopo.records import PreferenceExample, Role
+from infopo.reference import precompute
+from infopo.report.figures import draw_demo
+from infopo.runs import RunWriter, environment, read_run, write_json_atomic, write_text_atomic
+from infopo.workflows.train import MetricsFile
+
+METHODS: Mapping[str, tuple[str, dict[str, float]]] = {
+    "infopo": ("infopo", {"beta": 1.0}),
+    "dpo_beta0.1": ("dpo", {"beta": 0.1}),
+    "dpo_beta1": ("dpo", {"beta": 1.0}),
+    "dpo_nll": ("dpo", {"beta": 0.1, "nll_weight": 1.0}),
+    "sft": ("sft", {}),
+}
+"""Name in the summary -> objective and its parameters."""
+
+LEARNING_RATES = (1e-5, 5.6e-5, 3.2e-4)
+"""A decade and a half, the same for every method."""
+
+TRAIN_PAIRS = 1200
+HELD_OUT_PAIRS = 300
+EPOCHS = 2
+BATCH_SIZE = 32
+EVALUATION_PROBLEMS = 1000
+KL_SAMPLES = 512
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained model. Log-probs and KL in nats a response, on held-out problems.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        beta: β of the objective; None where it has none.
+        accuracy: Share of `n` held-out problems that greedy decoding solves.
+        accuracy_ci95: 95 % Wilson interval.
+        n: Number of problems.
+        chosen_logp_change: Mean log π_θ(y_w|x) - log π_ref(y_w|x) over held-out pairs.
+        rejected_logp_change: The same of rejected responses.
+        kl_from_reference: KL(π_θ ‖ π_ref), the mean of log π_θ - log π_ref over `KL_SAMPLES` samples of π_θ.
+        kl_standard_error: Its standard error.
+        seconds: Wall time of training.
+        run: The run directory.
+    """
+
+    learning_rate: float
+    beta: float | None
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+    n: int
+    chosen_logp_change: float
+    rejected_logp_change: float
+    kl_from_reference: float
+    kl_standard_error: float
+    seconds: float
+    run: str
+
+
+@dataclass(frozen=True)
+class World:
+    """What all runs share: where they start, the pairs, and what they are measured on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel
+    train_path: Path
+    train: ExampleDataset
+    held_out: ExampleDataset
+    held_out_logps: npt.NDArray[np.float64]
+    """Of the reference, (responses,)."""
+    problems: list[Problem]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the user chose; enough for a worker process to find or load everything else."""
+
+    directory: Path
+    labels: str
+    seed: int
+
+    def pairs_path(self, part: str) -> Path:
+        return self.directory / f"pairs_{self.labels}_seed{self.seed}_{part}.jsonl"
+
+    def run_dir(self, method: str, learning_rate: float) -> Path:
+        return self.directory / "runs" / f"{self.labels}_seed{self.seed}" / f"{method}_lr{learning_rate:g}"
+
+
+def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict[str, Any]:
+    """Trains every method at every learning rate, prints a table, and writes `summary.json` and two pictures.
+
+    Runs go side by side, one thread each. Those that an earlier call with the same settings finished are taken as
+    they are.
+
+    Returns:
+        The summary.
+
+    Raises:
+        RecipeError: The output folder or the seed cannot be used.
+    """
+    begin = time.perf_counter()
+    setting = Setting(Path(output), labels, seed)
+    _check(setting)
+    print(_sample_pairs(setting))
+    world = _world(setting)
+    start = accuracy(world.reference, world.tokenizer, world.problems)
+    print(f"SFT policy (start): accuracy {start}")
+    methods = {name: [asdict(r) for r in results] for name, results in _run_all(setting).items()}
+    summary = {
+        "schema_version": 1,
+        "labels": labels,
+        "start": {"accuracy": start.accuracy, "accuracy_ci95": start.ci95, "n": start.n},
+        "methods": methods,
+        "settings": {
+            "train_pairs": TRAIN_PAIRS,
+            "held_out_pairs": HELD_OUT_PAIRS,
+            "epochs": EPOCHS,
+            "batch_size": BATCH_SIZE,
+            "kl_samples": KL_SAMPLES,
+        },
+        "environment": environment(seed=seed),
+        "seconds": time.perf_counter() - begin,
+    }
+    write_json_atomic(setting.directory / "summary.json", summary)
+    pictures = draw_demo(summary, setting.directory)
+    print("\n".join(table(summary)))
+    written = [setting.directory / "summary.json", *pictures]
+    print(f"\n{summary['seconds']:.0f} s; written: {', '.join(str(path) for path in written)}")
+    return summary
+
+
+def table(summary: Mapping[str, Any]) -> list[str]:
+    """All results of a summary as the lines of a Markdown table."""
+    start = summary["start"]
+    lines = [
+        f"labels: {summary['labels']}; start: accuracy {start['accuracy']:.3f} "
+        f"[{start['accuracy_ci95'][0]:.3f}, {start['accuracy_ci95'][1]:.3f}], n = {start['n']}; "
+        "log-probs and KL in nats a response, on held-out problems",
+        "",
+        "| method | learning rate | accuracy [95 %] | chosen log-prob | rejected log-prob | KL from start | s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, results in summary["methods"].items():
+        for r in results:
+            low, high = r["accuracy_ci95"]
+            lines.append(
+                f"| {title(name)} | {r['learning_rate']:.1e} | {r['accuracy']:.3f} [{low:.3f}, {high:.3f}] "
+                f"| {r['chosen_logp_change']:+.2f} | {r['rejected_logp_change']:+.2f} "
+                f"| {r['kl_from_reference']:.2f} ± {1.96 * r['kl_standard_error']:.2f} | {r['seconds']:.0f} |"
+            )
+    return lines
+
+
+def title(method: str) -> str:
+    """What a reader calls a method of `METHODS`."""
+    objective, parameters = METHODS[method]
+    values = {"beta": "β", "nll_weight": "NLL"}
+    shown = ", ".join(f"{values[key]} {value:g}" for key, value in parameters.items())
+    return f"{OBJECTIVES[objective].title}{f' ({shown})' if shown else ''}"
+
+
+def _line(name: str, r: Result) -> str:
+    return (
+        f"{title(name):24} lr {r.learning_rate:.1e}  accuracy {r.accuracy:.3f}  chosen {r.chosen_logp_change:+7.2f}  "
+        f"rejected {r.rejected_logp_change:+8.2f}  KL {r.kl_from_reference:6.2f}  {r.seconds:.0f} s"
+    )
+
+
+def _check(setting: Setting) -> None:
+    problems = []
+    if setting.seed < 0:
+        problems.append(f"--seed: expected a number >= 0, got {setting.seed}")
+    try:
+        setting.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problems.append(f"--output: {setting.directory} cannot be made: {error.strerror}")
+    if problems:
+        raise RecipeError(problems)
+
+
+def _sample_pairs(setting: Setting) -> str:
+    """Writes the pairs, the last of them held out, and says how they came about."""
+    reference, tokenizer = load_policy(LAB_POLICY), load_tokenizer(LAB_POLICY)
+    n = TRAIN_PAIRS + HELD_OUT_PAIRS
+    pairs = make_pairs(reference, tokenizer, labels=setting.labels, n=n, seed=setting.seed)
+    for part, rows in (("train", pairs.rows[:TRAIN_PAIRS]), ("held_out", pairs.rows[TRAIN_PAIRS:])):
+        write_text_atomic(setting.pairs_path(part), "".join(json.dumps(row) + "\n" for row in rows))
+    without = ", ".join(f"{count} {reason}" for reason, count in pairs.skipped.items()) or "none"
+    return (
+        f"{n} {setting.labels} pairs from {pairs.samples} samples of the SFT policy ({pairs.right / pairs.samples:.0%} "
+        f"right) on {pairs.problems} problems; problems without a pair: {without}"
+    )
+
+
+@cache
+def _world(setting: Setting) -> World:
+    reference, tokenizer = load_policy(LAB_POLICY), load_tokenizer(LAB_POLICY)
+    train, _ = build_examples(DataSection(path=str(setting.pairs_path("train"))), tokenizer)
+    held_out, _ = build_examples(DataSection(path=str(setting.pairs_path("held_out"))), tokenizer)
+    problems = make_problems(EVALUATION_PROBLEMS, setting.seed, "evaluation")
+    logps = _logps(held_out, reference)
+    return World(tokenizer, reference, setting.pairs_path("train"), train, held_out, logps, problems)
+
+
+def _run_all(setting: Setting) -> dict[str, list[Result]]:
+    """All runs, as many at a time as there are cores; each line appears as its run ends."""
+    results: dict[tuple[str, float], Result] = {}
+    context = multiprocessing.get_context("spawn")
+    workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    tqdm.set_lock(context.RLock())  # of the same context as the processes that share the terminal
+    with (
+        ProcessPoolExecutor(workers, context, _start_worker, (tqdm.get_lock(),)) as pool,
+        tqdm(total=len(METHODS) * len(LEARNING_RATES), desc="runs", position=0) as bar,
+    ):
+        waiting = {pool.submit(_run, setting, m, rate): (m, rate) for m in METHODS for rate in LEARNING_RATES}
+        for done in as_completed(waiting):
+            method, _ = key = waiting[done]
+            results[key] = done.result()
+            bar.update()
+            tqdm.write(_line(method, results[key]))
+    return {method: [results[method, rate] for rate in LEARNING_RATES] for method in METHODS}
+
+
+def _start_worker(lock: Any) -> None:
+    """Threads of several processes on the same cores would wait for each other more than they compute."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(lock)
+
+
+def _run(setting: Setting, method: str, learning_rate: float) -> Result:
+    """Trains one model, or finds it trained, and measures it."""
+    world = _world(setting)
+    objective, parameters = METHODS[method]
+    run_dir = setting.run_dir(method, learning_rate)
+    recipe = Recipe(
+        model=ModelSection(LAB_POLICY),
+        data=DataSection(path=str(world.train_path)),
+        objective=ObjectiveSection(objective, parameters),
+        reference=ReferenceSection(sides="both"),
+        train={
+            "learning_rate": learning_rate,
+            "num_train_epochs": EPOCHS,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "activation_checkpointing": False,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": setting.seed,
+        },
+        output_dir=str(run_dir),
+    )
+    if (finished := _finished(run_dir, recipe)) is not None:
+        return finished
+    writer = RunWriter(run_dir)
+    writer.write_recipe(to_yaml(recipe))
+    bar = StepBar(f"{title(method)}, lr {learning_rate:g}")
+    with contextlib.redirect_stdout(io.StringIO()):  # fifteen reports of the same data would drown the table
+        trainer = build_trainer_on(recipe, world.tokenizer, world.train, None, [MetricsFile(writer), bar])
+        trainer.remove_callback(PrinterCallback)
+        begin = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - begin
+    trainer.save_final_model()
+    result = _measure(
+        world, trainer.model, learning_rate, parameters.get("beta"), seconds, str(run_dir), setting.seed
+    )
+    writer.write_evaluation(asdict(result))
+    return result
+
+
+def _finished(run_dir: Path, recipe: Recipe) -> Result | None:
+    """The result of an earlier run with the same recipe, if it came to its end."""
+    if not run_dir.is_dir():
+        return None
+    run = read_run(run_dir)
+    if run.recipe != to_yaml(recipe) or run.evaluation is None:
+        return None
+    return Result(**{**run.evaluation, "accuracy_ci95": tuple(run.evaluation["accuracy_ci95"])})
+
+
+def _measure(
+    world: World,
+    policy: PreTrainedModel,
+    learning_rate: float,
+    beta: float | None,
+    seconds: float,
+    run: str,
+    seed: int,
+) -> Result:
+    score: AccuracyResult = accuracy(policy, world.tokenizer, world.problems)
+    log_ratio = _logps(world.held_out, policy) - world.held_out_logps
+    chosen = world.held_out.roles == Role.CHOSEN
+    kl = _log_ratios_of_samples(world, policy, seed)
+    return Result(
+        learning_rate=learning_rate,
+        beta=beta,
+        accuracy=score.accuracy,
+        accuracy_ci95=score.ci95,
+        n=score.n,
+        chosen_logp_change=float(log_ratio[chosen].mean()),
+        rejected_logp_change=float(log_ratio[~chosen].mean()),
+        kl_from_reference=float(kl.mean()),
+        kl_standard_error=float(kl.std(ddof=1) / len(kl) ** 0.5),
+        seconds=seconds,
+        run=run,
+    )
+
+
+def _logps(dataset: ExampleDataset, model: PreTrainedModel) -> npt.NDArray[np.float64]:
+    """log π(y|x) of every response (nats), (responses,)."""
+    sides = frozenset({"chosen", "rejected"})
+    values = precompute(dataset, model, sides, batch_size=128, device=torch.device("cpu")).reference
+    assert values is not None
+    return values
+
+
+def _log_ratios_of_samples(world: World, policy: PreTrainedModel, seed: int) -> npt.NDArray[np.float64]:
+    """log π_θ(y|x) - log π_ref(y|x) of samples y of π_θ, (samples,): their mean is KL(π_θ ‖ π_ref)."""
+    prompts = [as_prompt(problem) for problem in world.problems[:KL_SAMPLES]]
+    drawn = sample(
+        policy,
+        world.tokenizer,
+        prompts,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=1.0,
+        batch_size=256,
+        seed=seed,
+    )
+    examples = []
+    for prompt, (response,) in zip(prompts, drawn, strict=True):
+        ids = world.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        end = [world.tokenizer.eos_token_id] if response.finished else []
+        examples.append(PreferenceExample(ids, [[*response.token_ids, *end]], [], "sample"))
+    dataset = ExampleDataset.from_examples(examples)
+    return _logps(dataset, policy) - _logps(dataset, world.reference)
+
+
+class StepBar(TrainerCallback):
+    """A progress bar with the latest metrics, in one line beneath the bar of runs."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        worker = multiprocessing.current_process()._identity[-1:] or (1,)
+        self.bar = tqdm(total=state.max_steps, desc=self.description, position=worker[0], leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        shown = {key: logs[key] for key in ("loss", "logps/chosen", "logps/rejected") if logs and key in logs}
+        self.bar.set_postfix({key: f"{value:.2f}" for key, value in shown.items()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,112 @@
+"""`infopo train`: recipe -> run directory with an aligned model."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from infopo import checkpoints
+from infopo.build import build_trainer, train_fields
+from infopo.config import Recipe, load_recipe, to_yaml
+from infopo.data.counts import DataCounts
+from infopo.errors import RecipeError
+from infopo.runs import METRICS, RunWriter, environment
+from infopo.trainer import InfoPOTrainer
+
+
+def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Trains as the recipe says and returns the run directory.
+
+    The directory holds the model and tokenizer (`from_pretrained` loads them), `metrics.jsonl`, `recipe.yaml`
+    (resolved), `environment.json`, `eval.json` where there is evaluation data, and checkpoints.
+
+    Raises:
+        InfoPOError: Recipe, data, model or checkpoint are at fault.
+    """
+    recipe = load_recipe(recipe_path, overrides, train_fields())
+    run_dir = Path(recipe.output_dir)
+    resume = recipe.train.get("resume_from_checkpoint", False)
+    _refuse_used_directory(run_dir, bool(resume))
+    writer = RunWriter(run_dir)
+    trainer, accounts = build_trainer(recipe, [MetricsFile(writer)])
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        for account in accounts:
+            print(*account.lines(), sep="\n")
+        writer.write_recipe(to_yaml(recipe))
+        writer.write_environment(_environment(recipe, trainer, accounts))
+    if resume is True and checkpoints.last(str(run_dir)) is None:
+        if is_main:
+            print(f"{run_dir}: no checkpoint yet, starting afresh")
+        resume = False
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_final_model()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        if is_main:
+            writer.write_evaluation(metrics)
+    if is_main:
+        print(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
+    return run_dir
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log record to the run's `metrics.jsonl`; on resume, drops what was logged after the checkpoint."""
+
+    def __init__(self, writer: RunWriter) -> None:
+        self.writer = writer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.writer.truncate_metrics_after(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            self.writer.append_metrics({"step": state.global_step, "time": round(time.time(), 3), **logs})
+
+
+def _refuse_used_directory(run_dir: Path, resumes: bool) -> None:
+    """A second run in the same directory would mix its metrics and checkpoints with the first one's."""
+    if resumes or not run_dir.is_dir():
+        return
+    if (run_dir / METRICS).exists() or checkpoints.last(str(run_dir)) is not None:
+        raise RecipeError(
+            f"output_dir: {run_dir} already holds a run. Continue it with train.resume_from_checkpoint=true, "
+            "name another output_dir, or remove the folder"
+        )
+
+
+def _environment(recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCounts]) -> dict[str, Any]:
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return environment(
+        seed=trainer.args.seed,
+        accelerators=accelerators,
+        extra={
+            "model": {"name_or_path": recipe.model.name_or_path, "sha256": trainer.policy_hash},
+            "reference": {"source": recipe.reference.source, "sha256": trainer.reference_hash},
+            "data": {"path": recipe.data.path, "sha256": trainer.train_dataset.content_hash()},
+            "rows": [
+                {
+                    "source": a.source,
+                    "rows": a.rows,
+                    "used": a.used,
+                    "skipped": dict(a.skipped),
+                    "notes": dict(a.notes),
+                }
+                for a in accounts
+            ],
+            "processes": trainer.args.world_size,
+        },
+    )

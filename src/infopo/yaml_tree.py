@@ -1,0 +1,244 @@
+"""YAML text and `key=value` overrides as one tree of settings that knows where each key came from.
+
+Knows no recipe. YAML is read by the 1.2 core schema, where `no` and `on` are text (`eval_strategy: no` means what it
+says) and `1e-6` is a number; PyYAML's own 1.1 rules read a boolean and a text there.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from infopo.errors import RecipeError
+
+Tree = dict[str, Any]
+"""Settings by name; sections are trees themselves."""
+
+
+class Problems:
+    """Problems in the order found, each at a dotted path, with the lines (or overrides) that paths came from."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.places: dict[str, str] = {}
+        self._found: list[tuple[str, str]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, path: str, message: str) -> None:
+        self._found.append((path, message))
+
+    def fail(self, path: str, message: str) -> RecipeError:
+        """The error of a recipe that cannot be read any further."""
+        self.add(path, message)
+        return RecipeError(self.sentences(), self.source)
+
+    def sentences(self) -> list[str]:
+        return [f"{self._located(path)}: {message}" for path, message in self._found]
+
+    def _located(self, path: str) -> str:
+        for known in (path, *_parents(path)):
+            if place := self.places.get(known):
+                return f"{path} ({place})"
+        return path
+
+
+def join_path(path: str, key: str) -> str:
+    """Dotted path of a key beneath `path`; the top level has the empty path."""
+    return f"{path}.{key}" if path else key
+
+
+def _parents(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+_NULL, _BOOL, _INT, _FLOAT, _STR, _MAP, _SEQ, _MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "map", "seq", "merge")
+)
+_CORE_TAGS = {_NULL, _BOOL, _INT, _FLOAT, _STR, _MAP, _SEQ}
+_CORE_SCHEMA = (
+    (_NULL, r"~|null|Null|NULL|", [*"~nN", ""]),
+    (_BOOL, r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    (_INT, r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+    (
+        _FLOAT,
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        [*"-+.0123456789"],
+    ),
+    (_MERGE, "<<", ["<"]),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader under the YAML 1.2 core schema."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
+
+    def construct_core_int(self, node: yaml.ScalarNode) -> int:
+        return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes whatever either YAML 1.1 or 1.2 would not read as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # PyYAML's own choice of quotes loses next-line and line-separator characters.
+        return self.represent_scalar(_STR, text, style=None if text.isprintable() else '"')
+
+
+for _tag, _pattern, _first in _CORE_SCHEMA:
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})\Z"), _first)
+    _Dumper.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})\Z"), _first)
+_Loader.add_constructor(_INT, _Loader.construct_core_int)
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def read_tree(text: str, problems: Problems) -> Tree:
+    """The top-level mapping; records the line of every key and refuses what a recipe has no use for."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise problems.fail("recipe", "is empty; expected at least model, data and output_dir")
+        if not isinstance(node, yaml.MappingNode):
+            kind, line = type(node).__name__.removesuffix("Node").lower(), node.start_mark.line + 1
+            raise problems.fail(
+                "recipe", f"expected `key: value` lines at the top level, got a {kind} on line {line}"
+            )
+        _inspect(node, "", problems, open_nodes=[], seen=set())
+        tree = _construct(loader, node)
+    except yaml.YAMLError as error:
+        raise problems.fail(*_syntax_problem(error)) from error
+    except RecursionError as error:
+        raise problems.fail("recipe", "is nested too deeply to read") from error
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _construct(loader: _Loader, node: yaml.Node) -> Any:
+    """The value of a node; `!!float x`, or an integer too long for Python, is a YAML error like any other."""
+    try:
+        return loader.construct_document(node)
+    except (ValueError, KeyError) as error:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a value cannot be read: {error}", node.start_mark
+        ) from error
+
+
+def _syntax_problem(error: Exception) -> tuple[str, str]:
+    """Place and message of a YAML error."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return (f"line {mark.line + 1}" if mark else "recipe", f"not valid YAML: {what}")
+
+
+def _inspect(
+    node: yaml.Node, path: str, problems: Problems, open_nodes: list[yaml.Node], seen: set[yaml.Node]
+) -> None:
+    """Notes lines; finds duplicate keys, keys that are not text, foreign tags, NaN, and self-reference."""
+    if node in open_nodes:
+        raise problems.fail(path, "refers to itself")
+    if node in seen:
+        return
+    seen.add(node)
+    if node.tag not in _CORE_TAGS:
+        problems.add(path or "recipe", f"tag {node.tag} has no meaning in a recipe; remove it")
+    elif node.tag == _FLOAT and node.value.lower() == ".nan":
+        problems.add(path, "NaN is no setting")
+    open_nodes.append(node)
+    if isinstance(node, yaml.MappingNode):
+        _drop_odd_keys(node, path, problems)
+        _find_duplicates(node, path, problems)
+        for key, value in node.value:
+            child = join_path(path, key.value)
+            problems.places.setdefault(child, f"line {key.start_mark.line + 1}")
+            _inspect(value, child, problems, open_nodes, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _inspect(item, f"{path}[{index}]", problems, open_nodes, seen)
+    open_nodes.pop()
+
+
+def _drop_odd_keys(node: yaml.MappingNode, path: str, problems: Problems) -> None:
+    """Notes and removes keys that are not text, so that no later check meets one."""
+    sound = [(key, value) for key, value in node.value if key.tag in (_STR, _MERGE)]
+    for key, _ in node.value:
+        if key.tag not in (_STR, _MERGE):
+            name = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+            line = key.start_mark.line + 1
+            problems.add(
+                path or "recipe", f"{name!r} on line {line} is no text, but keys are; put it in quotes"
+            )
+    node.value = sound
+
+
+def _find_duplicates(node: yaml.MappingNode, path: str, problems: Problems) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.value in first:
+            problems.add(
+                join_path(path, key.value), f"given twice, on lines {first[key.value]} and {line}; keep one"
+            )
+        first.setdefault(key.value, line)
+
+
+def apply_override(tree: Tree, override: str, problems: Problems) -> None:
+    """Sets one dotted key in `tree`; what is wrong with `key=value` itself is noted."""
+    place = f"override {override!r}"
+    path, equals, text = override.partition("=")
+    names = path.strip().split(".")
+    if not equals:
+        return problems.add(place, "expected key=value, e.g. train.learning_rate=1e-6")
+    if not all(names):
+        return problems.add(place, "expected a key before `=`, its parts separated by single dots")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        value = None
+        if node is not None:
+            _inspect(node, path.strip(), problems, open_nodes=[], seen=set())
+            value = _construct(loader, node)
+    except (yaml.YAMLError, RecursionError) as error:
+        return problems.add(place, f"the value is {_syntax_problem(error)[1]}")
+    if blocker := _assign(tree, names, value):
+        return problems.add(place, blocker)
+    path = ".".join(names)
+    for stale in [known for known in problems.places if known == path or known.startswith(f"{path}.")]:
+        del problems.places[stale]
+    problems.places[path] = "override"
+
+
+def _assign(tree: Tree, names: list[str], value: Any) -> str | None:
+    """`tree[a][b][c] = value`, opening sections that are absent or null; what stands in the way, or None."""
+    node = tree
+    for depth, name in enumerate(names[:-1]):
+        child = node.get(name)
+        if not isinstance(child, dict | None):
+            return f"{'.'.join(names[: depth + 1])} is {shown(child)}, which has no key {names[depth + 1]!r}"
+        # A copy: the section may be shared through a YAML anchor, and only this use of it changes.
+        opened = dict(child or {})
+        node[name] = opened
+        node = opened
+    node[names[-1]] = value
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value for a message, as YAML users know it, cut to a line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def dump_tree(tree: Tree) -> str:
+    """YAML that `read_tree` reads back as an equal tree, and YAML 1.1 readers too."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

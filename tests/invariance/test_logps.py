@@ -1,0 +1,150 @@
+"""Log-probs of responses: the definition, isolation, first tokens, and that batching changes nothing (rules 3, 4)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2Config, MistralConfig
+
+from infopo.data.packing import pack, select
+from infopo.errors import LogpsError
+from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
+from infopo.records import EMPTY_EXAMPLE, PreferenceExample
+from worlds import random_examples, tiny_llama, tiny_of
+
+# Sums over at most 12 tokens in float32, whose logits carry rounding of about 1e-6 each.
+FLOAT32 = {"rtol": 0.0, "atol": 2e-5}
+FLOAT64 = {"rtol": 0.0, "atol": 1e-6}  # RMSNorm and rotary embeddings stay float32 in a float64 model
+
+EXAMPLES = random_examples(6, chosen=(1, 0, 2), rejected=(1, 2))
+
+
+@pytest.fixture(params=sorted(PATHS))
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def definition(model: torch.nn.Module, example: PreferenceExample) -> list[torch.Tensor]:
+    """Σ_t log softmax(logits before t)[y_t], one unpadded sequence at a time, straight from the textbook."""
+    values = []
+    for response in example.response_ids:
+        tokens = torch.tensor([[*example.prompt_ids, *response]])
+        logps = model(input_ids=tokens).logits[0].log_softmax(-1)
+        first = len(example.prompt_ids)
+        values.append(sum(logps[t - 1, tokens[0, t]].double() for t in range(first, tokens.shape[1])))
+    return values
+
+
+def test_log_probs_are_the_sums_of_the_textbook(path: str) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        expected = torch.stack([v for e in EXAMPLES for v in definition(model, e)])
+        torch.testing.assert_close(response_logps(model, pack(EXAMPLES), path), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("config", [
+    GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3),
+    MistralConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, sliding_window=4, initializer_range=0.3),
+], ids=["absolute positions", "sliding window"])  # fmt: skip
+def test_log_probs_are_the_sums_of_the_textbook_on_other_architectures(path: str, config: object) -> None:
+    model = tiny_of(config)
+    with torch.no_grad():
+        expected = torch.stack([v for e in EXAMPLES for v in definition(model, e)])
+        torch.testing.assert_close(response_logps(model, pack(EXAMPLES), path), expected, **FLOAT32)
+
+
+def test_gradients_are_those_of_the_textbook(path: str) -> None:
+    model = tiny_llama(dtype=torch.float64)
+    weights = torch.linspace(-1, 2, pack(EXAMPLES).num_responses, dtype=torch.float64)
+    (response_logps(model, pack(EXAMPLES), path) * weights).sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (torch.stack([v for e in EXAMPLES for v in definition(model, e)]) * weights).sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters())
+    for ours, p in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=0, atol=1e-6 * largest)
+
+
+def test_changing_any_token_of_one_response_moves_no_other(path: str) -> None:
+    model, base = tiny_llama(), pack(EXAMPLES)
+    with torch.no_grad():
+        before = response_logps(model, base, path)
+        for victim in range(base.num_responses):
+            segment = base.leaf[victim]
+            for position in range(base.segment_start[segment], base.segment_start[segment + 1]):
+                tokens = base.input_ids.clone()
+                tokens[position] = tokens[position] % 60 + 1
+                moved = (response_logps(model, replace(base, input_ids=tokens), path) - before).abs()
+                assert moved[victim] > 1e-3
+                moved[victim] = 0
+                assert moved.max() < FLOAT32["atol"]
+
+
+def test_the_first_token_of_every_response_is_scored(path: str) -> None:
+    """One-token responses read the logits at the prompt's end: over the whole vocabulary, Σ p = 1."""
+    model = tiny_llama()
+    example = PreferenceExample([5, 6, 7], [[t] for t in range(61)], [], "r")
+    with torch.no_grad():
+        logps = response_logps(model, pack([example]), path)
+    torch.testing.assert_close(logps.exp().sum(), torch.tensor(1.0, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_order_and_split_of_a_batch_change_nothing(path: str) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        together = response_logps(model, pack(EXAMPLES), path)
+        apart = torch.cat([response_logps(model, pack([e]), path) for e in EXAMPLES])
+        reversed_ = torch.cat([response_logps(model, pack([e]), path) for e in EXAMPLES[::-1]])
+        shuffled = response_logps(model, pack(EXAMPLES[::-1]), path)
+    torch.testing.assert_close(together, apart, **FLOAT32)
+    torch.testing.assert_close(shuffled, reversed_, **FLOAT32)
+
+
+def test_sums_are_float64_and_logits_float32_at_least(path: str) -> None:
+    half = tiny_llama(dtype=torch.bfloat16)
+    logps = response_logps(half, pack(EXAMPLES), path)
+    assert logps.dtype == torch.float64
+    # A bfloat16 log-softmax would leave values on its grid of 8 significant bits.
+    assert any(float(v) != float(v.to(torch.bfloat16)) for v in logps[:3].detach())
+
+
+def test_a_batch_without_responses_still_reaches_every_parameter_with_a_zero_gradient(path: str) -> None:
+    model = tiny_llama()
+    logps = response_logps(model, pack([EMPTY_EXAMPLE]), path)
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
+def alone(examples: list[PreferenceExample]) -> list:
+    batch = pack(examples)
+    return [select(batch, [r]) for r in range(batch.num_responses)]
+
+
+def test_the_self_test_accepts_a_sound_model_and_measures_its_noise(path: str) -> None:
+    assert self_test(tiny_llama(), pack(EXAMPLES), alone(EXAMPLES), path) < 1e-4
+
+
+class LooksAtNeighbours(torch.nn.Module):
+    """A model whose logits depend on the other rows of its batch, as capacity-limited experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+
+    def forward(self, **kwargs: torch.Tensor) -> object:
+        output = self.inner(**kwargs)
+        output.logits = output.logits * (1 + 0.01 * output.logits.shape[0])
+        return output
+
+
+def test_the_self_test_refuses_a_model_that_looks_at_its_neighbours_by_name(path: str) -> None:
+    with pytest.raises(LogpsError, match=r"LooksAtNeighbours: .* nats with"):
+        self_test(LooksAtNeighbours(), pack(EXAMPLES), alone(EXAMPLES), path)
+
+
+def test_half_precision_is_measured_not_refused(path: str) -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    noise = padding_noise(model, pack(EXAMPLES), alone(EXAMPLES), path)
+    assert self_test(model, pack(EXAMPLES), alone(EXAMPLES), path) == noise

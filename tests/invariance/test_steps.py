@@ -1,0 +1,155 @@
+"""An optimizer step is the same however its examples are cut into batches, pieces and ranks (rule 4)."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
+
+from infopo.arguments import InfoPOConfig
+from infopo.catalog import OBJECTIVES
+from infopo.data.examples import ExampleDataset
+from infopo.data.sampling import PaddedSampler
+from infopo.trainer import InfoPOTrainer
+from worlds import random_dataset, tiny_llama
+
+# Adam normalises gradients, which would hide a wrong scale; SGD keeps it. Float32 rounding of sums in another order.
+SETTINGS: dict[str, Any] = {
+    "max_steps": 3,
+    "learning_rate": 1e-3,
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "activation_checkpointing": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "reference_sides": "both",
+}
+TOLERANCE = 2e-5
+
+
+class Logs(TrainerCallback):
+    def __init__(self) -> None:
+        self.records: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.records.append(dict(logs))
+
+
+def run(tmp_path: Path, dataset: ExampleDataset, tokenizer: Any, **settings: Any) -> tuple[list, list]:
+    """Weights after training, and the log records."""
+    logs = Logs()
+    args = InfoPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings})
+    model = tiny_llama()
+    InfoPOTrainer(
+        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[logs]
+    ).train()
+    return [p.detach().clone() for p in model.parameters()], logs.records[:-1]
+
+
+def assert_same(a: tuple[list, list], b: tuple[list, list]) -> None:
+    for ours, theirs in zip(a[0], b[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    for number, (ours, theirs) in enumerate(zip(a[1], b[1], strict=True)):
+        assert ours.keys() == theirs.keys()
+        # Before the first update every margin is zero up to rounding, whose sign decides the accuracy.
+        left_out = {"grad_norm", "epoch", "rewards/accuracies"} if number == 0 else {"grad_norm", "epoch"}
+        for name in ours.keys() - left_out:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from infopo.lab.tokenizer import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_accumulation_and_pieces_change_neither_loss_nor_weights(
+    tmp_path: Path, tokenizer: Any, objective: str
+) -> None:
+    """1 x 8 = 8 x 1 = 8 in pieces of at most 60 tokens, unequal numbers of responses a prompt included."""
+    data = random_dataset(24, chosen=(1, 2), rejected=(1, 1, 3))
+    whole = run(tmp_path, data, tokenizer, objective=objective, per_device_train_batch_size=8)
+    accumulated = run(
+        tmp_path,
+        data,
+        tokenizer,
+        objective=objective,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+    )
+    pieces = run(
+        tmp_path,
+        data,
+        tokenizer,
+        objective=objective,
+        per_device_train_batch_size=8,
+        max_tokens_per_forward=60,
+    )
+    assert_same(whole, accumulated)
+    assert_same(whole, pieces)
+
+
+def test_unpaired_data_train_infopo_and_an_uneven_last_step_weighs_its_own_rows(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    data = random_dataset(10, chosen=(1, 0), rejected=(0, 1))
+    a = run(tmp_path, data, tokenizer, per_device_train_batch_size=4)
+    b = run(tmp_path, data, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert_same(a, b)
+
+
+def test_checkpointing_activations_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    data = random_dataset(12)
+    plain = run(tmp_path, data, tokenizer, per_device_train_batch_size=4)
+    for reentrant in (True, False):
+        kwargs = {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
+        assert_same(plain, run(tmp_path, data, tokenizer, per_device_train_batch_size=4, **kwargs))
+
+
+@pytest.mark.parametrize("reference", ["live", "precompute"])
+def test_where_the_reference_comes_from_changes_nothing(
+    tmp_path: Path, tokenizer: Any, reference: str
+) -> None:
+    data = random_dataset(12)
+    auto = run(tmp_path, data, tokenizer, per_device_train_batch_size=4)
+    assert_same(auto, run(tmp_path, data, tokenizer, per_device_train_batch_size=4, reference=reference))
+
+
+def test_absent_rows_fill_the_last_batch_and_no_row_comes_twice() -> None:
+    sampler = PaddedSampler(SequentialSampler(range(10)), 4)
+    assert list(sampler) == [*range(10), 10, 11]
+    assert len(sampler) == 12
+    assert list(PaddedSampler(SequentialSampler(range(8)), 4)) == list(range(8))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["infopo", "dpo"])
+def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path, tokenizer: Any, objective: str) -> None:
+    """21 rows on 2 ranks x 4: the last step leaves one rank short, and no row may count twice."""
+    data = random_dataset(21, chosen=(1, 2), rejected=(1, 1, 3))
+    settings = {"objective": objective, "max_steps": -1, "num_train_epochs": 2}
+    one = run(tmp_path, data, tokenizer, per_device_train_batch_size=8, **settings)
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    subprocess.run([*command, str(tmp_path / "out.pt"), objective], check=True, timeout=300)
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert_same(one, (two["weights"], two["logs"]))

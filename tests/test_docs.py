@@ -1,0 +1,96 @@
+"""Documentation and code name the same things."""
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from infopo import catalog, config, objectives
+
+ROOT = Path(__file__).parents[1]
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+EQUATIONS = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
+SECTIONS = {
+    "model": config.ModelSection,
+    "model.adapter": config.AdapterSection,
+    "data": config.DataSection,
+    "reference": config.ReferenceSection,
+}
+
+
+def section_of(heading: str) -> str:
+    """Text under a heading of the page on recipes, up to the next heading."""
+    return re.split(r"^##", RECIPES.split(f"# `{heading}`\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def documented(heading: str) -> dict[str, str]:
+    """Keys in the first column of a section's table, with their defaults."""
+    return dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section_of(heading), flags=re.MULTILINE))
+
+
+def in_yaml(default: object) -> str:
+    return config.dump_tree({"value": default}).partition(":")[2].strip()
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_page_on_recipes_names_exactly_the_keys_of_each_section(heading: str):
+    assert list(documented(heading)) == [f.name for f in fields(SECTIONS[heading])]
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_page_on_recipes_gives_the_defaults(heading: str):
+    written = {key: default.strip("`") for key, default in documented(heading).items()}
+    in_code = {
+        f.name: "required" if f.default is MISSING else in_yaml(f.default) for f in fields(SECTIONS[heading])
+    }
+    assert written == in_code
+
+
+def test_page_on_recipes_has_every_top_level_key():
+    for field in fields(config.Recipe):
+        assert f"\n## `{field.name}`\n" in RECIPES
+
+
+def test_page_on_recipes_names_every_objective_with_its_parameters_and_defaults():
+    for name, objective in catalog.OBJECTIVES.items():
+        (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", section_of("objective"), flags=re.MULTILINE)
+        assert re.findall(r"`(\w+)` (\S+?)(?:,| |$)", row) == [
+            (key, in_yaml(parameter.default)) for key, parameter in objective.parameters.items()
+        ]
+
+
+def test_page_on_recipes_names_every_choice():
+    choices = (*config.DTYPES, *catalog.ON_BAD_ROW, *catalog.REFERENCE_MODES, *catalog.REFERENCE_SIDES)
+    assert [choice for choice in choices if f"`{choice}`" not in RECIPES] == []
+
+
+def test_example_on_the_page_is_a_sound_recipe():
+    (example,) = re.findall(r"```yaml\n(.*?)```", RECIPES, flags=re.DOTALL)
+    overrides = re.findall(r"infopo train recipe.yaml (.*)", RECIPES)[0].split()
+    config.parse_recipe(example, source="docs/recipes.md", overrides=overrides)
+
+
+def test_every_objective_has_its_row_of_equations():
+    assert [name for name in objectives.FUNCTIONS if f"| `{name}` |" not in EQUATIONS] == []
+
+
+def test_every_test_named_beside_an_equation_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", EQUATIONS)
+    assert named
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if f"def {test}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")
+    ]
+    assert missing == []
+
+
+def test_every_module_has_its_line_in_the_design():
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    modules = {
+        f"{path.stem}/" if path.is_dir() else path.name
+        for path in (ROOT / "src" / "infopo").iterdir()
+        if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
+    }
+    assert [module for module in sorted(modules) if f"\n  {module} " not in design] == []

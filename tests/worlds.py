@@ -1,0 +1,61 @@
+"""Small random models and examples that tests share. No lab, no files."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from infopo.data.examples import ExampleDataset
+from infopo.records import PreferenceExample
+
+VOCABULARY = 61
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
+    """A random Llama of a few thousand parameters with untied, large enough weights to make errors visible."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **settings,  # type: ignore[arg-type]
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def tiny_of(config: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def ids(rng: random.Random, low: int, high: int) -> list[int]:
+    return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high))]
+
+
+def random_examples(
+    n: int, seed: int = 0, chosen: Sequence[int] = (1,), rejected: Sequence[int] = (1,)
+) -> list[PreferenceExample]:
+    """`n` examples of unequal lengths; the numbers of responses cycle through `chosen` and `rejected`."""
+    rng = random.Random(seed)
+    return [
+        PreferenceExample(
+            prompt_ids=ids(rng, 1, 9),
+            chosen_ids=[ids(rng, 1, 7) for _ in range(chosen[i % len(chosen)])],
+            rejected_ids=[ids(rng, 1, 12) for _ in range(rejected[i % len(rejected)])],
+            row_id=f"rows.jsonl:{i + 1}",
+        )
+        for i in range(n)
+    ]
+
+
+def random_dataset(n: int, seed: int = 0, **kwargs: Sequence[int]) -> ExampleDataset:
+    return ExampleDataset.from_examples(random_examples(n, seed, **kwargs))
