@@ -2,9 +2,10 @@
 
     python scripts/lab_train_policy.py [--out FOLDER] [--steps N]
 
-Supervised training on worked solutions, one pass over fresh problems of the `sft` split, for a fixed number
-of steps with the learning rate decayed to zero. The stop is early enough that the policy still errs on about
-a quarter of the held-out problems, which is what leaves preference training something to do.
+Supervised training on worked solutions, one pass over fresh problems of the `sft` split. The learning rate
+decays linearly over 1,400 steps, and the run stops after 850 of them: an SFT run that was stopped early leaves
+preference training something to do, while one decayed to zero errs only where it knows no better (a policy
+made that way gained nothing from any method).
 
 The run is bit-for-bit reproducible on one machine with the thread count below; another CPU or torch build
 rounds differently, so its weights differ slightly and its accuracy by a few points.
@@ -23,9 +24,10 @@ from infopo.lab.evaluation import accuracy
 from infopo.lab.problems import Problem
 from infopo.lab.tokenizer import MODEL_MAX_LENGTH, build_tokenizer
 
-THREADS = 2
+THREADS = 1  # the order of sums, and so the weights, would change with their number
 SEED = 0
-STEPS = 700
+STEPS = 850
+SCHEDULE_STEPS = 1400
 BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
@@ -84,9 +86,9 @@ def collate(rows: list[tuple[list[int], int]], pad_token_id: int) -> tuple[torch
     return input_ids[:, :-1], labels[:, 1:]
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to zero at the last step."""
-    return min((step + 1) / WARMUP_STEPS, (steps - step) / max(1, steps - WARMUP_STEPS))
+def learning_rate_factor(step: int) -> float:
+    """Linear warm-up, then linear decay to zero at the schedule's end."""
+    return min((step + 1) / WARMUP_STEPS, (SCHEDULE_STEPS - step) / (SCHEDULE_STEPS - WARMUP_STEPS))
 
 
 def train(model: LlamaForCausalLM, rows: list[tuple[list[int], int]], pad_token_id: int, steps: int) -> None:
@@ -94,7 +96,7 @@ def train(model: LlamaForCausalLM, rows: list[tuple[list[int], int]], pad_token_
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
     model.train()
     for step in range(steps):
         input_ids, labels = collate(rows[step * BATCH_SIZE : (step + 1) * BATCH_SIZE], pad_token_id)

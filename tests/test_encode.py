@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from infopo.data.counts import DataCounts
 from infopo.data.encode import (
     END_OF_TURN_APPENDED,
+    END_OF_TURN_DOUBLED,
     END_OF_TURN_LOST,
     MERGED_TOKENS,
     NOT_A_PREFIX,
@@ -300,7 +301,7 @@ def test_only_what_the_generation_prompt_shares_with_the_prompts_own_turns_must_
     encoded = encoder.encode(chat_row())
     assert encoded.notes == (NOT_A_PREFIX, NOT_A_PREFIX)
     assert encoder.tokenizer.decode(encoded.example.prompt_ids) == "<s>user: The sky?\n<think>"
-    assert encoder.tokenizer.decode(encoded.example.chosen_ids[0]) == "assistant: blue.\n</s>"
+    assert encoder.tokenizer.decode(encoded.example.chosen_ids[0]) == "blue.\n</s>"
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
@@ -461,3 +462,27 @@ def test_the_hh_script_makes_a_tokenizer_and_model_that_encode_the_data(tmp_path
     )
     assert (len(dataset), counts.used, counts.rows) == (22, 22, 24)
     assert counts.notes == {}
+
+
+def test_a_response_that_begins_like_the_generation_prompt_loses_nothing():
+    """The generation prompt ends in `<think>`, which the conversation lacks; the response begins alike."""
+    encoder = encoder_of(THINKING)
+    example = encoder.encode(chat_row(chosen="<table>", rejected="<b>")).example
+    texts = [encoder.tokenizer.decode(ids) for ids in example.response_ids]
+    assert texts == ["<table><|im_end|>\n", "<b><|im_end|>\n"]
+
+
+@pytest.mark.parametrize("text", ["blue.<|im_end|>", "blue.<|im_end|>\n", "blue.<|im_end|>\n<|im_end|>"])
+def test_an_end_of_turn_that_the_data_hold_as_text_stands_once(text: str):
+    encoder = encoder_of(CHATML)
+    assert (
+        encoder.encode(chat_row(chosen=text)).example.chosen_ids
+        == encoder.encode(chat_row()).example.chosen_ids
+    )
+    assert encoder.encode(chat_row(chosen=text)).notes == (END_OF_TURN_DOUBLED,)
+    plain = encoder_of().encode(text_row("The sky is", " blue.</s>\n"))
+    assert plain.example.chosen_ids[0].count(EOS) == 1
+
+
+def test_a_response_of_nothing_but_an_end_of_turn_is_empty():
+    assert refusal(encoder_of(CHATML), chat_row(chosen="<|im_end|>")) == "empty chosen"

@@ -3,6 +3,7 @@
 What TRL offers and this trainer cannot honour is refused by name when it is set; leaving it alone changes nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -41,8 +42,25 @@ _NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
         (None, 0.0),
         "the load-balancing loss of mixture-of-experts models is not added",
     ),
+    "train_sampling_strategy": (
+        ("random", "group_by_length", "sequential"),
+        "use group_by_length for batches of similar rows",
+    ),
+    "label_smoothing_factor": (
+        (0.0,),
+        "smooths tokens of a cross-entropy; of preferences, set label_smoothing",
+    ),
+    "neftune_noise_alpha": ((None, 0), "noise on the policy alone makes it differ from its reference"),
+    "prediction_loss_only": ((False,), "evaluation always gives the loss and the metrics"),
+    "include_for_metrics": (([],), "there is no compute_metrics to pass anything to"),
+    "batch_eval_metrics": ((False,), "there is no compute_metrics to call"),
+    "eval_accumulation_steps": ((None,), "evaluation keeps no predictions"),
+    "label_names": ((None,), "responses are their own labels"),
+    "fp16_full_eval": ((False,), "evaluation runs in the precision of training, as its reference did"),
+    "bf16_full_eval": ((False,), "evaluation runs in the precision of training, as its reference did"),
+    "average_tokens_across_devices": ((True,), "the loss is always a mean over all ranks"),
 }
-"""TRL argument -> (values that change nothing, why others are refused)."""
+"""Argument -> (values that change nothing, why others are refused)."""
 
 
 @dataclass
@@ -94,7 +112,7 @@ class InfoPOConfig(TrainingArguments):
     )
 
     objective: str | None = field(default=None, metadata={"help": "Name of the loss; default InfoPO."})
-    loss_type: list[str] | str | None = field(default=None, metadata={"help": "TRL's name(s) of the loss."})
+    loss_type: list[str] | None = field(default=None, metadata={"help": "TRL's name(s) of the loss."})
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several loss types."}
     )
@@ -160,23 +178,23 @@ class InfoPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing in (None, True)
+        old, new = self.gradient_checkpointing, self.activation_checkpointing
+        self.activation_checkpointing = new if new is not None else old in (None, True)
         super().__post_init__()
-        self._refuse_what_is_not_honoured()
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        if problems := self._problems():
-            raise RecipeError(problems)
-
-    def _refuse_what_is_not_honoured(self) -> None:
+        loss_type: Any = self.loss_type  # TRL takes a name as well as a list of them
+        self.loss_type = [loss_type] if isinstance(loss_type, str) else loss_type
         refused = [
             f"{name}={getattr(self, name)!r}: {why}; expected {neutral[0]!r}"
             for name, (neutral, why) in _NOT_HONOURED.items()
             if getattr(self, name) not in neutral
         ]
+        problems = self._problems()
+        if old is not None and new is not None and old != new:
+            problems.append(f"gradient_checkpointing={old} contradicts activation_checkpointing={new}")
         if refused:
-            raise UnsupportedArgumentError(refused)
+            raise UnsupportedArgumentError(refused + problems)
+        if problems:
+            raise RecipeError(problems)
 
     def _problems(self) -> list[str]:
         problems = []
@@ -184,6 +202,8 @@ class InfoPOConfig(TrainingArguments):
             problems.append(
                 f"objective={self.objective!r} and loss_type={self.loss_type!r}: give one of the two"
             )
+        if self.loss_type is not None and not self.loss_type:
+            problems.append("loss_type: is empty; name a loss, or leave it out for InfoPO")
         for name in self.loss_type or []:
             if name not in TRL_LOSS_TYPES:
                 problems.append(
@@ -191,6 +211,13 @@ class InfoPOConfig(TrainingArguments):
                 )
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type or []):
             problems.append(f"loss_weights: expected one weight a loss type, got {self.loss_weights!r}")
+        if not all(0 <= weight < math.inf for weight in self.loss_weights or []):
+            problems.append(f"loss_weights: expected finite numbers >= 0, got {self.loss_weights!r}")
+        for name in ("model_init_kwargs", "objective_parameters"):
+            if not isinstance(getattr(self, name), dict | None):
+                problems.append(
+                    f"{name}: expected a dict (on the command line, JSON), got {getattr(self, name)!r}"
+                )
         if self.on_bad_row not in ON_BAD_ROW:
             problems.append(f"on_bad_row: expected one of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}")
         if self.reference_sides not in REFERENCE_SIDES:
@@ -210,10 +237,24 @@ class InfoPOConfig(TrainingArguments):
                 problems.append(f"{name}: expected a positive number or None, got {value!r}")
         if self.logging_nan_inf_filter:
             problems.append("logging_nan_inf_filter: must be False; it would hide a loss that is NaN")
+        problems += self._loader_problems()
         if not problems:
             for name, parameters, _ in self._mixture():
                 problems += [p.removeprefix("objective.") for p in check_objective(name, parameters)]
         return problems
+
+    def _loader_problems(self) -> list[str]:
+        """accelerate's settings that would repeat rows, or take a batch of another kind apart."""
+        loader = self.accelerator_config
+        return [
+            f"accelerator_config: {name}={getattr(loader, name)!r} does not go with packed batches; expected {right}"
+            for name, right in (("split_batches", False), ("use_seedable_sampler", True))
+            if getattr(loader, name) != right
+        ] + (
+            ["accelerator_config: dispatch_batches=True cannot be used with packed batches; leave it out"]
+            if loader.dispatch_batches
+            else []
+        )
 
     def _mixture(self) -> list[tuple[str, dict[str, Any], float]]:
         given = _as_dict(self.objective_parameters)
@@ -231,15 +272,20 @@ class InfoPOConfig(TrainingArguments):
         ]
 
     def _for_loss_type(self, loss_type: str) -> dict[str, Any]:
-        """Parameters in the sense of TRL: one β for all, SFT as a mean over tokens."""
-        name = TRL_LOSS_TYPES[loss_type]
-        given: dict[str, Any] = {"token_mean": True} if name == "sft" else _as_dict(self.objective_parameters)
-        known = OBJECTIVES[name].parameters
-        if "beta" in known:
-            given["beta"] = 0.1 if self.beta is None else self.beta
-        if "label_smoothing" in known and self.label_smoothing:
+        """Parameters in the sense of TRL: one β for all, SFT as a mean over tokens.
+
+        Of several losses each takes what it knows; a single one takes all that is given, to refuse what it does not.
+        """
+        known = OBJECTIVES[TRL_LOSS_TYPES[loss_type]].parameters
+        given = _as_dict(self.objective_parameters)
+        if self.beta is not None:
+            given["beta"] = self.beta
+        if self.label_smoothing:
             given["label_smoothing"] = self.label_smoothing
-        return given
+        if len(self.loss_type or []) > 1:
+            given = {name: value for name, value in given.items() if name in known}
+        defaults = {"token_mean": True, "beta": 0.1}
+        return {name: value for name, value in defaults.items() if name in known} | given
 
     def mixture(self) -> list[tuple[str, dict[str, Any], float]]:
         """The objectives to add up: (name, all parameters, weight); one, unless `loss_type` names several."""
@@ -263,12 +309,14 @@ def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
     Raises:
         RecipeError: `quantization_config` is given twice.
     """
-    kwargs = dict(args.modelinit_kwargs or {})
+    kwargs = dict(_as_dict(args.model_init_kwargs))
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if "torch_dtype" in kwargs:  # its name until transformers 5
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     kwargs.setdefault("dtype", "float32")  # as TRL: updates of 1e-6 vanish in bfloat16 weights
     if quantization_config is not None:
         if "quantization_config" in kwargs:
-            raise RecipeError("quantization_config is given twice: as an argument and in modelinit_kwargs")
+            raise RecipeError("quantization_config is given twice: as an argument and in model_init_kwargs")
         kwargs["quantization_config"] = quantization_config
     return kwargs
 
@@ -276,6 +324,7 @@ def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
 def refuse_arguments(
     model: Any,
     ref_model: Any,
+    args: Any,
     data_collator: Any,
     train_dataset: Any,
     compute_metrics: Callable[..., Any] | None,
@@ -289,6 +338,14 @@ def refuse_arguments(
     """
     problems: list[str] = []
     unsupported: list[str] = []
+    if not isinstance(args, InfoPOConfig | None):
+        problems.append(f"args: expected an InfoPOConfig, got {type(args).__name__}")
+    if not isinstance(model, str | torch.nn.Module):
+        problems.append(f"model: expected a model or the name of one, got {type(model).__name__}")
+    if not isinstance(ref_model, torch.nn.Module | None):
+        problems.append(
+            f"ref_model: expected a model, got {type(ref_model).__name__}; the name of one goes into reference"
+        )
     if train_dataset is None:
         problems.append("train_dataset: is required")
     if ref_model is not None and ref_model is model:

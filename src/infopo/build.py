@@ -1,16 +1,21 @@
 """Composition root: recipe -> finished objects. Nothing else builds trainers from settings."""
 
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from accelerate.utils import DynamoBackend
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 
 from infopo import models
 from infopo.arguments import InfoPOConfig
@@ -19,8 +24,10 @@ from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
 from infopo.data.sources import read_rows
+from infopo.errors import RecipeError
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.trainer import InfoPOTrainer
+from infopo.yaml_tree import shown
 
 _SET_ELSEWHERE = {
     "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
@@ -29,16 +36,76 @@ _SET_ELSEWHERE = {
 }  # fmt: skip
 """Arguments that have a place of their own in a recipe, outside `train`."""
 
+Domain = tuple[str, Callable[[float], bool]]
+"""Admissible numbers in words, and the test for them."""
+
+
+def _at_least(low: float) -> Domain:
+    return f">= {low:g}", lambda value: low <= value < math.inf
+
+
+_ABOVE_0: Domain = ("> 0", lambda value: 0 < value < math.inf)
+_BELOW_1: Domain = ("in [0, 1)", lambda value: 0 <= value < 1)
+
+_DOMAINS: Mapping[str, Domain] = {
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "precompute_ref_batch_size", "max_tokens_per_forward", "torch_empty_cache_steps",
+            "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
+        ),
+        _at_least(1),
+    ),
+    **dict.fromkeys(
+        (
+            "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
+            "neftune_noise_alpha", "dataloader_num_workers", "data_seed", "eval_delay",
+        ),
+        _at_least(0),
+    ),
+    "max_steps": ("> 0, or -1 to train for num_train_epochs", lambda value: value > 0 or value == -1),
+    "seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
+}  # fmt: skip
+"""Numbers that transformers takes without a look, and fails on, or trains nothing with, once the data are read."""
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
+}
+"""Texts that are accepted where transformers declares no list of its own."""
+
+
+@dataclass(frozen=True)
+class _NumberField(TrainField):
+    """A `TrainField` with a domain."""
+
+    domain: Domain = field(default=_ABOVE_0, repr=False)
+
+    def problem(self, value: Any) -> str | None:
+        problem = super().problem(value)
+        if problem or not isinstance(value, int | float) or isinstance(value, bool):
+            return problem
+        words, admits = self.domain
+        return None if admits(value) else f"expected a value {words}, got {shown(value)}"
+
 
 @cache
 def train_fields() -> Mapping[str, TrainField]:
     """What a recipe's `train` section accepts: every trainer argument without another place in the recipe."""
     hints = typing.get_type_hints(InfoPOConfig)
-    return {
-        f.name: TrainField(f.name, *_kinds(hints[f.name], f.default))
-        for f in fields(InfoPOConfig)
-        if f.init and f.name not in _SET_ELSEWHERE
-    }
+    table: dict[str, TrainField] = {}
+    for f in fields(InfoPOConfig):
+        if not f.init or f.name in _SET_ELSEWHERE:
+            continue
+        kinds, choices = _kinds(hints[f.name], f.default)
+        choices = _CHOICES.get(f.name) or choices or tuple(f.metadata.get("choices") or ())
+        if f.name in _DOMAINS:
+            table[f.name] = _NumberField(f.name, kinds, choices, _DOMAINS[f.name])
+        else:
+            table[f.name] = TrainField(f.name, kinds, choices)
+    return table
 
 
 def _kinds(hint: Any, default: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
@@ -59,31 +126,91 @@ def _kinds(hint: Any, default: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
             kinds.append(member)
     if default is None and default is not MISSING:
         kinds.append(types.NoneType)
-    return tuple(kinds), tuple(choices)
+    return tuple(dict.fromkeys(kinds)), tuple(choices)
 
 
 def build_arguments(recipe: Recipe) -> InfoPOConfig:
     """The trainer's settings.
 
     Raises:
-        RecipeError: transformers refuses a combination of `train` arguments.
+        RecipeError: transformers or torch refuse a `train` argument, or a combination of them, on this machine.
     """
     train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
     train.setdefault("report_to", "none")
+    # Where there is no accelerator, torch warns of pinned memory at every epoch.
+    train.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     data, reference = recipe.data, recipe.reference
-    return InfoPOConfig(
-        output_dir=recipe.output_dir,
-        objective=recipe.objective.name,
-        objective_parameters=dict(recipe.objective.parameters),
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        on_bad_row=data.on_bad_row,
-        dataset_num_proc=data.num_proc,
-        reference=reference.source,
-        reference_sides=reference.sides,
-        trust_remote_code=recipe.model.trust_remote_code,
-        **train,
-    )
+    try:
+        args = InfoPOConfig(
+            output_dir=recipe.output_dir,
+            objective=recipe.objective.name,
+            objective_parameters=dict(recipe.objective.parameters),
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            on_bad_row=data.on_bad_row,
+            dataset_num_proc=data.num_proc,
+            reference=reference.source,
+            reference_sides=reference.sides,
+            trust_remote_code=recipe.model.trust_remote_code,
+            **train,
+        )
+    except RecipeError as error:
+        raise type(error)([f"train.{problem}" for problem in error.problems]) from error
+    except _REFUSALS as error:
+        raise RecipeError(f"train: transformers refuses these settings: {error}") from error
+    if problems := [*_tracker_problems(args), *_schedule_problems(args), *_combination_problems(args)]:
+        raise RecipeError(problems)
+    return args
+
+
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError)
+"""What transformers and torch raise at settings: a number, a name, a library that is not installed, a file."""
+
+
+def _tracker_problems(args: InfoPOConfig) -> list[str]:
+    installed = get_available_reporting_integrations()
+    return [
+        f"train.report_to: {name!r} is unknown or not installed; installed are {', '.join(installed) or 'none'}"
+        for name in args.report_to or []
+        if name != "none" and name not in installed
+    ]
+
+
+def _schedule_problems(args: InfoPOConfig) -> list[str]:
+    """Builds optimizer and schedule of a single number: what they refuse should not wait until the data are read."""
+    if args.optim_target_modules is not None:  # looks for modules that a single number does not have
+        return []
+    weight = torch.nn.Parameter(torch.zeros(1))
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
+        if {"params", "model", "optimizer_dict"} & settings.keys():
+            return []
+        optimizer = kind([weight], **settings)
+    except _REFUSALS as error:
+        return [f"train.optim: {args.optim.value} cannot be built: {error}"]
+    try:
+        get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(10), 10, args.lr_scheduler_kwargs
+        )
+    except _REFUSALS as error:
+        name = args.lr_scheduler_type.value
+        return [
+            f"train.lr_scheduler_type: {name} cannot be built with train.lr_scheduler_kwargs as it is: {error}"
+        ]
+    return []
+
+
+def _combination_problems(args: InfoPOConfig) -> list[str]:
+    problems = []
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        problems.append(
+            "train.dataloader_persistent_workers: there are no workers; set dataloader_num_workers"
+        )
+    if args.save_strategy == "best" and args.metric_for_best_model is None:
+        problems.append("train.save_strategy: best needs train.metric_for_best_model, e.g. loss")
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        problems.append("train.save_strategy: best needs evaluation; set train.eval_strategy")
+    return problems
 
 
 def build_policy(recipe: Recipe) -> torch.nn.Module:
@@ -100,10 +227,22 @@ def build_policy(recipe: Recipe) -> torch.nn.Module:
 
 
 def build_adapter(recipe: Recipe) -> Any:
-    """The LoRA configuration, or None."""
+    """The LoRA configuration, or None.
+
+    Raises:
+        RecipeError: The modules are named by a regular expression that is none.
+        ModelError: peft is not installed.
+    """
     adapter = recipe.model.adapter
     if adapter is None:
         return None
+    if isinstance(adapter.target_modules, str):
+        try:
+            re.compile(adapter.target_modules)
+        except re.error as error:
+            raise RecipeError(
+                f"model.adapter.target_modules: {adapter.target_modules!r} is no regular expression: {error}"
+            ) from error
     return models.lora_config(
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
@@ -129,17 +268,27 @@ def build_examples(
     """
     path = (data.eval_path or data.path) if evaluation else data.path
     split = (data.eval_split or data.split) if evaluation else data.split
+    named = data.eval_split if evaluation else data.split if data.split != DataSection.split else None
     counts = DataCounts(on_bad_row=data.on_bad_row, source=path)
     encoder = Encoder(tokenizer, max_length=data.max_length, max_prompt_length=data.max_prompt_length)
     source = lab_dataset(path, split) if is_lab_source(path) else path
     rows = islice(read_rows(source, counts, split=split, shape=data.shape), data.limit)
-    return encode_rows(rows, encoder, counts, num_proc=data.num_proc), counts
+    examples = encode_rows(rows, encoder, counts, num_proc=data.num_proc)
+    if isinstance(source, str) and Path(source).expanduser().is_file():
+        if named is not None:
+            counts.notes[f"read although the split {named!r} was asked for: a file has no splits"] = len(
+                examples
+            )
+        if evaluation and path == data.path:
+            counts.notes["to evaluate on, and to train on as well: name data.eval_path"] = len(examples)
+    return examples, counts
 
 
 def build_trainer(
     recipe: Recipe, callbacks: list[TrainerCallback] | None = None
 ) -> tuple[InfoPOTrainer, list[DataCounts]]:
     """Everything a recipe asks for, ready to train, with the accounts of its data."""
+    build_arguments(recipe)  # what is wrong with them should not cost the reading of the data
     tokenizer = build_tokenizer(recipe)
     train, counts = build_examples(recipe.data, tokenizer)
     accounts, evaluation = [counts], None
@@ -156,13 +305,21 @@ def build_trainer_on(
     evaluation: ExampleDataset | None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> InfoPOTrainer:
-    """The recipe's trainer on examples that are at hand."""
-    return InfoPOTrainer(
-        model=build_policy(recipe),
-        args=build_arguments(recipe),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        peft_config=build_adapter(recipe),
-    )
+    """The recipe's trainer on examples that are at hand.
+
+    Raises:
+        RecipeError: A library is not installed, or a folder or the hub cannot be written to.
+    """
+    model, args, adapter = build_policy(recipe), build_arguments(recipe), build_adapter(recipe)
+    try:
+        return InfoPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            peft_config=adapter,
+        )
+    except (OSError, ImportError) as error:
+        raise RecipeError(f"train: the trainer cannot be set up: {error}") from error

@@ -236,4 +236,6 @@ def complete_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, A
     """
     if problems := check_objective(name, parameters):
         raise RecipeError(problems)
-    return {key: parameters.get(key, spec.default) for key, spec in OBJECTIVES[name].parameters.items()}
+    given = {key: parameters.get(key, spec.default) for key, spec in OBJECTIVES[name].parameters.items()}
+    kinds = {key: spec.kind for key, spec in OBJECTIVES[name].parameters.items()}
+    return {key: float(value) if kinds[key] is float else value for key, value in given.items()}

@@ -11,7 +11,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from infopo.errors import CheckpointError
-from infopo.runs import fsync_tree, write_json_atomic
+from infopo.runs import fsync_path, fsync_tree, write_json_atomic
 
 IDENTITY = "infopo_state.json"
 STATE = "trainer_state.json"
@@ -55,6 +55,8 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"{checkpoint}: has no {IDENTITY}; infopo did not write it") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is damaged ({error}); resume from an earlier checkpoint") from error
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path}: is damaged (no JSON object); resume from an earlier checkpoint")
     now = json.loads(json.dumps(identity))
     differing = [
         f"{key} (then {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]
@@ -87,14 +89,14 @@ def staged(
     wait_for_everyone()
     if args.should_save:
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.best_global_step:
-            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-            state.best_model_checkpoint = str(best) if best.is_dir() or best.name == name else None
-            state.save_to_json(str(staging / name / STATE))
+        _fix_best(state, run_dir, name)
+        state.save_to_json(str(staging / name / STATE))
         fsync_tree(staging / name)
         final = run_dir / name
-        shutil.rmtree(final, ignore_errors=True)
+        if final.is_dir():  # moved away first: a kill while it is deleted would leave half a checkpoint
+            final.replace(staging / f"{name}.old")
         (staging / name).replace(final)
+        fsync_path(run_dir)
         shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(run_dir),
@@ -103,6 +105,14 @@ def staged(
             use_mtime=True,
         )
     wait_for_everyone()
+    _fix_best(state, run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")  # on the other ranks
+
+
+def _fix_best(state: TrainerState, run_dir: Path, newest: str) -> None:
+    """Names the best checkpoint by its final place, where transformers noted the temporary one."""
+    if state.best_global_step:
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.is_dir() or best.name == newest else None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The command line: infopo demo · train · check. Parses arguments, prints errors, decides nothing."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -10,22 +11,33 @@ from infopo.errors import InfoPOError
 
 EXIT_INPUT_AT_FAULT = 2
 EXIT_INTERRUPTED = 130
+EXIT_OUTPUT_CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 where the input is at fault, 130 on Ctrl-C."""
+    """Runs a command and returns its exit status.
+
+    0; 2 where the input is at fault; 130 on Ctrl-C; 141 where nobody reads the output any more.
+    """
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # data may hold what a terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # else tokenizers warn in every data-loader worker
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except InfoPOError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT_AT_FAULT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `infopo check ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
+        return EXIT_OUTPUT_CLOSED
     return 0
 
 

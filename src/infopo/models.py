@@ -3,7 +3,9 @@
 A name is a local folder, a hub name, or `lab:policy`, the small model that ships with this package.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from infopo.errors import ModelError
 
 LAB_POLICY = "lab:policy"
 LAB_POLICY_FOLDER = Path(__file__).parent / "lab" / "policy"
+
+_DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,14 +44,23 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         ModelError: The model cannot be found, or its weights do not fit its architecture.
     """
     kwargs.setdefault("use_safetensors", True)
-    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = DTYPES[kwargs["dtype"]]
+    if isinstance(dtype := kwargs.get("dtype"), str) and dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError(f"dtype: expected auto, {', '.join(DTYPES)} or a torch.dtype, got {dtype!r}")
+        kwargs["dtype"] = DTYPES[dtype]
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             resolve_name(name_or_path), output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded: {_first_lines(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # Loaded this way the adapter is frozen, and a second one would nest on it.
+        raise ModelError(
+            f"model {name_or_path!r} is an adapter, not a complete model. Merge it into its base first "
+            "(peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), or in "
+            "Python pass AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) to go on training it"
+        )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {name_or_path!r}: {len(missing)} weights are not in its files and would be random, "
@@ -77,7 +90,7 @@ def is_peft_model(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     """The model with a fresh adapter; only the adapter is trained.
 
     Raises:
@@ -137,23 +150,40 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module, pad_toke
             settings.pad_token_id = tokenizer.pad_token_id
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: policy and reference must be the same function at step 0."""
+ConfigValues = list[tuple[Any, str, float]]
+"""(configuration, name, value) of what was changed in a configuration."""
+
+
+def disable_dropout(model: nn.Module) -> ConfigValues:
+    """Sets every dropout probability to 0: policy and reference must be the same function at step 0.
+
+    Returns:
+        What the model's configurations held before, which is what a saved model should hold (`original_config`).
+    """
+    before: ConfigValues = []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    config = getattr(model, "config", None)
-    for name in (
-        "attention_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-    ):  # functional dropout reads these
-        if hasattr(config, name):
+        # Functional dropout reads a number: of the module, or of the configuration that it holds.
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else []:
+                if isinstance(value, float) and value and any(word in name for word in _DROPOUT_NAMES):
+                    if holder is not module:
+                        before.append((holder, name, value))
+                    setattr(holder, name, 0.0)
+    return before
+
+
+@contextlib.contextmanager
+def original_config(changed: ConfigValues) -> Iterator[None]:
+    """Within it, configurations hold what they held before `disable_dropout`."""
+    for config, name, value in changed:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in changed:
             setattr(config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a plain float, which nn.Module does not know
 
 
 def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None:
@@ -182,10 +212,31 @@ def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None
         )
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all weights: the identity of a model's values."""
+def refuse_frozen(model: nn.Module) -> None:
+    """Refuses a model with nothing to train: its losses would be logged, and its weights stay as they are.
+
+    Raises:
+        ModelError: No parameter asks for a gradient.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__}: no parameter asks for a gradient, so there is nothing to train"
+        )
+
+
+def weights_hash(model: nn.Module, *, without_adapter: bool = False) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all weights: the identity of a model's values.
+
+    Args:
+        model: The model.
+        without_adapter: Leave a PEFT adapter out, and give the base model's own weights their own names.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    weights = model.state_dict()
+    if without_adapter:
+        base, prefix = model.get_base_model(), model.base_model.prefix  # type: ignore[operator, union-attr]
+        weights = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if prefix not in k}
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -77,7 +77,7 @@ class PreferenceExample:
 EMPTY_EXAMPLE = PreferenceExample(prompt_ids=(), chosen_ids=(), rejected_ids=(), row_id="")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
 class PackedBatch:
     """Token segments as a forest; a response is the path from a root to its leaf.
 
@@ -146,7 +146,7 @@ class PackedBatch:
         return replace(self, **pinned)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
 class ResponseLogps:
     """What a loss sees of a batch: log-probs of responses, and who is what. No tokens, no model.
 
@@ -219,7 +219,7 @@ Per = Literal["pair", "chosen", "rejected", "token"]
 """What a loss term is averaged over: pairs, chosen responses, rejected responses, or tokens of chosen responses."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
 class LossTerm:
     """One summand of a loss: values to add up, and what their sum is divided by.
 

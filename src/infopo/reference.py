@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
 from infopo.logps.forward import response_logps
-from infopo.records import PackedBatch, PreferenceExample, Role
+from infopo.records import PackedBatch, PreferenceExample, Role, sum_dtype
 
 _ROLE_OF = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED}
 
@@ -68,8 +68,11 @@ class LiveReference:
     def __call__(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
         roles = {_ROLE_OF[side] for side in self.sides}
         wanted = [i for i, role in enumerate(batch.role.tolist()) if role in roles]
+        was_training = self.model.training
+        self.model.eval()  # it may be the policy, whose dropout is not the reference's
         with torch.no_grad(), self.context():
             values = response_logps(self.model, select(batch, wanted))
+        self.model.train(was_training)
         result = torch.full_like(batch.reference, float("nan"), dtype=values.dtype)
         result[wanted] = values
         return result
@@ -119,7 +122,8 @@ def precompute(
             if targets:
                 values[targets] = response_logps(model, pack(parts).to(device)).cpu().numpy()
     model.train(was_training)
-    values = add_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
+    if world_size > 1:
+        values = add_over_ranks(torch.from_numpy(values).to(device, sum_dtype(device))).double().cpu().numpy()
     values[~_computed(dataset, sides)] = np.nan
     return dataset.with_reference(values)
 

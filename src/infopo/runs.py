@@ -12,6 +12,7 @@ All JSON is strict: NaN and infinities, which JSON cannot hold, are the texts "N
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -117,11 +118,14 @@ class RunWriter:
                 file.write(line)
 
     def truncate_metrics_after(self, step: int) -> None:
-        """Drops what a resumed run will write again: records of later steps, and a half-written last line."""
+        """Drops what a resumed run will write again: records of later steps, a half-written last line, and the summary
+        (`train_runtime`) of a run that ended, with all that follows it.
+        """
         path = self.directory / METRICS
         if not path.exists():
             return
-        kept = [line for line, record in _metric_lines(path) if record is not None and record["step"] <= step]
+        lines = itertools.takewhile(lambda pair: "train_runtime" not in (pair[1] or {}), _metric_lines(path))
+        kept = [line for line, record in lines if record is not None and record["step"] <= step]
         write_text_atomic(path, "".join(f"{line}\n" for line in kept))
         self._last_line_is_whole = True
 
@@ -257,7 +261,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync(path.parent)
+        fsync_path(path.parent)
 
 
 def fsync_tree(directory: str | Path) -> None:
@@ -265,11 +269,12 @@ def fsync_tree(directory: str | Path) -> None:
     directory = Path(directory)
     with _named(directory):
         for path in directory.rglob("*"):
-            _fsync(path)
-        _fsync(directory)
+            fsync_path(path)
+        fsync_path(directory)
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Makes one file, or the names in one folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from infopo import checkpoints, models
@@ -37,13 +36,19 @@ from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack
-from infopo.data.sampling import PaddedSampler
+from infopo.data.sampling import LengthGroupedEpochs, PaddedSampler
 from infopo.data.sources import read_rows
-from infopo.errors import NonFiniteLossError, RecipeError, ReferenceMismatchError, UnsupportedArgumentError
+from infopo.errors import (
+    DataError,
+    NonFiniteLossError,
+    RecipeError,
+    ReferenceMismatchError,
+    UnsupportedArgumentError,
+)
 from infopo.logps.forward import response_logps, self_test, with_layout
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
 from infopo.objectives import LossTerms, loss_function
-from infopo.records import PackedBatch, PreferenceExample, ResponseLogps
+from infopo.records import PackedBatch, PreferenceExample, ResponseLogps, Role
 from infopo.reference import LiveReference, Reference, StoredReference, precompute
 
 logger = logging.getLogger(__name__)
@@ -62,7 +67,7 @@ class InfoPOTrainer(Trainer):
     The interface is that of TRL's `DPOTrainer`; the loss is InfoPO with β = 1 unless `args` name another.
 
     Args:
-        model: The SFT policy: a model, or the name or folder of one.
+        model: The SFT policy: a `PreTrainedModel` or `PeftModel`, or the name or folder of one.
         ref_model: The frozen reference. None: the policy as it is now (see `InfoPOConfig.reference`).
         args: Settings; by default InfoPO's, writing to `<model>-InfoPO`.
         data_collator: None, or a `PreferenceCollator`.
@@ -90,8 +95,8 @@ class InfoPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        ref_model: PreTrainedModel | None = None,
+        model: str | nn.Module,
+        ref_model: nn.Module | None = None,
         args: InfoPOConfig | None = None,
         data_collator: PreferenceCollator | None = None,
         train_dataset: RawDataset | None = None,
@@ -106,23 +111,26 @@ class InfoPOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        refuse_arguments(
+            model, ref_model, args, data_collator, train_dataset, compute_metrics, quantization_config
+        )
+        config = getattr(model, "config", None)
+        name = model if isinstance(model, str) else getattr(config, "_name_or_path", "") or "model"
         args = args or InfoPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-InfoPO")
-        refuse_arguments(model, ref_model, data_collator, train_dataset, compute_metrics, quantization_config)
         set_seed(args.seed)  # before an adapter is initialised at random
-        if isinstance(model, str):
-            model = models.load_policy(model, **init_kwargs(args, quantization_config))
+        policy = model
+        if isinstance(policy, str):
+            policy = models.load_policy(policy, **init_kwargs(args, quantization_config))
         if processing_class is None:
             processing_class = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-        models.set_pad_token(processing_class, model, args.pad_token)
+        models.set_pad_token(processing_class, policy, args.pad_token)
         if peft_config is not None:
-            model = models.add_adapter(model, peft_config)
-        if models.is_peft_model(model) and args.activation_checkpointing:
-            models.let_gradients_reach_adapters(model)
-        if args.disable_dropout:
-            for each in (model, ref_model):
-                if each is not None:
-                    models.disable_dropout(each)
+            policy = models.add_adapter(policy, peft_config)
+        if models.is_peft_model(policy) and args.activation_checkpointing:
+            models.let_gradients_reach_adapters(policy)
+        self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
+        if args.disable_dropout and ref_model is not None:
+            models.disable_dropout(ref_model)
 
         self.mixture = args.mixture()
         self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
@@ -130,10 +138,12 @@ class InfoPOTrainer(Trainer):
             processing_class, max_length=args.max_length, max_prompt_length=args.max_prompt_length
         )
         train_examples = self._encode(train_dataset, "train_dataset", args)
-        models.check_fit(model, train_examples.longest_row, train_examples.largest_token_id)
         eval_examples = self._encode_all(eval_dataset, args)
+        for each in (policy, ref_model):
+            if each is not None:
+                _check_fit(each, train_examples, eval_examples)
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             data_collator=data_collator or PreferenceCollator(args.max_tokens_per_forward),
             train_dataset=train_examples,
@@ -156,6 +166,8 @@ class InfoPOTrainer(Trainer):
         self._step_record: list[tuple[PackedBatch, ResponseLogps, LossTerms]] = []
         self._is_checked = False
         self._staging: str | None = None
+        self._has_trained = False
+        self._adapter_is_fresh = peft_config is not None
         self._set_up_reference(ref_model, quantization_config)
         if self.is_world_process_zero():
             sides = " and ".join(sorted(self.reference_sides)) or "no"
@@ -186,14 +198,21 @@ class InfoPOTrainer(Trainer):
         named_model = source not in ("auto", "precompute", "live", "adapter-off")
         if named_model and ref_model is not None:
             raise RecipeError(f"reference={source!r} and ref_model are both given: give one of the two")
+        if source == "adapter-off" and ref_model is not None:
+            raise RecipeError("reference='adapter-off' and ref_model are both given: give one of the two")
         if source == "adapter-off" and not models.is_peft_model(self.model):
             raise RecipeError("reference='adapter-off': the model has no adapter to switch off")
         if named_model:
-            ref_model = models.load_policy(source, **init_kwargs(self.args, quantization_config))
+            kwargs = init_kwargs(self.args, quantization_config)
+            kwargs["dtype"] = self.model.dtype  # what is compared is computed alike
+            kwargs.setdefault("attn_implementation", self.model.config._attn_implementation)
+            ref_model = models.load_policy(source, **kwargs)
+            _check_fit(ref_model, self.train_dataset, self.eval_dataset)
             if self.args.disable_dropout:
                 models.disable_dropout(ref_model)
         self.policy_hash = models.weights_hash(self.model)
-        self._policy_is_reference = ref_model is None and source != "adapter-off"
+        # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
+        self._policy_is_reference = ref_model is None and (source != "adapter-off" or self._adapter_is_fresh)
         self.reference_in_words = "the policy as it is now" if ref_model is None else "a model of its own"
         self.ref_model: nn.Module | None = None
         self.reference: Reference = StoredReference(self.reference_sides)
@@ -201,7 +220,7 @@ class InfoPOTrainer(Trainer):
             self.reference_hash = None
         elif source == "adapter-off":
             self.reference_in_words = "the policy without its adapter"
-            self.reference_hash = models.weights_hash(self.model.get_base_model())
+            self.reference_hash = models.weights_hash(self.model, without_adapter=True)
             off = self.accelerator.unwrap_model(self.model).disable_adapter
             self.reference = LiveReference(self.model, self.reference_sides, off)
         else:
@@ -210,7 +229,9 @@ class InfoPOTrainer(Trainer):
                 self.ref_model = self._freeze(
                     ref_model if ref_model is not None else copy.deepcopy(self.model)
                 )
-                self.reference = LiveReference(self.ref_model, self.reference_sides)
+                self.reference = LiveReference(
+                    self.ref_model, self.reference_sides, self.accelerator.autocast
+                )
             else:
                 self._store_reference(ref_model if ref_model is not None else self.model)
 
@@ -251,14 +272,33 @@ class InfoPOTrainer(Trainer):
 
     def _encode(self, dataset: RawDataset, name: str, args: InfoPOConfig) -> ExampleDataset:
         if isinstance(dataset, ExampleDataset):
-            return dataset
+            return self._judged(dataset, name)
         counts = DataCounts(on_bad_row=args.on_bad_row, source=name)
         examples = encode_rows(
             read_rows(dataset, counts), self._encoder, counts, num_proc=args.dataset_num_proc
         )
         if args.process_index == 0:
             print(*counts.lines(), sep="\n")
-        return examples
+        return self._judged(examples, name)
+
+    def _judged(self, dataset: ExampleDataset, name: str) -> ExampleDataset:
+        """The dataset, if every example holds what the objective compares: else its loss would be a silent zero."""
+        if not len(dataset):
+            raise DataError("holds no example", name)
+        sides = {"chosen": _has(dataset, Role.CHOSEN), "rejected": _has(dataset, Role.REJECTED)}
+        for objective in (OBJECTIVES[objective] for objective, _, _ in self.mixture):
+            if not any(sides[side].any() for side in objective.sides):
+                raise DataError(
+                    f"holds no {' or '.join(sorted(objective.sides))} response, which {objective.title} needs",
+                    name,
+                )
+            for side, present in sides.items():
+                if objective.pairs and not present.all():
+                    raise DataError(
+                        f"has no {side} response; {objective.title} compares pairs. InfoPO and SFT take unpaired data",
+                        dataset.row_ids[int(present.argmin())],
+                    )
+        return dataset
 
     def _encode_all(self, dataset: Any, args: InfoPOConfig) -> Any:
         if dataset is None or isinstance(dataset, str):
@@ -272,17 +312,26 @@ class InfoPOTrainer(Trainer):
         batch_size = self._train_batch_size
         if self.args.train_sampling_strategy == "group_by_length":
             group = batch_size * self.args.gradient_accumulation_steps
-            generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
-            sampler: Sampler[int] = LengthGroupedSampler(
-                group, lengths=dataset.lengths.tolist(), generator=generator
-            )
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler: Sampler[int] = LengthGroupedEpochs(dataset.lengths.tolist(), group, seed)
         else:
             sampler = super()._get_train_sampler(dataset)
-        if self.args.world_size == 1:
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
             return sampler
         if isinstance(sampler, RandomSampler):  # the order that accelerate would give every rank
             sampler = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
-        return PaddedSampler(sampler, batch_size * self.args.world_size)
+        return PaddedSampler(sampler, batch_size * self.args.world_size, lambda: int(self.state.epoch or 0))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As in `Trainer`, but `dataloader_drop_last` is for training: evaluation is over the whole set."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            # transformers keeps the loader of persistent workers under one name for every dataset that is passed.
+            vars(self).get("_eval_dataloaders", {}).pop("eval", None)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _get_eval_sampler(self, eval_dataset: ExampleDataset) -> Sampler[int] | None:
         if self.args.world_size == 1:
@@ -302,6 +351,10 @@ class InfoPOTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[list[PackedBatch]], Tensor]:
         """The device batches of one optimizer step, and how many items (`PER`) the step holds over all ranks."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed after its last step, inside an epoch: transformers would take one step more.
+            self.control.should_training_stop = True
+            num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = (
             torch.stack([_count(b) for batch in batches for b in batch]).sum(0) if batches else torch.zeros(4)
@@ -320,15 +373,26 @@ class InfoPOTrainer(Trainer):
             CheckpointError: The checkpoint does not belong to this run.
         """
         if resume_from_checkpoint:
-            path = checkpoints.find(resume_from_checkpoint, self.args.output_dir)
-            checkpoints.check_identity(path, self._identity())
-            resume_from_checkpoint = str(path)
+            resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+            self._has_trained = True
+        self._metric_sums["train"], self._step_record = MetricSums(), []
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def find_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
+        """The checkpoint to resume from, if it belongs to this run.
+
+        Raises:
+            CheckpointError: There is none, or it was made with another reference, objective or data.
+        """
+        path = checkpoints.find(resume_from_checkpoint, self.args.output_dir)
+        checkpoints.check_identity(path, self._identity())
+        return str(path)
 
     def training_step(
         self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Forward and backward pass of a device batch, in pieces where `max_tokens_per_forward` asks for it."""
+        self._has_trained = True
         if not self._is_checked:
             self._check_model(model, inputs[0].to(self.args.device))
         loss = torch.zeros((), device=self.args.device)
@@ -398,10 +462,12 @@ class InfoPOTrainer(Trainer):
         model.eval()
         probes = _probes(self.train_dataset)
         alone = [pack([probe]).to(self.args.device) for probe in probes]
-        noise = self_test(model, pack(probes).to(self.args.device), alone)
         exact = (
-            self.model.dtype in (torch.float32, torch.float64) and self.accelerator.mixed_precision == "no"
+            self.model.dtype in (torch.float32, torch.float64)
+            and self.accelerator.mixed_precision == "no"
+            and not self.args.tf32
         )
+        noise = self_test(model, pack(probes).to(self.args.device), alone, exact=exact)
         if not exact:
             report = logger.warning if noise > 0.1 else logger.info
             report("rounding noise of a response's log-prob: %.2g nats (measured by padding alone)", noise)
@@ -413,21 +479,21 @@ class InfoPOTrainer(Trainer):
                 raise ReferenceMismatchError(
                     f"{batch.row_ids[int(batch.example[worst])]}: before the first update, policy and reference differ "
                     f"by {float(log_ratio[worst]):.3g} nats on this row, expected less than {MAX_STEP_0_LOG_RATIO}. "
-                    "They are the same weights, so something else changed: dropout, attention kernel or precision."
+                    "They should be the same function, so something else differs: dropout, attention kernel, "
+                    "precision, or an adapter that rewrites the base at first (then use reference='precompute')."
                 )
         model.train(was_training)
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
 
     def _record_metrics(self, mode: str, logps: ResponseLogps) -> None:
-        _, parameters, _ = self.mixture[0]
-        is_infopo = self.mixture[0][0] == "infopo"
+        name, parameters, _ = next((m for m in self.mixture if "beta" in m[1]), self.mixture[0])
         self._metric_sums[mode].add(
             *preference_metrics(
                 logps,
                 beta=parameters.get("beta", 1.0),
                 reference_sides=self.reference_sides,
-                length_normalized=is_infopo and parameters["length_normalized"],
+                length_normalized=name == "infopo" and parameters["length_normalized"],
                 cap=parameters.get("cap", 5.0),
             )
         )
@@ -454,6 +520,7 @@ class InfoPOTrainer(Trainer):
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._encode_all(eval_dataset, self.args)
+            _check_fit(self.model, eval_dataset)
             if isinstance(self.reference, StoredReference) and self.reference_sides:
                 eval_dataset = self._late_reference(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -462,7 +529,7 @@ class InfoPOTrainer(Trainer):
         each = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
         if all(d.reference is not None for d in each):
             return dataset
-        if not self._policy_is_reference or self.state.global_step > 0:
+        if not self._policy_is_reference or self._has_trained:
             raise RecipeError(
                 "evaluate(eval_dataset=...): the reference's log-probs were computed before training and its model "
                 "is gone. Give this dataset to the constructor, or set reference='live'."
@@ -470,6 +537,16 @@ class InfoPOTrainer(Trainer):
         if isinstance(dataset, dict):
             return {name: self._with_reference(d, self.model) for name, d in dataset.items()}
         return self._with_reference(dataset, self.model)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused.
+
+        Raises:
+            UnsupportedArgumentError: Always.
+        """
+        raise UnsupportedArgumentError(
+            "predict: no logits are kept to return; evaluate(dataset, metric_key_prefix='test') gives the metrics"
+        )
 
     def evaluation_loop(
         self,
@@ -484,7 +561,9 @@ class InfoPOTrainer(Trainer):
         if len(self.accelerator._models) == 0 and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
+        self.callback_handler.eval_dataloader = dataloader
         losses = MetricSums()
+        self._metric_sums["eval"] = MetricSums()  # an evaluation that was interrupted leaves half its sums
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in dataloader:
                 for batch in self._prepare_inputs(inputs):
@@ -526,6 +605,10 @@ class InfoPOTrainer(Trainer):
         ) as new:
             self.save_model(str(new))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with models.original_config(self._changed_config):
+            super()._save(output_dir, state_dict)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
@@ -556,6 +639,20 @@ def _count(batch: PackedBatch) -> Tensor:
     return torch.stack(
         [tokens.new_tensor(len(i)) for i in (batch.pairs, batch.chosen, batch.rejected)] + [tokens]
     )
+
+
+def _has(dataset: ExampleDataset, role: Role) -> np.ndarray:
+    """Whether each example has a response of this role, (examples,) bool."""
+    owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.response_offsets))
+    return np.bincount(owner[dataset.roles == role], minlength=len(dataset)) > 0
+
+
+def _check_fit(model: nn.Module, *data: Any) -> None:
+    """Refuses datasets (or dicts of them) with rows that the model cannot read."""
+    for each in data:
+        for dataset in each.values() if isinstance(each, dict) else [each]:
+            if isinstance(dataset, ExampleDataset):
+                models.check_fit(model, dataset.longest_row, dataset.largest_token_id)
 
 
 def _row_tokens(batch: PackedBatch) -> int:

@@ -42,6 +42,7 @@ from infopo.records import Message, PreferenceExample, PreferenceRow, Text
 PROMPT_CUT = "prompt cut"
 RESPONSE_CUT = "response cut"
 END_OF_TURN_LOST = "end of turn lost"
+END_OF_TURN_DOUBLED = "end of turn stood twice, one kept"
 END_OF_TURN_APPENDED = "end of turn appended"
 NOT_A_PREFIX = "prompt rendering is not a prefix"
 MERGED_TOKENS = "tokens merge across the boundary"
@@ -190,7 +191,22 @@ class Encoder:
                 "template rewrites the prompt",
             )
         notes.append(NOT_A_PREFIX)
-        return self._with_end_of_turn(full[common:], notes)
+        header = self._assistant_header(row)
+        if not full_text.startswith(header):  # the turn begins with something else than text: a tool call
+            return self._with_end_of_turn(full[common:], notes)
+        return self._with_end_of_turn(self._bare_ids(full_text[len(header) :], row.row_id), notes)
+
+    def _assistant_header(self, row: PreferenceRow) -> str:
+        """What a conversation's rendering holds before the text of the turn that follows the prompt.
+
+        Where it differs from the generation prompt, the longest common prefix of the two could reach into the
+        response (`<think>` and `<table>` begin alike); that of two turns which differ in their first character cannot.
+        """
+        prompt = _as_turns(row.prompt, row)
+        zero, one = (
+            self._chat_text(row, [*prompt, {"role": "assistant", "content": text}]) for text in ("0", "1")
+        )
+        return zero[: _common_prefix(zero, one)]
 
     def _chat_ids(self, row: PreferenceRow, turns: Text, *, add_generation_prompt: bool = False) -> list[int]:
         encoding = self._apply_template(row, turns, add_generation_prompt, tokenize=True, return_dict=True)
@@ -236,10 +252,18 @@ class Encoder:
             raise ModelError(f"tokenizer {self.tokenizer.name_or_path!r}: {error}") from error
 
     def _with_end_of_turn(self, ids: list[int], notes: list[str]) -> list[int]:
-        if not ids or self._end_of_turn(ids) is not None:
+        end = self._end_of_turn(ids)
+        if not ids:
             return ids
-        notes.append(END_OF_TURN_APPENDED)
-        return [*ids, self._eos]
+        if end is None:
+            notes.append(END_OF_TURN_APPENDED)
+            return [*ids, self._eos]
+        first = end
+        while (earlier := self._end_of_turn(ids[:first])) is not None:
+            first = earlier
+        if first < end:  # data that hold the end of turn as text, where the template adds it
+            notes.append(END_OF_TURN_DOUBLED)
+        return [*ids[:first], *ids[end:]]
 
     def _end_of_turn(self, ids: Sequence[int]) -> int | None:
         """Position of the token that ends the response; only white space may follow it."""
@@ -346,7 +370,7 @@ def _check_different(chosen: list[list[int]], rejected: list[list[int]], was_cut
     raise DataError(f"{problem} {remedy}", row_id, reason)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (left, right) in pairs if left != right), min(len(a), len(b)))
 

@@ -125,9 +125,13 @@ def _open_source(
         name = counts.source or "dataset"
         return name, _dataset_rows(_check_dataset(source, name), name, shape)
     name, path = str(source), Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name that is too long for a file, a folder that may not be read
+        raise _unreadable(name, error) from error
+    if is_folder:
         return name, _dataset_rows(_load_saved(path, name, split), name, shape)
-    if path.exists():
+    if exists:
         return name, _file_rows(path, name, shape)
     if isinstance(source, Path) or name.endswith(SUFFIXES) or name.startswith(("./", "../", "/", "~")):
         raise DataError(f"no such file (looked in {Path.cwd()})", name, "no such file")
@@ -171,9 +175,11 @@ def _json_value(data: bytes, row_id: str) -> object:
         problem = f"expected UTF-8, but {byte}; save the file as UTF-8"
         return DataError(problem, row_id, "invalid UTF-8")
     except (ValueError, RecursionError) as error:
-        return DataError(
-            f"expected one JSON object a line, got invalid JSON: {error}", row_id, "invalid JSON"
+        # Its own message counts lines within this one.
+        what = (
+            f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
         )
+        return DataError(f"expected one JSON object a line, got invalid JSON: {what}", row_id, "invalid JSON")
 
 
 def _json_rows(path: Path, name: str) -> Iterator[RawRow]:

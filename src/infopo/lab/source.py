@@ -4,6 +4,9 @@
 number of rows give the same rows. The splits hold responses to different problems.
 """
 
+from functools import cache
+from typing import Any
+
 import datasets
 
 from infopo.errors import DataError
@@ -31,7 +34,13 @@ def lab_dataset(path: str, split: str) -> datasets.Dataset:
         raise DataError(f"no such data; the lab has {' and '.join(LABELS)}", path)
     if split not in SPLITS:
         raise DataError(f"no split {split!r}; there are {' and '.join(SPLITS)}", path)
+    rows = _rows(LABELS[path])
+    return datasets.Dataset.from_list([rows[i] for i in SPLITS[split]])
+
+
+@cache
+def _rows(labels: str) -> list[dict[str, Any]]:
+    """The rows of all splits. One sequence of problems, so that each is asked once; sampling takes seconds."""
     policy, tokenizer = load_policy(str(policy_path())), load_tokenizer(str(policy_path()))
-    # One sequence of problems for all splits: each problem is asked once.
-    pairs = make_pairs(policy, tokenizer, labels=LABELS[path], n=SPLITS[split].stop, seed=SEED)
-    return datasets.Dataset.from_list(pairs.rows[SPLITS[split].start :])
+    n = max(rows.stop for rows in SPLITS.values())
+    return make_pairs(policy, tokenizer, labels=labels, n=n, seed=SEED).rows

@@ -5,6 +5,7 @@ All paths give the same numbers; `naive` defines them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -78,22 +79,53 @@ def padding_noise(
     return float((tested - expected).abs().max())
 
 
+def foresight(model: nn.Module, batch: PackedBatch, path: str = DEFAULT_PATH) -> float:
+    """Largest change of a token's log-prob (nats) when the last token of its response is another: 0 if causal."""
+    last = [batch.segment_start[leaf + 1] - 1 for leaf in batch.leaf]
+    tokens = batch.input_ids.clone()
+    tokens[last] = (tokens[last] + 1) % (int(tokens.max()) + 1)
+    with torch.no_grad():
+        changed = PATHS[path](model, replace(batch, input_ids=tokens)) - PATHS[path](model, batch)
+    parts = changed.split(response_lengths(batch))
+    return max(float(part[:-1].abs().max()) if len(part) > 1 else 0.0 for part in parts)
+
+
 def self_test(
-    model: nn.Module, together: PackedBatch, alone: Sequence[PackedBatch], path: str = DEFAULT_PATH
+    model: nn.Module,
+    together: PackedBatch,
+    alone: Sequence[PackedBatch],
+    *,
+    exact: bool,
+    path: str = DEFAULT_PATH,
 ) -> float:
-    """Checks on a small batch that log-probs depend on their own prompt and response only; returns the noise.
+    """Checks on a small batch that a log-prob depends on its own prompt and earlier tokens only; returns the noise.
+
+    Args:
+        model: The policy.
+        together: Several responses.
+        alone: The same responses, one a batch.
+        exact: Whether the model computes in float32 or better: otherwise rounding alone can move log-probs, and only
+            a model that sees ahead by far more than that is found out.
+        path: The path that is tested.
 
     Raises:
-        LogpsError: In float32 or better, a log-prob moves by more than 1e-3 nat when its neighbours go: the model
-            looks at padding or at other rows, and would be trained on wrong numbers.
+        LogpsError: A log-prob moves with later tokens, or (if exact) by more than 1e-3 nat with the other rows of its
+            batch: the model would be trained on wrong numbers.
     """
+    name = type(getattr(model, "module", model)).__name__
+    with torch.no_grad():
+        if not response_logps(model, together, path).isfinite().all():
+            raise LogpsError(
+                f"{name}: log-probs are not finite before the first update: its weights hold NaN or inf"
+            )
+    ahead = foresight(model, together, path)
+    if not ahead < (1e-3 if exact else 1.0):
+        raise LogpsError(
+            f"{name}: the log-prob of a token changes by {ahead:.3g} nats with the tokens after it (path {path!r}). "
+            "Expected a causal language model."
+        )
     noise = padding_noise(model, together, alone, path)
-    dtype = next(model.parameters()).dtype
-    is_exact = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
-        together.input_ids.device.type
-    )
-    if is_exact and not noise < 1e-3:
-        name = type(getattr(model, "module", model)).__name__
+    if exact and not noise < 1e-3:
         raise LogpsError(
             f"{name}: the log-prob of a response changes by {noise:.3g} nats with the other responses of its batch "
             f"(path {path!r}); expected less than 0.001. This architecture cannot be trained with batched rows."

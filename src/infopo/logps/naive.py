@@ -27,6 +27,7 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
     tokens = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)])  # -1, padding, finds the last entry
     input_ids = tokens[rows.to(device)]
     logits = model(input_ids=input_ids, attention_mask=is_token.long().to(device), use_cache=False).logits
+    logits = logits[:, -input_ids.shape[1] :]  # prompt tuning puts virtual tokens before the row
     row, position = torch.nonzero(is_scored, as_tuple=True)  # on the host: no wait for the device
     logits = logits[row.to(device), position.to(device) - 1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

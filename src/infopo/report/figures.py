@@ -69,7 +69,16 @@ def _panel(ax: "Axes", summary: Mapping[str, Any], field: str, label: str, scale
         high = [r["accuracy_ci95"][1] - r["accuracy"] for r in results]
         ax.errorbar(x, y, yerr=[low, high], color=colour, marker=marker, ms=6, lw=1.4, capsize=2, label=name)
     ax.set_xlabel(label)
-    ax.set_xscale(scale, **({"linthresh": 1.0} if scale == "symlog" else {}))
+    if scale == "symlog":
+        ax.set_xscale(scale, linthresh=0.1)
+        ticks = [0, 0.1, 0.3, 1, 3, 10, 30]
+        shown = sorted({*ticks, *(-t for t in ticks)})
+        low_x, high_x = ax.get_xlim()
+        ax.set_xticks([t for t in shown if low_x <= t <= high_x], minor=False)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    else:
+        ax.set_xscale(scale)
     if field == "chosen_logp_change":
         ax.axvline(0, color="0.5", lw=1)
     ax.set_ylim(-0.02, 1.02)

@@ -8,10 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from infopo.build import build_examples, build_tokenizer, build_trainer_on, train_fields
+from infopo.build import (
+    build_arguments,
+    build_examples,
+    build_tokenizer,
+    build_trainer_on,
+    train_fields,
+)
 from infopo.config import Recipe, load_recipe
 from infopo.data.encode import render
 from infopo.data.examples import ExampleDataset
+from infopo.models import check_fit
+from infopo.workflows.train import check_run_directory, holds_run, run
 
 RENDERED_EXAMPLES = 3
 
@@ -23,23 +31,34 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
         InfoPOError: Anything that would stop `infopo train`.
     """
     recipe = load_recipe(recipe_path, overrides, train_fields())
+    build_arguments(recipe)
+    check_run_directory(recipe)
     print(f"recipe: {recipe_path} is valid")
     tokenizer = build_tokenizer(recipe)
     train, counts = build_examples(recipe.data, tokenizer)
     print(*counts.lines(), sep="\n")
     _print_lengths(train)
+    evaluation = None
     if recipe.data.has_eval:
-        _, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
+        evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
         print(*eval_counts.lines(), sep="\n")
+    print("the first examples; scored tokens stand in ⟦brackets⟧")
     for index in range(min(RENDERED_EXAMPLES, len(train))):
-        print(f"--- {train[index].row_id} (scored tokens are marked)")
         print(render(train[index], tokenizer))
+    few, few_to_evaluate = _first_step(recipe, train), evaluation and _first_step(recipe, evaluation)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, _first_step(recipe, train), None)
+        trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, few, few_to_evaluate)
+        for dataset in (train, evaluation):
+            if dataset is not None:  # all of it: the trainer sees the first rows only
+                check_fit(trainer.model, dataset.longest_row, dataset.largest_token_id)
         start = time.perf_counter()
-        result = trainer.train()
+        result = run(trainer)
         seconds = time.perf_counter() - start
     print(f"one step: loss {result.training_loss:.4f}, {seconds:.1f} s")
+    if holds_run(Path(recipe.output_dir)) and not recipe.train.get("resume_from_checkpoint"):
+        print(
+            f"note: {recipe.output_dir} already holds a run; `infopo train` will ask for another output_dir"
+        )
     print("check passed")
 
 
@@ -48,6 +67,8 @@ def _one_step(recipe: Recipe, folder: str) -> Recipe:
         k: v for k, v in recipe.train.items() if not k.startswith(("eval_", "save_", "load_best", "push_to"))
     }
     train |= {"max_steps": 1, "save_strategy": "no", "report_to": "none", "logging_steps": 1}
+    if recipe.data.has_eval:
+        train |= {"eval_strategy": "steps", "eval_steps": 1}
     train.pop("resume_from_checkpoint", None)
     return replace(recipe, train=train, output_dir=folder)
 

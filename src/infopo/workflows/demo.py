@@ -1,12 +1,14 @@
 """`infopo demo`: what each method does to a small model, at three learning rates, on the same pairs."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
 import os
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from infopo.build import build_examples, build_trainer_on
 from infopo.catalog import OBJECTIVES
@@ -32,7 +35,14 @@ from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute
 from infopo.report.figures import draw_demo
-from infopo.runs import RunWriter, environment, read_run, write_json_atomic, write_text_atomic
+from infopo.runs import (
+    RunDirectoryError,
+    RunWriter,
+    environment,
+    read_run,
+    write_json_atomic,
+    write_text_atomic,
+)
 from infopo.workflows.train import MetricsFile
 
 METHODS: Mapping[str, tuple[str, dict[str, float]]] = {
@@ -131,9 +141,11 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     begin = time.perf_counter()
     setting = Setting(Path(output), labels, seed)
     _check(setting)
-    print(_sample_pairs(setting))
-    world = _world(setting)
-    start = accuracy(world.reference, world.tokenizer, world.problems)
+    disable_progress_bar()  # transformers' own, for weights that load at once
+    with _one_thread():
+        print(_sample_pairs(setting))
+        world = _world(setting)
+        start = accuracy(world.reference, world.tokenizer, world.problems)
     print(f"SFT policy (start): accuracy {start}")
     methods = {name: [asdict(r) for r in results] for name, results in _run_all(setting).items()}
     summary = {
@@ -198,12 +210,16 @@ def _line(name: str, r: Result) -> str:
 
 def _check(setting: Setting) -> None:
     problems = []
-    if setting.seed < 0:
-        problems.append(f"--seed: expected a number >= 0, got {setting.seed}")
+    if not 0 <= setting.seed < 2**32:
+        problems.append(f"--seed: expected a number in [0, 2**32), got {setting.seed}")
+    if importlib.util.find_spec("matplotlib") is None:
+        problems.append("the pictures need matplotlib: pip install 'infopo[demo]'")
     try:
         setting.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problems.append(f"--output: {setting.directory} cannot be made: {error.strerror}")
+    if setting.directory.is_dir() and not os.access(setting.directory, os.W_OK | os.X_OK):
+        problems.append(f"--output: {setting.directory} cannot be written to: no permission")
     if problems:
         raise RecipeError(problems)
 
@@ -240,19 +256,36 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
     tqdm.set_lock(context.RLock())  # of the same context as the processes that share the terminal
     with (
         ProcessPoolExecutor(workers, context, _start_worker, (tqdm.get_lock(),)) as pool,
-        tqdm(total=len(METHODS) * len(LEARNING_RATES), desc="runs", position=0) as bar,
+        tqdm(total=len(METHODS) * len(LEARNING_RATES), desc="runs", position=0, disable=None) as bar,
     ):
         waiting = {pool.submit(_run, setting, m, rate): (m, rate) for m in METHODS for rate in LEARNING_RATES}
-        for done in as_completed(waiting):
-            method, _ = key = waiting[done]
-            results[key] = done.result()
-            bar.update()
-            tqdm.write(_line(method, results[key]))
+        try:
+            for done in as_completed(waiting):
+                method, _ = key = waiting[done]
+                results[key] = done.result()
+                bar.update()
+                tqdm.write(_line(method, results[key]))
+        except BaseException:  # else the pool would go on with what is queued
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return {method: [results[method, rate] for rate in LEARNING_RATES] for method in METHODS}
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decoding a small model, threads on a busy machine wait for each other far longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _start_worker(lock: Any) -> None:
-    """Threads of several processes on the same cores would wait for each other more than they compute."""
+    """As many processes as cores: one thread each, and one bar each."""
+    disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, not after its next run
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
 
@@ -299,12 +332,13 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
 
 def _finished(run_dir: Path, recipe: Recipe) -> Result | None:
     """The result of an earlier run with the same recipe, if it came to its end."""
-    if not run_dir.is_dir():
-        return None
-    run = read_run(run_dir)
-    if run.recipe != to_yaml(recipe) or run.evaluation is None:
-        return None
-    return Result(**{**run.evaluation, "accuracy_ci95": tuple(run.evaluation["accuracy_ci95"])})
+    try:
+        run = read_run(run_dir)
+        if run.recipe != to_yaml(recipe) or run.evaluation is None:
+            return None
+        return Result(**{**run.evaluation, "accuracy_ci95": tuple(run.evaluation["accuracy_ci95"])})
+    except (RunDirectoryError, KeyError, TypeError):
+        return None  # killed before it wrote anything, or written by another version
 
 
 def _measure(
@@ -373,7 +407,9 @@ class StepBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         worker = multiprocessing.current_process()._identity[-1:] or (1,)
-        self.bar = tqdm(total=state.max_steps, desc=self.description, position=worker[0], leave=False)
+        self.bar = tqdm(
+            total=state.max_steps, desc=self.description, position=worker[0], leave=False, disable=None
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(1)

@@ -1,5 +1,7 @@
 """`infopo train`: recipe -> run directory with an aligned model."""
 
+import contextlib
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from infopo import checkpoints
 from infopo.build import build_trainer, train_fields
@@ -29,20 +32,37 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     recipe = load_recipe(recipe_path, overrides, train_fields())
     run_dir = Path(recipe.output_dir)
     resume = recipe.train.get("resume_from_checkpoint", False)
-    _refuse_used_directory(run_dir, bool(resume))
+    check_run_directory(recipe)
+    if holds_run(run_dir) and not resume:
+        raise RecipeError(
+            f"output_dir: {run_dir} already holds a run. Continue it with train.resume_from_checkpoint=true, "
+            "name another output_dir, or remove the folder"
+        )
+    was_there = run_dir.exists()
+    try:
+        trainer, accounts = build_trainer(recipe)
+    except BaseException:
+        if not was_there:  # transformers makes the folder early; a recipe that is refused leaves none behind
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+        raise
     writer = RunWriter(run_dir)
-    trainer, accounts = build_trainer(recipe, [MetricsFile(writer)])
+    trainer.add_callback(MetricsFile(writer))
     is_main = trainer.is_world_process_zero()
+    if resume is True and checkpoints.last(str(run_dir)) is None:
+        if is_main:
+            print(f"{run_dir}: no checkpoint yet, starting afresh")
+        resume = False
+    if resume:
+        trainer.find_checkpoint(
+            resume
+        )  # a refused one leaves the account of the run in the directory as it is
     if is_main:
         for account in accounts:
             print(*account.lines(), sep="\n")
         writer.write_recipe(to_yaml(recipe))
         writer.write_environment(_environment(recipe, trainer, accounts))
-    if resume is True and checkpoints.last(str(run_dir)) is None:
-        if is_main:
-            print(f"{run_dir}: no checkpoint yet, starting afresh")
-        resume = False
-    trainer.train(resume_from_checkpoint=resume or None)
+    run(trainer, resume)
     trainer.save_final_model()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
@@ -51,6 +71,49 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     if is_main:
         print(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
     return run_dir
+
+
+def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
+    """`trainer.train`.
+
+    Raises:
+        RecipeError: The metric that is to choose the best model is none of those that evaluation gives, or a library
+            that a setting asks for is not installed.
+    """
+    try:
+        return trainer.train(resume_from_checkpoint=resume or None)
+    except ImportError as error:
+        raise RecipeError(f"train: {error}") from error
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise RecipeError(f"train.metric_for_best_model: {error.args[0]}") from error
+
+
+def check_run_directory(recipe: Recipe) -> None:
+    """Judges the run directory and the checkpoint to resume from; makes and changes nothing.
+
+    Raises:
+        RecipeError: The directory cannot be made or written to.
+        CheckpointError: There is no such checkpoint.
+    """
+    run_dir = Path(recipe.output_dir)
+    resume = recipe.train.get("resume_from_checkpoint", False)
+    try:
+        there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    except OSError as error:
+        raise RecipeError(f"output_dir: {run_dir} cannot be made: {error.strerror}") from error
+    if not there.is_dir():
+        raise RecipeError(f"output_dir: {run_dir} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"output_dir: {run_dir} cannot be written to: no permission to write in {there}")
+    if isinstance(resume, str):
+        checkpoints.find(resume, recipe.output_dir)
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether there is a run, with which a second one would mix its metrics and checkpoints."""
+    return (run_dir / METRICS).exists() or checkpoints.last(str(run_dir)) is not None
 
 
 class MetricsFile(TrainerCallback):
@@ -75,17 +138,6 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             self.writer.append_metrics({"step": state.global_step, "time": round(time.time(), 3), **logs})
-
-
-def _refuse_used_directory(run_dir: Path, resumes: bool) -> None:
-    """A second run in the same directory would mix its metrics and checkpoints with the first one's."""
-    if resumes or not run_dir.is_dir():
-        return
-    if (run_dir / METRICS).exists() or checkpoints.last(str(run_dir)) is not None:
-        raise RecipeError(
-            f"output_dir: {run_dir} already holds a run. Continue it with train.resume_from_checkpoint=true, "
-            "name another output_dir, or remove the folder"
-        )
 
 
 def _environment(recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCounts]) -> dict[str, Any]:

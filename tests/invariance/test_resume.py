@@ -1,0 +1,489 @@
+"""A run that was stopped and resumed is the run that was never stopped, and a checkpoint is whole or not there."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
+
+from infopo import checkpoints
+from infopo.arguments import InfoPOConfig
+from infopo.errors import CheckpointError, RecipeError
+from infopo.lab import policy_path
+from infopo.lab.preferences import make_pairs
+from infopo.lab.tokenizer import build_tokenizer
+from infopo.models import load_policy, weights_hash
+from infopo.runs import file_sha256
+from infopo.trainer import InfoPOTrainer
+from infopo.workflows.train import MetricsFile, train
+from worlds import random_dataset, tiny_llama
+
+STEPS, SAVE_STEPS, ROWS = 13, 3, 26  # 7 steps an epoch, the last of 2 rows
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing but `finally` sees it."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    policy = AutoModelForCausalLM.from_pretrained(policy_path(), dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(policy_path())
+    rows = make_pairs(policy, tokenizer, labels="graded", n=ROWS, seed=5).rows
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "other.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[1:]))
+    return folder
+
+
+def write_recipe(path: Path, data: Path, **changes: Any) -> Path:
+    recipe: dict[str, Any] = {
+        "model": {"name_or_path": "lab:policy"},
+        "data": {
+            "path": str(data / "pairs.jsonl"),
+            "eval_path": str(data / "other.jsonl"),
+            "max_length": 128,
+        },
+        "objective": {"name": "infopo"},
+        "reference": {"sides": "both"},
+        "train": {
+            "max_steps": STEPS,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant_with_warmup",  # a step too many at the end would change the weights
+            "warmup_steps": 4,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 16,
+            "activation_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": SAVE_STEPS,
+            "eval_strategy": "steps",
+            "eval_steps": 6,
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "seed": 3,
+        },
+    }
+    for place, value in changes.items():
+        section, _, key = place.partition("__")
+        if key:
+            recipe[section][key] = value
+        else:
+            recipe[section] = value
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """What was logged of steps and evaluations; how long it took, and the summary of a part of the run, left out."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    return [
+        {k: v for k, v in line.items() if k not in clock} for line in lines if "train_runtime" not in line
+    ]
+
+
+def final_weights(run_dir: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in run_dir.glob("*.safetensors")}
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it with a step to end every later run after it, as a kill would; with None to let runs finish."""
+    at: list[int | None] = [None]
+
+    plain = MetricsFile.on_log
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        plain(self, args, state, control, **kwargs)  # the file then holds more than the checkpoint
+        if state.global_step == at[0]:
+            raise Killed
+
+    monkeypatch.setattr(MetricsFile, "on_log", on_log)
+    return lambda step: at.__setitem__(0, step)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "infopo": {},
+    "dpo, grouped by length, accumulated": {
+        "objective": {"name": "dpo"},
+        "train__train_sampling_strategy": "group_by_length",
+        "train__per_device_train_batch_size": 2,
+        "train__gradient_accumulation_steps": 2,
+    },
+    "adapter, live reference": {
+        "model": {"name_or_path": "lab:policy", "adapter": {"r": 4}},
+        "reference": {"source": "live", "sides": "both"},
+        "train__learning_rate": 1e-3,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Any:
+    """Run directories of the variants, each trained once in one go."""
+    done: dict[str, Path] = {}
+
+    def run(variant: str) -> Path:
+        if variant not in done:
+            folder = tmp_path_factory.mktemp("whole")
+            recipe = write_recipe(folder / "recipe.yaml", data, **VARIANTS[variant])
+            done[variant] = train(recipe, [f"output_dir={folder / 'run'}"])
+        return done[variant]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("variant", "stops"),
+    [
+        ("infopo", [4]),
+        ("infopo", [7, 11]),  # at the end of the first epoch, then in the second
+        ("infopo", [2, 13]),  # before any checkpoint, then after the last step
+        ("dpo, grouped by length, accumulated", [11]),
+        ("adapter, live reference", [10]),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(
+    tmp_path: Path, data: Path, uninterrupted: Any, stop: Any, variant: str, stops: list[int]
+) -> None:
+    whole = uninterrupted(variant)
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, **VARIANTS[variant])
+    run_dir = tmp_path / "run"
+    overrides = [f"output_dir={run_dir}", "train.resume_from_checkpoint=true"]
+    for step in stops:
+        stop(step)
+        with pytest.raises(Killed):
+            train(recipe, overrides)
+        assert records(run_dir)[-1]["step"] == step
+    stop(None)
+    train(recipe, overrides)
+    assert final_weights(run_dir) == final_weights(whole)
+    assert len(final_weights(run_dir)) == 1
+    assert records(run_dir) == records(whole)
+    # The reference is the policy before training, not the half-trained one.
+    environments = [json.loads((d / "environment.json").read_text()) for d in (run_dir, whole)]
+    assert environments[0]["reference"] == environments[1]["reference"]
+    if "adapter" not in variant:
+        assert environments[0]["reference"]["sha256"] == weights_hash(load_policy("lab:policy"))
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path: Path, data: Path, uninterrupted: Any) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted("infopo"), run_dir)
+    before = final_weights(run_dir)
+    recipe = write_recipe(tmp_path / "recipe.yaml", data)
+    train(recipe, [f"output_dir={run_dir}", "train.resume_from_checkpoint=true"])
+    assert final_weights(run_dir) == before
+    assert records(run_dir) == records(uninterrupted("infopo"))
+
+
+# ---- what may not be resumed ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run directory with checkpoint-3 of 3 steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    recipe = write_recipe(folder / "recipe.yaml", data, train__max_steps=3)
+    return train(recipe, [f"output_dir={folder / 'run'}"])
+
+
+@pytest.fixture
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def other_policy(folder: Path) -> str:
+    model = load_policy("lab:policy")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.001)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy_path()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("what", ["objective", "parameter", "data", "policy", "reference", "sides"])
+def test_a_checkpoint_of_another_run_is_refused_by_name_and_the_run_is_left_as_it_was(
+    tmp_path: Path, data: Path, copied: Path, what: str
+) -> None:
+    changes: dict[str, Any] = {
+        "objective": {"objective": {"name": "dpo"}},
+        "parameter": {"objective": {"name": "infopo", "beta": 0.5}},
+        "data": {"data__path": str(data / "other.jsonl")},
+        "policy": {"model": {"name_or_path": other_policy(tmp_path / "policy")}},
+        "reference": {"reference": {"source": other_policy(tmp_path / "policy"), "sides": "both"}},
+        "sides": {"reference": {"sides": "needed"}},
+    }[what]
+    named = {"parameter": "objective", "policy": "reference", "sides": "reference_sides"}.get(what, what)
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, **changes)
+    before = {path: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoint-3: was made with another {named} \(then .*, now .*\)"
+    ):
+        train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
+    assert {path: path.read_bytes() for path in copied.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"reference": ', "is damaged"),
+        ("[]", "is damaged"),
+        ("\udcff", "is damaged"),
+        (None, "has no infopo_state"),
+    ],
+    ids=["cut short", "no object", "no text", "missing"],
+)
+def test_a_damaged_identity_is_refused(
+    tmp_path: Path, data: Path, copied: Path, content: str | None, message: str
+) -> None:
+    path = copied / "checkpoint-3" / checkpoints.IDENTITY
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", errors="surrogateescape"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=6)
+    with pytest.raises(CheckpointError, match=message):
+        train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, data: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", data)
+    with pytest.raises(
+        CheckpointError, match=r"nowhere: is no checkpoint \(it holds no trainer_state.json\)"
+    ):
+        train(
+            recipe, [f"output_dir={tmp_path / 'run'}", f"train.resume_from_checkpoint={tmp_path / 'nowhere'}"]
+        )
+    with pytest.raises(CheckpointError, match="there is no checkpoint to resume from"):
+        checkpoints.find(True, str(tmp_path / "run"))
+
+
+def test_with_nothing_to_resume_from_a_run_starts_and_says_so(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=1, train__save_strategy="no")
+    train(recipe, [f"output_dir={tmp_path / 'run'}", "train.resume_from_checkpoint=true"])
+    assert f"{tmp_path / 'run'}: no checkpoint yet, starting afresh\n" in capsys.readouterr().out
+    assert records(tmp_path / "run")[0]["step"] == 1
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoint-3"])
+def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, data: Path, copied: Path, left: str) -> None:
+    for path in list(copied.iterdir()):
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    recipe = write_recipe(tmp_path / "recipe.yaml", data)
+    with pytest.raises(
+        RecipeError, match=r"already holds a run. Continue it with train.resume_from_checkpoint=true"
+    ):
+        train(recipe, [f"output_dir={copied}"])
+    assert [path.name for path in copied.iterdir()] == [left]
+
+
+def test_what_a_killed_save_left_is_ignored_and_cleaned(tmp_path: Path, data: Path, copied: Path) -> None:
+    half = copied / checkpoints.STAGING / "checkpoint-6"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    assert checkpoints.last(str(copied)) == str(copied / "checkpoint-3")
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=6)
+    train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
+    assert sorted(p.name for p in copied.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert not list(copied.glob(".*"))
+
+
+# ---- checkpoints are whole -----------------------------------------------------------------------------------------
+
+FILES = ("model.safetensors", "trainer_state.json", "infopo_state.json")
+
+
+def save(run_dir: Path, step: int, content: str) -> None:
+    args = TrainingArguments(output_dir=str(run_dir), use_cpu=True, save_total_limit=2)
+    state = TrainerState(global_step=step)
+    with checkpoints.staged(run_dir, state, args, lambda: None) as staging:
+        (staging / f"checkpoint-{step}").mkdir()
+        for name in FILES:
+            (staging / f"checkpoint-{step}" / name).write_text(content)
+
+
+def test_a_kill_at_any_file_operation_leaves_whole_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving checkpoint-9 over an older one of that name, while the oldest of three is to go."""
+    countdown = [10**9]
+    plain = {"rmtree": shutil.rmtree, "replace": Path.replace, "mkdir": Path.mkdir, "fsync": os.fsync}
+
+    def tick() -> None:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise Killed
+
+    def rmtree(path: Any, **kwargs: Any) -> None:
+        for file in sorted(Path(path).rglob("*")):
+            if file.is_file():
+                tick()
+                file.unlink()
+        tick()
+        plain["rmtree"](path, **kwargs)
+
+    def ticking(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tick()
+            return plain[name](*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(Path, "replace", ticking("replace"))
+    monkeypatch.setattr(Path, "mkdir", ticking("mkdir"))
+    monkeypatch.setattr(os, "fsync", ticking("fsync"))
+    outcomes = set()
+    for number in range(1, 200):
+        run_dir = tmp_path / str(number)
+        countdown[0] = 10**9
+        for step in (3, 6, 9):
+            save(run_dir, step, "old")
+        countdown[0] = number
+        try:
+            save(run_dir, 9, "new")
+        except Killed:
+            last = checkpoints.last(str(run_dir))
+            assert last is not None
+            contents = {(Path(last) / name).read_text()[:3] for name in FILES if name != "trainer_state.json"}
+            assert len(contents) == 1, number  # whole, and of one save
+            assert (Path(last) / "trainer_state.json").is_file()
+            outcomes.add((Path(last).name, *contents))
+        else:
+            break
+    assert number > 10
+    assert not (run_dir / checkpoints.STAGING).exists()
+    assert outcomes >= {("checkpoint-9", "old"), ("checkpoint-9", "new")}
+
+
+def test_a_checkpoint_is_durable_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        events.append(f"-> {target}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    save(tmp_path, 3, "x")
+    named = events.index(f"-> {tmp_path / 'checkpoint-3'}")
+    staged = tmp_path / checkpoints.STAGING / "checkpoint-3"
+    assert set(events[:named]) >= {str(staged), *(str(staged / name) for name in FILES)}
+    assert str(tmp_path) in events[named:]  # and its name is, before an older checkpoint goes
+
+
+def test_the_checkpoint_of_a_trainer_holds_its_identity(tmp_path: Path) -> None:
+    trainer = InfoPOTrainer(
+        tiny_llama(),
+        args=InfoPOConfig(
+            output_dir=str(tmp_path), max_steps=2, save_steps=1, use_cpu=True, disable_tqdm=True,
+            save_strategy="steps", activation_checkpointing=False, report_to="none",
+        ),
+        train_dataset=random_dataset(8),
+        processing_class=build_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    saved = json.loads((tmp_path / "checkpoint-2" / "infopo_state.json").read_text())
+    assert saved["reference"] == trainer.policy_hash == weights_hash(tiny_llama())
+    assert saved["data"] == random_dataset(8).content_hash()
+    assert saved["objective"] == [["infopo", {"beta": 1.0, "length_normalized": False, "cap": 5.0}, 1.0]]
+    assert trainer.find_checkpoint(True) == str(tmp_path / "checkpoint-2")
+
+
+# ---- real kills ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_killed_again_and_again_ends_like_the_one_that_was_not(
+    tmp_path: Path, data: Path, seed: int
+) -> None:
+    """SIGKILL at random moments, saves included: every step saves, so much of the time is spent in them."""
+    changes = {"train__save_steps": 1, "train__max_steps": 40, "train__save_total_limit": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, **changes)
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "infopo", "train", str(recipe), f"output_dir={folder}"]
+        resume = "train.resume_from_checkpoint=true"
+        log = (tmp_path / f"{folder.name}.log").open("ab")
+        return subprocess.Popen([*command, resume], env=environment, stdout=log, stderr=log)
+
+    assert start(whole).wait(timeout=300) == 0
+    rng, kills, mid_save = random.Random(seed), 0, 0
+    for _ in range(40):
+        process = start(run_dir)
+        begin = checkpoints.last(str(run_dir))
+        deadline = time.monotonic() + 120
+        while process.poll() is None and checkpoints.last(str(run_dir)) == begin:  # it has begun to train
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, (tmp_path / "run.log").read_text()[-3000:]
+        kills += 1
+        mid_save += (run_dir / checkpoints.STAGING).exists()
+        for folder in run_dir.glob("checkpoint-*"):
+            if str(folder) == checkpoints.last(str(run_dir)):
+                assert {"model.safetensors", "optimizer.pt", *FILES} <= {
+                    path.name for path in folder.iterdir()
+                }
+    assert process.returncode == 0
+    assert kills >= 3
+    assert mid_save >= 1
+    assert final_weights(run_dir) == final_weights(whole)
+    assert records(run_dir) == records(whole)
+    assert [r["step"] for r in records(run_dir) if "loss" in r] == list(range(1, 41))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_two_ranks_resume_in_the_order_of_rows_that_they_left(tmp_path: Path, strategy: str) -> None:
+    """In the second epoch: no `set_epoch` of accelerate reaches a sampler beneath a rank's share and skipped rows."""
+    script = Path(__file__).with_name("two_ranks_resume.py")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+
+    def run(folder: str, stop: int) -> list[dict[str, Any]]:
+        subprocess.run([*command, str(tmp_path / folder), strategy, str(stop)], check=True, timeout=300)
+        return [json.loads((tmp_path / folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+    whole = run("whole", 99)
+    assert whole[0]["weights"] == whole[1]["weights"]
+    run("parts", 6)
+    parts = run("parts", 99)
+    assert parts == json.loads(json.dumps(whole).replace("/whole/", "/parts/"))
+    best = whole[0]["best"]
+    assert whole[1]["best"] == best
+    assert Path(best).parent == tmp_path / "whole"

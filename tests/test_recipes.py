@@ -1,0 +1,62 @@
+"""The recipes that ship: each is read, its settings are built, and it takes a step on a small model and file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from infopo.build import build_adapter, build_arguments, train_fields
+from infopo.cli import main
+from infopo.config import load_recipe, parse_recipe, to_yaml
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+
+
+def test_there_are_recipes_for_the_lab_for_real_data_for_all_weights_and_for_an_adapter():
+    assert {"lab.yaml", "hh.yaml", "full.yaml", "lora.yaml"} <= {path.name for path in RECIPES}
+
+
+@each_recipe
+def test_every_recipe_is_sound(path: Path):
+    recipe = load_recipe(path, (), train_fields())
+    build_arguments(recipe)
+    build_adapter(recipe)
+    assert recipe.objective.name == "infopo"
+    assert recipe.output_dir == f"runs/{path.stem}"
+
+
+@each_recipe
+def test_every_recipe_survives_being_written(path: Path):
+    recipe = load_recipe(path, (), train_fields())
+    assert parse_recipe(to_yaml(recipe), source="written", train_fields=train_fields()) == recipe
+
+
+@each_recipe
+def test_every_recipe_names_its_commands(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"infopo train recipes/{path.name}" in text
+
+
+@each_recipe
+def test_every_recipe_takes_a_step(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}+1=?"}],
+            "chosen": [{"role": "assistant", "content": f"{i + 1}"}],
+            "rejected": [{"role": "assistant", "content": f"{i}!"}],
+        }
+        for i in range(6)
+    ]
+    Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    small = ["model.name_or_path=lab:policy", "data.path=pairs.jsonl", "data.num_proc=", "data.max_length=128",
+             "data.max_prompt_length=", "train.per_device_train_batch_size=3"]  # fmt: skip
+    assert main(["check", str(path), *small]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "pairs.jsonl: 6 rows, 6 used, 0 skipped" in out
+    assert "one step: loss " in out
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
