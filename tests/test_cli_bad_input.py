@@ -243,6 +243,7 @@ def test_all_problems_are_reported_at_once(refused: Refused):
         ("objective.bta=1", "objective.bta (override): infopo has no such parameter (did you mean 'beta'?)"),
         ("train.learning_rat=1", "train.learning_rat (override): no such training argument (did you mean"),
         ("data.shape=chat", "data.shape (override): expected one of standard, "),
+        ("model.attn_implementation=foo", "model 'lab:policy' cannot be loaded: Specified `attn_implementation="),
         ("model.adapter.target_modules=nope", "peft_config does not fit LlamaForCausalLM: Target modules nope"),
         ("model.adapter.target_modules='('", "model.adapter.target_modules: '(' is no regular expression"),
         ("train.pad_token=zzz", "pad_token: 'zzz' is not in the tokenizer's vocabulary"),

@@ -35,6 +35,7 @@ def test_roles_pairs_and_counts_of_a_mixed_batch() -> None:
     assert batch.example.tolist() == [0, 0, 1]
     assert batch.length.tolist() == [2, 3, 1] == response_lengths(batch)
     assert (batch.chosen.tolist(), batch.rejected.tolist(), batch.pairs.tolist()) == ([0], [1, 2], [[0, 1]])
+    assert batch.counts.tolist() == [1, 1, 2, 2]  # pairs, chosen, rejected, tokens of chosen
     assert batch.row_ids == ("a.jsonl:1", "a.jsonl:2")
     assert batch.reference.isnan().tolist() == [True, True, False]
     assert batch.reference[2] == -1.5

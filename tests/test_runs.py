@@ -294,46 +294,6 @@ def test_hash_of_a_missing_file_is_refused(tmp_path: Path):
         runs.file_sha256(tmp_path / "absent")
 
 
-def test_directory_hash_is_of_content_not_of_place(tmp_path: Path):
-    files = {"config.json": b"{}", "shards/model.safetensors": b"weights"}
-    here, there = folder(tmp_path / "a", files), folder(tmp_path / "b", dict(reversed(files.items())))
-    os.utime(there / "config.json", (0, 0))
-    assert runs.directory_hash(here) == runs.directory_hash(there)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"config.json": b"{}", "model.safetensors": b"other"},
-        {"config.json": b"{}", "renamed.safetensors": b"weights"},
-        {"config.json": b"{}", "model.safetensors": b"weights", "more": b""},
-        {"config.json": b"{}weights", "model.safetensors": b""},
-    ],
-)
-def test_directory_hash_changes_with_content_and_names(tmp_path: Path, other: dict[str, bytes]):
-    base = folder(tmp_path / "a", {"config.json": b"{}", "model.safetensors": b"weights"})
-    assert runs.directory_hash(base) != runs.directory_hash(folder(tmp_path / "b", other))
-
-
-def test_directory_hash_counts_what_the_patterns_name(tmp_path: Path):
-    a = folder(tmp_path / "a", {"model.safetensors": b"w", "README.md": b"one", ".cache/x.safetensors": b"1"})
-    b = folder(tmp_path / "b", {"model.safetensors": b"w", "README.md": b"two"})
-    assert runs.directory_hash(a, ["*.safetensors"]) == runs.directory_hash(b, ["*.safetensors"])
-    assert runs.directory_hash(a) != runs.directory_hash(b)
-
-
-def test_directory_hash_follows_links_to_files(tmp_path: Path):
-    real = folder(tmp_path / "real", {"model.safetensors": b"w"})
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "model.safetensors").symlink_to(real / "model.safetensors")
-    assert runs.directory_hash(tmp_path / "linked") == runs.directory_hash(real)
-
-
-def test_directory_hash_of_nothing_is_refused(tmp_path: Path):
-    with pytest.raises(RunDirectoryError, match="holds no file"):
-        runs.directory_hash(tmp_path)
-
-
 # --- provenance ---
 
 

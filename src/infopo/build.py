@@ -24,7 +24,7 @@ from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
 from infopo.data.sources import read_rows
-from infopo.errors import RecipeError
+from infopo.errors import InfoPOError, RecipeError
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.trainer import InfoPOTrainer
 from infopo.yaml_tree import shown
@@ -321,5 +321,7 @@ def build_trainer_on(
             callbacks=callbacks,
             peft_config=adapter,
         )
-    except (OSError, ImportError) as error:
+    except InfoPOError:
+        raise
+    except (OSError, ImportError, ValueError) as error:
         raise RecipeError(f"train: the trainer cannot be set up: {error}") from error

@@ -7,7 +7,7 @@ Shape names: `tokens` (positions of a packed batch), `segments`, `responses`, `c
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,13 @@ class Role(IntEnum):
     REJECTED = 1
     KL = 2
     """Mismatched response that estimates a KL term (KTO)."""
+
+
+Per = Literal["pair", "chosen", "rejected", "token"]
+"""What a loss term is averaged over: pairs, chosen responses, rejected responses, or tokens of chosen responses."""
+
+PER: tuple[Per, ...] = get_args(Per)
+"""Order of the denominators where they stand in one tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ class PackedBatch:
         chosen: Indices of the chosen responses.
         rejected: Indices of the rejected responses.
         pairs: Every (chosen, rejected) couple of the same example, as indices into the responses.
+        counts: Number of pairs, chosen responses, rejected responses, and tokens of chosen responses (order: `PER`).
         reference: log π_ref of each response (nats); NaN where not computed.
         row_ids: Name of each example's row.
     """
@@ -113,6 +121,7 @@ class PackedBatch:
     chosen: Int[Tensor, " chosen"]
     rejected: Int[Tensor, " rejected"]
     pairs: Int[Tensor, "pairs 2"]
+    counts: Int[Tensor, " denominators"]
     reference: Float[Tensor, " responses"]
     row_ids: tuple[str, ...]
 
@@ -213,10 +222,6 @@ def response_indices(role: Sequence[int], example: Sequence[int]) -> tuple[Tenso
         torch.tensor(rejected, dtype=torch.int64),
         torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
     )
-
-
-Per = Literal["pair", "chosen", "rejected", "token"]
-"""What a loss term is averaged over: pairs, chosen responses, rejected responses, or tokens of chosen responses."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value

@@ -304,33 +304,6 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def directory_hash(directory: str | Path, patterns: Sequence[str] = ("*",)) -> str:
-    """SHA-256 of a folder's content: names (relative) and bytes of its files, hidden ones left out.
-
-    Moving or copying the folder does not change it; renaming a file in it does.
-
-    Args:
-        directory: E.g. the folder of a saved model.
-        patterns: Shell patterns of file names that count, e.g. `("*.safetensors", "*.json")`.
-
-    Raises:
-        RunDirectoryError: No such folder, or no file in it counts.
-    """
-    directory = Path(directory)
-    relative = {path.relative_to(directory) for pattern in patterns for path in directory.rglob(pattern)}
-    names = sorted(
-        name.as_posix()
-        for name in relative
-        if (directory / name).is_file() and not any(part.startswith(".") for part in name.parts)
-    )
-    if not names:
-        raise RunDirectoryError(f"holds no file named like {', '.join(patterns)}", str(directory))
-    total = hashlib.sha256()
-    for name in names:
-        total.update(f"{name}\0{file_sha256(directory / name)}\n".encode("utf-8", errors="surrogateescape"))
-    return total.hexdigest()
-
-
 def environment(
     *,
     seed: int | None,

@@ -48,13 +48,10 @@ from infopo.errors import (
 from infopo.logps.forward import response_logps, self_test, with_layout
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
 from infopo.objectives import LossTerms, loss_function
-from infopo.records import PackedBatch, PreferenceExample, ResponseLogps, Role
+from infopo.records import PER, PackedBatch, PreferenceExample, ResponseLogps, Role
 from infopo.reference import LiveReference, Reference, StoredReference, precompute
 
 logger = logging.getLogger(__name__)
-
-PER = ("pair", "chosen", "rejected", "token")
-"""Order of the denominators in the counts of a step."""
 
 RawDataset: TypeAlias = datasets.Dataset | ExampleDataset
 MAX_STEP_0_LOG_RATIO = 1e-3
@@ -161,6 +158,12 @@ class InfoPOTrainer(Trainer):
             raise UnsupportedArgumentError(
                 "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
                 "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
+            )
+        per_pass = self.args.train_batch_size * self.args.world_size
+        if args.dataloader_drop_last and len(train_examples) < per_pass:
+            raise RecipeError(
+                f"dataloader_drop_last: {len(train_examples)} rows are less than one batch of {per_pass}, so all are "
+                "dropped; leave it out, or lower per_device_train_batch_size"
             )
         self._metric_sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_record: list[tuple[PackedBatch, ResponseLogps, LossTerms]] = []
@@ -357,7 +360,7 @@ class InfoPOTrainer(Trainer):
             num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = (
-            torch.stack([_count(b) for batch in batches for b in batch]).sum(0) if batches else torch.zeros(4)
+            torch.stack([b.counts for batch in batches for b in batch]).sum(0) if batches else torch.zeros(4)
         )
         counts = counts.to(device)
         if self.args.world_size > 1:
@@ -420,7 +423,7 @@ class InfoPOTrainer(Trainer):
         self._record_metrics("train", logps)
         detached = [replace(term, values=term.values.detach()) for term in terms]
         self._step_record.append((inputs, replace(logps, policy=logps.policy.detach()), detached))
-        counts = num_items_in_batch if num_items_in_batch is not None else _count(inputs).to(self.args.device)
+        counts = num_items_in_batch if num_items_in_batch is not None else inputs.counts
         counts = counts.to(logps.policy.dtype).clamp(min=1)
         loss = sum(
             (term.values.sum() / counts[PER.index(term.per)] for term in terms), logps.policy.sum() * 0
@@ -568,7 +571,7 @@ class InfoPOTrainer(Trainer):
             for inputs in dataloader:
                 for batch in self._prepare_inputs(inputs):
                     logps = self._logps(model, batch)
-                    counts = _count(batch)
+                    counts = batch.counts.tolist()
                     for index, term in enumerate(self._terms(logps)):
                         losses.add({f"{index}": (term.values.sum(), int(counts[PER.index(term.per)]))})
                     self._record_metrics("eval", logps)
@@ -631,14 +634,6 @@ class InfoPOTrainer(Trainer):
                 checkpoints.write_identity(staging / f"checkpoint-{self.state.global_step}", self._identity())
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / f"checkpoint-{self.state.global_step}"))
-
-
-def _count(batch: PackedBatch) -> Tensor:
-    """Number of pairs, chosen, rejected responses and tokens of chosen responses, (4,) int64."""
-    tokens = batch.length[batch.chosen].sum()
-    return torch.stack(
-        [tokens.new_tensor(len(i)) for i in (batch.pairs, batch.chosen, batch.rejected)] + [tokens]
-    )
 
 
 def _has(dataset: ExampleDataset, role: Role) -> np.ndarray:

@@ -127,6 +127,7 @@ def _build(
     for segment, above in enumerate(parent):
         length_to.append(own[segment] + (length_to[above] if above >= 0 else 0))
     chosen, rejected, pairs = response_indices(role, example)
+    chosen_tokens = sum(length_to[segment] for segment, r in zip(leaf, role, strict=True) if r == Role.CHOSEN)
     return PackedBatch(
         input_ids=torch.tensor(tokens, dtype=torch.int64),
         position_ids=torch.tensor(positions, dtype=torch.int64),
@@ -140,6 +141,7 @@ def _build(
         chosen=chosen,
         rejected=rejected,
         pairs=pairs,
+        counts=torch.tensor([len(pairs), len(chosen), len(rejected), chosen_tokens], dtype=torch.int64),
         reference=torch.tensor(list(reference), dtype=torch.float64),
         row_ids=tuple(row_ids),
     )
