@@ -238,11 +238,9 @@ def test_the_demo_survives_a_kill_and_keeps_what_it_has(tmp_path: Path):
     for line in table(summary):
         assert line in printed
 
-    begin = time.perf_counter()
     process = start_demo(output)
     assert process.wait() == 0, log_of(output).read_text(encoding="utf-8")
     assert without_times(json.loads((output / "summary.json").read_text())) == without_times(summary)
-    assert time.perf_counter() - begin < 120
 
 
 @pytest.mark.long

@@ -25,6 +25,7 @@ from transformers import (
 
 from infopo.arguments import InfoPOConfig, refuse_arguments
 from infopo.data.examples import ExampleDataset
+from infopo.data.packing import pack
 from infopo.errors import (
     DataError,
     ModelError,
@@ -35,6 +36,8 @@ from infopo.errors import (
 )
 from infopo.lab import policy_path
 from infopo.lab.tokenizer import build_tokenizer
+from infopo.logps.forward import with_layout
+from infopo.metrics import non_finite_rows
 from infopo.models import disable_dropout, weights_hash
 from infopo.objectives import loss_function
 from infopo.records import PreferenceExample, ResponseLogps, Role
@@ -233,7 +236,8 @@ def test_the_ratio_of_the_length_normalized_loss_is_normalized_and_its_rewards_a
     assert record["rewards/rejected"] == pytest.approx(float(log_ratio.mean()), **FLOAT32)
 
 
-def test_the_loss_of_every_step_is_that_of_its_rows_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pieces", [None, 30])
+def test_the_loss_of_every_step_is_that_of_its_rows_by_hand(tmp_path: Path, pieces: int | None) -> None:
     """Mean over the step's chosen responses plus mean over its rejected ones, whatever the micro-batches hold."""
     policy, reference = tiny_llama(), tiny_llama(seed=1)
     examples = random_examples(10, chosen=(1, 2), rejected=(1, 3, 1))
@@ -247,6 +251,7 @@ def test_the_loss_of_every_step_is_that_of_its_rows_by_hand(tmp_path: Path) -> N
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         max_steps=2,
+        max_tokens_per_forward=pieces,
     )
     trainer.train()
     for record, rows in zip(step_records(trainer), (examples[:6], examples[6:]), strict=True):
@@ -630,6 +635,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_rows(
         trainer.train()
     assert torch.equal(weights(trainer.model).nan_to_num(posinf=1e9), spoil.before.nan_to_num(posinf=1e9))
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("objective", ["infopo", "dpo"])
+@pytest.mark.parametrize("spoiled", range(3))
+def test_a_term_that_is_not_finite_names_the_row_of_its_own_response(objective: str, spoiled: int) -> None:
+    """The log-probs are finite, a reference is not; and the rows hold unequal numbers of responses."""
+    batch = pack(random_examples(3, chosen=(2, 1, 3), rejected=(1, 4, 1)))
+    owned = (batch.example == spoiled) & (batch.role == Role.REJECTED)
+    reference = torch.zeros(batch.num_responses, dtype=torch.float64)
+    reference[owned.nonzero()[-1]] = math.nan
+    logps = with_layout(torch.full_like(reference, -3.0), reference, batch)
+    assert non_finite_rows(batch, logps, loss_function(objective)(logps)) == [f"rows.jsonl:{spoiled + 1}"]
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------

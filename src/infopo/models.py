@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,9 +24,25 @@ _DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError,
+)  # fmt: skip
+"""What transformers raises at a folder or a name that holds no model: there is no common class."""
+
+
 def resolve_name(name_or_path: str) -> str:
-    """The folder of `lab:policy`; any other name unchanged."""
-    return str(LAB_POLICY_FOLDER) if name_or_path == LAB_POLICY else name_or_path
+    """The folder of `lab:policy`; any other name unchanged.
+
+    Raises:
+        ModelError: A name that can only be a folder's is none, or the lab has no such model.
+    """
+    if name_or_path == LAB_POLICY:
+        return str(LAB_POLICY_FOLDER)
+    if name_or_path.startswith("lab:"):
+        raise ModelError(f"model {name_or_path!r}: the lab has only {LAB_POLICY!r}")
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+        raise ModelError(f"model {name_or_path!r}: there is no such folder")
+    return name_or_path
 
 
 def let_gradients_reach_adapters(model: nn.Module) -> None:
@@ -52,7 +69,7 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             resolve_name(name_or_path), output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except _LOADING_ERRORS as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded: {_first_lines(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         # Loaded this way the adapter is frozen, and a second one would nest on it.
@@ -77,7 +94,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name_or_path), **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _LOADING_ERRORS as error:
         raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {_first_lines(error)}") from error
 
 

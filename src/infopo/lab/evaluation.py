@@ -1,9 +1,11 @@
 """Greedy accuracy of a policy on lab problems."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.errors import RecipeError
@@ -37,6 +39,17 @@ class AccuracyResult:
 def as_prompt(problem: Problem) -> list[Message]:
     """The conversation that asks the problem's question."""
     return [{"role": "user", "content": problem.question}]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread: decoding a small model, threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def accuracy(

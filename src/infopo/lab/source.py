@@ -11,6 +11,7 @@ import datasets
 
 from infopo.errors import DataError
 from infopo.lab import policy_path
+from infopo.lab.evaluation import one_thread
 from infopo.lab.preferences import make_pairs
 from infopo.models import load_policy, load_tokenizer
 
@@ -43,4 +44,5 @@ def _rows(labels: str) -> list[dict[str, Any]]:
     """The rows of all splits. One sequence of problems, so that each is asked once; sampling takes seconds."""
     policy, tokenizer = load_policy(str(policy_path())), load_tokenizer(str(policy_path()))
     n = max(rows.stop for rows in SPLITS.values())
-    return make_pairs(policy, tokenizer, labels=labels, n=n, seed=SEED).rows
+    with one_thread():
+        return make_pairs(policy, tokenizer, labels=labels, n=n, seed=SEED).rows

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -29,7 +29,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.errors import RecipeError
 from infopo.generate import sample
 from infopo.lab import Problem, make_problems
-from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt
+from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt, one_thread
 from infopo.lab.preferences import make_pairs
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.records import PreferenceExample, Role
@@ -142,7 +142,7 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     setting = Setting(Path(output), labels, seed)
     _check(setting)
     disable_progress_bar()  # transformers' own, for weights that load at once
-    with _one_thread():
+    with one_thread():
         print(_sample_pairs(setting))
         world = _world(setting)
         start = accuracy(world.reference, world.tokenizer, world.problems)
@@ -269,17 +269,6 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return {method: [results[method, rate] for rate in LEARNING_RATES] for method in METHODS}
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Decoding a small model, threads on a busy machine wait for each other far longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _start_worker(lock: Any) -> None:
