@@ -37,10 +37,11 @@ from infopo.errors import (
 from infopo.lab import policy_path
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.logps.forward import with_layout
-from infopo.metrics import non_finite_rows
+from infopo.metrics import MetricSums, non_finite_rows
 from infopo.models import disable_dropout, weights_hash
 from infopo.objectives import loss_function
 from infopo.records import PreferenceExample, ResponseLogps, Role
+from infopo.reference import LiveReference
 from infopo.trainer import InfoPOTrainer
 from worlds import random_dataset, random_examples, tiny_llama, tiny_of
 
@@ -286,6 +287,17 @@ def test_several_loss_types_are_added_with_their_weights_and_rewards_take_the_be
     assert record["loss"] == pytest.approx(0.25 * nll + 2.0 * dpo, **FLOAT32)
     expected = hand_metrics(logps, beta=0.2, cap=5.0)
     assert record["rewards/margins"] == pytest.approx(expected["rewards/margins"], **FLOAT32)
+
+
+def test_sums_and_maxima_are_over_everything_added_and_start_afresh() -> None:
+    sums = MetricSums()
+    for total, count, highest in ((4.0, 1, 3.0), (2.0, 3, 7.0), (0.0, 0, -math.inf), (3.0, 2, 5.0)):
+        sums.add(
+            {"mean": (torch.tensor(total), count), "absent": (torch.tensor(0.0), 0)},
+            {"max": torch.tensor(highest), "no max": torch.tensor(-math.inf)},
+        )
+    assert sums.reduce(lambda values: values) == {"mean": 1.5, "max": 7.0}
+    assert sums.reduce(lambda values: values) == {}
 
 
 def test_a_second_training_starts_its_metrics_afresh(tmp_path: Path) -> None:
@@ -547,6 +559,23 @@ def test_another_model_as_reference_is_used_however_it_is_given(tmp_path: Path, 
     assert record["loss"] == pytest.approx(hand_loss(logps, "infopo", {}), **FLOAT32)
     assert record["rewards/margins"] == pytest.approx(
         hand_metrics(logps, beta=1.0, cap=5.0)["rewards/margins"], **FLOAT32
+    )
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_live_reference_runs_on_the_sides_that_are_asked_for_only(side: str) -> None:
+    examples = random_examples(5, chosen=(1, 2), rejected=(1, 3))
+    batch, model = pack(examples), tiny_llama(seed=1)
+    rows: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    values = LiveReference(model, frozenset({side}))(batch)
+    asked = batch.chosen if side == "chosen" else batch.rejected
+    assert values.isfinite().nonzero().flatten().tolist() == asked.tolist()
+    assert sum(rows) == len(asked)
+    torch.testing.assert_close(
+        values[asked], hand_logps(tiny_llama(), model, examples).reference[asked], rtol=1e-5, atol=1e-4
     )
 
 

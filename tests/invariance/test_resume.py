@@ -296,10 +296,12 @@ def test_what_a_killed_save_left_is_ignored_and_cleaned(tmp_path: Path, data: Pa
     half = copied / checkpoints.STAGING / "checkpoint-6"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
+    (half / "model-00001-of-00002.safetensors").write_bytes(b"of another save")
     assert checkpoints.last(str(copied)) == str(copied / "checkpoint-3")
     recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=6)
     train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
     assert sorted(p.name for p in copied.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert [p.name for p in (copied / "checkpoint-6").glob("*.safetensors")] == ["model.safetensors"]
     assert not list(copied.glob(".*"))
 
 
