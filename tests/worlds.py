@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -10,6 +11,20 @@ from infopo.data.examples import ExampleDataset
 from infopo.records import PreferenceExample
 
 VOCABULARY = 61
+
+# Adam normalises gradients, which would hide a wrong scale; SGD keeps it. Float32 rounding of sums in another order.
+PLAIN_SGD: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "activation_checkpointing": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "reference_sides": "both",
+}
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:

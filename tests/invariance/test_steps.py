@@ -15,22 +15,8 @@ from infopo.catalog import OBJECTIVES
 from infopo.data.examples import ExampleDataset
 from infopo.data.sampling import PaddedSampler
 from infopo.trainer import InfoPOTrainer
-from worlds import random_dataset, tiny_llama
+from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
-# Adam normalises gradients, which would hide a wrong scale; SGD keeps it. Float32 rounding of sums in another order.
-SETTINGS: dict[str, Any] = {
-    "max_steps": 3,
-    "learning_rate": 1e-3,
-    "optim": "sgd",
-    "max_grad_norm": 0.0,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "activation_checkpointing": False,
-    "use_cpu": True,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "reference_sides": "both",
-}
 TOLERANCE = 2e-5
 
 
@@ -45,7 +31,7 @@ class Logs(TrainerCallback):
 def run(tmp_path: Path, dataset: ExampleDataset, tokenizer: Any, **settings: Any) -> tuple[list, list]:
     """Weights after training, and the log records."""
     logs = Logs()
-    args = InfoPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings})
+    args = InfoPOConfig(output_dir=str(tmp_path), **{**PLAIN_SGD, "max_steps": 3, **settings})
     model = tiny_llama()
     InfoPOTrainer(
         model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[logs]

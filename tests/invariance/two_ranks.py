@@ -12,24 +12,11 @@ import torch
 from infopo.arguments import InfoPOConfig
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.trainer import InfoPOTrainer
-from worlds import random_dataset, tiny_llama
+from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
 out, objective = sys.argv[1:]
 torch.set_num_threads(1)
-settings = {
-    "num_train_epochs": 2,
-    "learning_rate": 1e-3,
-    "optim": "sgd",
-    "max_grad_norm": 0.0,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "activation_checkpointing": False,
-    "use_cpu": True,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "reference_sides": "both",
-    "per_device_train_batch_size": 4,
-}
+settings = {**PLAIN_SGD, "num_train_epochs": 2, "per_device_train_batch_size": 4}
 model = tiny_llama()
 trainer = InfoPOTrainer(
     model=model,
