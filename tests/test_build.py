@@ -110,7 +110,7 @@ def test_values_at_the_edge_of_their_range_are_accepted(key: str, value: Any):
             ["train.load_best_model_at_end=true", "train.eval_strategy=steps", "train.save_strategy=epoch"],
             "--load_best_model_at_end requires the save and eval strategy to match",
         ),
-        (["train.padding_free=true"], "train.padding_free=True: rows are padded"),
+        (["train.padding_free=true"], "train.padding_free=True: nothing is padded already"),
         (["train.logging_nan_inf_filter=true"], "train.logging_nan_inf_filter: must be False"),
         (["train.train_sampling_strategy=batch_rebalance"], "train.train_sampling_strategy='batch_rebalance'"),
     ],

@@ -43,19 +43,12 @@ from infopo.objectives import loss_function
 from infopo.records import PreferenceExample, ResponseLogps, Role
 from infopo.reference import LiveReference
 from infopo.trainer import InfoPOTrainer
-from worlds import random_dataset, random_examples, tiny_llama, tiny_of
+from worlds import PLAIN_SGD, random_dataset, random_examples, tiny_llama, tiny_of
 
 SETTINGS: dict[str, Any] = {
+    **PLAIN_SGD,
     "max_steps": 3,
-    "learning_rate": 1e-3,
-    "optim": "sgd",
-    "max_grad_norm": 0.0,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "activation_checkpointing": False,
-    "use_cpu": True,
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    "reference_sides": "needed",
     "report_to": "none",
     "per_device_train_batch_size": 4,
 }

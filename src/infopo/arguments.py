@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from infopo.catalog import (
+    LOGPS_PATHS,
     OBJECTIVES,
     ON_BAD_ROW,
     REFERENCE_SIDES,
@@ -31,8 +32,14 @@ _NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("keep_start",),
         "a response's end is cut, its start is kept; cut prompts with max_prompt_length",
     ),
-    "padding_free": ((False,), "rows are padded in this version"),
-    "pad_to_multiple_of": ((None, "auto"), "rows are padded to the longest of their batch"),
+    "padding_free": (
+        (False,),
+        "nothing is padded already, where the model's attention allows it (see logps_path)",
+    ),
+    "pad_to_multiple_of": (
+        (None, "auto"),
+        "nothing is padded where the model's attention allows it; else rows are, to the longest of their batch",
+    ),
     "ld_alpha": ((None,), "the length-desensitised loss (LD-DPO) is not implemented"),
     "f_divergence_type": (("reverse_kl",), "f-DPO is not implemented"),
     "use_weighting": ((False,), "the WPO weighting is not implemented"),
@@ -89,6 +96,8 @@ class InfoPOConfig(TrainingArguments):
         precompute_ref_batch_size: Examples a forward pass of the reference; default `per_device_train_batch_size`.
         max_tokens_per_forward: Most tokens that go through the model at once; a larger device batch runs in
             pieces, with the same loss and gradient. None: no limit.
+        logps_path: `auto` encodes each prompt once and pads nothing where the model's attention can do so; `naive`
+            runs one padded row a response.
         disable_dropout: Set dropout to 0 in policy and reference.
         dataset_num_proc: Processes that tokenize.
         model_init_kwargs: For `from_pretrained`, when the model is given by name.
@@ -135,6 +144,7 @@ class InfoPOConfig(TrainingArguments):
     max_tokens_per_forward: int | None = field(
         default=None, metadata={"help": "Most tokens through the model at once."}
     )
+    logps_path: str = field(default="auto", metadata={"help": "auto or naive."})
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set dropout to 0 in policy and reference."}
     )
@@ -224,6 +234,8 @@ class InfoPOConfig(TrainingArguments):
             problems.append(
                 f"reference_sides: expected one of {', '.join(REFERENCE_SIDES)}, got {self.reference_sides!r}"
             )
+        if self.logps_path not in LOGPS_PATHS:
+            problems.append(f"logps_path: expected one of {', '.join(LOGPS_PATHS)}, got {self.logps_path!r}")
         if self.precompute_ref_log_probs and self.reference not in ("auto", "precompute"):
             problems.append(f"precompute_ref_log_probs=True contradicts reference={self.reference!r}")
         for name in (

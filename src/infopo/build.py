@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from infopo import models
 from infopo.arguments import InfoPOConfig
+from infopo.catalog import LOGPS_PATHS
 from infopo.config import DataSection, Recipe, TrainField
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
@@ -73,6 +74,7 @@ _DOMAINS: Mapping[str, Domain] = {
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
+    "logps_path": LOGPS_PATHS,
 }
 """Texts that are accepted where transformers declares no list of its own."""
 

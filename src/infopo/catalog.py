@@ -199,6 +199,10 @@ REFERENCE_SIDES = ("needed", "both")
 """Whose reference log-probs are computed: those the loss needs, or all (for metrics)."""
 
 
+LOGPS_PATHS = ("auto", "naive")
+"""How log-probs are computed: the fastest way that the model allows, or one padded row a response."""
+
+
 def suggestion(word: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
     """` (did you mean 'beta'?)` for a near miss, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -35,7 +35,7 @@ from infopo.catalog import OBJECTIVES
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
-from infopo.data.packing import PreferenceCollator, pack
+from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.data.sampling import LengthGroupedEpochs, PaddedSampler
 from infopo.data.sources import read_rows
 from infopo.errors import (
@@ -45,6 +45,7 @@ from infopo.errors import (
     ReferenceMismatchError,
     UnsupportedArgumentError,
 )
+from infopo.logps import attention
 from infopo.logps.forward import response_logps, self_test, with_layout
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
 from infopo.objectives import LossTerms, loss_function
@@ -128,6 +129,7 @@ class InfoPOTrainer(Trainer):
         self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
         if args.disable_dropout and ref_model is not None:
             models.disable_dropout(ref_model)
+        self.logps_in_words = _choose_path(policy, ref_model, args)
 
         self.mixture = args.mixture()
         self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
@@ -176,6 +178,7 @@ class InfoPOTrainer(Trainer):
             sides = " and ".join(sorted(self.reference_sides)) or "no"
             print(f"objective: {self.objective_in_words()}")
             print(f"reference: {self.reference_in_words}, for {sides} responses")
+            print(f"log-probs: {self.logps_in_words}")
 
     # ---- objective and reference -------------------------------------------------------------------------------
 
@@ -208,11 +211,12 @@ class InfoPOTrainer(Trainer):
         if named_model:
             kwargs = init_kwargs(self.args, quantization_config)
             kwargs["dtype"] = self.model.dtype  # what is compared is computed alike
-            kwargs.setdefault("attn_implementation", self.model.config._attn_implementation)
+            kwargs.setdefault("attn_implementation", attention.implementation_of(self.model))
             ref_model = models.load_policy(source, **kwargs)
             _check_fit(ref_model, self.train_dataset, self.eval_dataset)
             if self.args.disable_dropout:
                 models.disable_dropout(ref_model)
+            _choose_path(self.model, ref_model, self.args)
         self.policy_hash = models.weights_hash(self.model)
         # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
         self._policy_is_reference = ref_model is None and (source != "adapter-off" or self._adapter_is_fresh)
@@ -463,14 +467,14 @@ class InfoPOTrainer(Trainer):
         self._is_checked = True
         was_training = model.training
         model.eval()
-        probes = _probes(self.train_dataset)
-        alone = [pack([probe]).to(self.args.device) for probe in probes]
+        probes = pack(_probes(self.train_dataset)).to(self.args.device)
+        alone = [select(probes, [response]) for response in range(probes.num_responses)]
         exact = (
             self.model.dtype in (torch.float32, torch.float64)
             and self.accelerator.mixed_precision == "no"
             and not self.args.tf32
         )
-        noise = self_test(model, pack(probes).to(self.args.device), alone, exact=exact)
+        noise = self_test(model, probes, alone, exact=exact)
         if not exact:
             report = logger.warning if noise > 0.1 else logger.info
             report("rounding noise of a response's log-prob: %.2g nats (measured by padding alone)", noise)
@@ -636,6 +640,22 @@ class InfoPOTrainer(Trainer):
             self._push_from_checkpoint(str(run_dir / f"checkpoint-{self.state.global_step}"))
 
 
+def _choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConfig) -> str:
+    """Lets the models share prompts where they can and `logps_path` allows it; says what was chosen, and why."""
+    both = [model for model in (policy, ref_model) if model is not None]
+    if args.logps_path == "naive":
+        reason: str | None = "logps_path is 'naive'"
+    elif args.torch_compile:
+        reason = "the layout of each batch would be compiled anew"
+    else:
+        reason = next((reason for model in both if (reason := attention.enable(model))), None)
+    if reason is None:
+        return "each prompt once, without padding"
+    for model in both:
+        attention.disable(model)
+    return f"one padded row a response ({reason})"
+
+
 def _has(dataset: ExampleDataset, role: Role) -> np.ndarray:
     """Whether each example has a response of this role, (examples,) bool."""
     owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.response_offsets))
@@ -657,8 +677,12 @@ def _row_tokens(batch: PackedBatch) -> int:
 
 
 def _probes(dataset: ExampleDataset) -> list[PreferenceExample]:
-    """Two short examples of unequal length, together at most `SELF_TEST_TOKENS` tokens of rows."""
+    """Responses of one prompt and another example, together at most `SELF_TEST_TOKENS` tokens of rows."""
     example, quarter = dataset[0], SELF_TEST_TOKENS // 4
     prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
     half = response[: max(1, len(response) // 2)]
-    return [PreferenceExample(prompt, [ids], [], example.row_id) for ids in (response, half)]
+    short = SELF_TEST_TOKENS // 16
+    return [
+        PreferenceExample(prompt, [response, half], [], example.row_id),
+        PreferenceExample(prompt[:short], [half[:short]], [], example.row_id),
+    ]

@@ -8,7 +8,9 @@ from transformers import BertConfig, GPT2Config, MistralConfig
 
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
+from infopo.logps import attention
 from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
+from infopo.models import disable_dropout
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample
 from worlds import random_examples, tiny_llama, tiny_of
 
@@ -24,6 +26,14 @@ def path(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def ready(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The model, prepared for the path."""
+    if path == "forest":
+        disable_dropout(model)
+        assert attention.enable(model) is None
+    return model
+
+
 def definition(model: torch.nn.Module, example: PreferenceExample) -> list[torch.Tensor]:
     """Σ_t log softmax(logits before t)[y_t], one unpadded sequence at a time, straight from the textbook."""
     values = []
@@ -36,7 +46,7 @@ def definition(model: torch.nn.Module, example: PreferenceExample) -> list[torch
 
 
 def test_log_probs_are_the_sums_of_the_textbook(path: str) -> None:
-    model = tiny_llama()
+    model = ready(tiny_llama(), path)
     with torch.no_grad():
         expected = torch.stack([v for e in EXAMPLES for v in definition(model, e)])
         torch.testing.assert_close(response_logps(model, pack(EXAMPLES), path), expected, **FLOAT32)
@@ -48,14 +58,14 @@ def test_log_probs_are_the_sums_of_the_textbook(path: str) -> None:
                   num_key_value_heads=2, sliding_window=4, initializer_range=0.3),
 ], ids=["absolute positions", "sliding window"])  # fmt: skip
 def test_log_probs_are_the_sums_of_the_textbook_on_other_architectures(path: str, config: object) -> None:
-    model = tiny_of(config)
+    model = ready(tiny_of(config), path)
     with torch.no_grad():
         expected = torch.stack([v for e in EXAMPLES for v in definition(model, e)])
         torch.testing.assert_close(response_logps(model, pack(EXAMPLES), path), expected, **FLOAT32)
 
 
 def test_gradients_are_those_of_the_textbook(path: str) -> None:
-    model = tiny_llama(dtype=torch.float64)
+    model = ready(tiny_llama(dtype=torch.float64), path)
     weights = torch.linspace(-1, 2, pack(EXAMPLES).num_responses, dtype=torch.float64)
     (response_logps(model, pack(EXAMPLES), path) * weights).sum().backward()
     got = [p.grad.clone() for p in model.parameters()]
@@ -67,7 +77,7 @@ def test_gradients_are_those_of_the_textbook(path: str) -> None:
 
 
 def test_changing_any_token_of_one_response_moves_no_other(path: str) -> None:
-    model, base = tiny_llama(), pack(EXAMPLES)
+    model, base = ready(tiny_llama(), path), pack(EXAMPLES)
     with torch.no_grad():
         before = response_logps(model, base, path)
         for victim in range(base.num_responses):
@@ -83,7 +93,7 @@ def test_changing_any_token_of_one_response_moves_no_other(path: str) -> None:
 
 def test_the_first_token_of_every_response_is_scored(path: str) -> None:
     """One-token responses read the logits at the prompt's end: over the whole vocabulary, Σ p = 1."""
-    model = tiny_llama()
+    model = ready(tiny_llama(), path)
     example = PreferenceExample([5, 6, 7], [[t] for t in range(61)], [], "r")
     with torch.no_grad():
         logps = response_logps(model, pack([example]), path)
@@ -91,7 +101,7 @@ def test_the_first_token_of_every_response_is_scored(path: str) -> None:
 
 
 def test_order_and_split_of_a_batch_change_nothing(path: str) -> None:
-    model = tiny_llama()
+    model = ready(tiny_llama(), path)
     with torch.no_grad():
         together = response_logps(model, pack(EXAMPLES), path)
         apart = torch.cat([response_logps(model, pack([e]), path) for e in EXAMPLES])
@@ -102,7 +112,7 @@ def test_order_and_split_of_a_batch_change_nothing(path: str) -> None:
 
 
 def test_sums_are_float64_and_logits_float32_at_least(path: str) -> None:
-    half = tiny_llama(dtype=torch.bfloat16)
+    half = ready(tiny_llama(dtype=torch.bfloat16), path)
     logps = response_logps(half, pack(EXAMPLES), path)
     assert logps.dtype == torch.float64
     # A bfloat16 log-softmax would leave values on its grid of 8 significant bits.
@@ -110,7 +120,7 @@ def test_sums_are_float64_and_logits_float32_at_least(path: str) -> None:
 
 
 def test_a_batch_without_responses_still_reaches_every_parameter_with_a_zero_gradient(path: str) -> None:
-    model = tiny_llama()
+    model = ready(tiny_llama(), path)
     logps = response_logps(model, pack([EMPTY_EXAMPLE]), path)
     assert logps.shape == (0,)
     logps.sum().backward()
@@ -123,7 +133,7 @@ def alone(examples: list[PreferenceExample]) -> list:
 
 
 def test_the_self_test_accepts_a_sound_model_and_measures_its_noise(path: str) -> None:
-    assert self_test(tiny_llama(), pack(EXAMPLES), alone(EXAMPLES), exact=True, path=path) < 1e-4
+    assert self_test(ready(tiny_llama(), path), pack(EXAMPLES), alone(EXAMPLES), exact=True, path=path) < 1e-4
 
 
 class LooksAtNeighbours(torch.nn.Module):
@@ -139,18 +149,18 @@ class LooksAtNeighbours(torch.nn.Module):
         return output
 
 
-def test_the_self_test_refuses_a_model_that_looks_at_its_neighbours_by_name(path: str) -> None:
+def test_the_self_test_refuses_a_model_that_looks_at_its_neighbours_by_name() -> None:
     with pytest.raises(LogpsError, match=r"LooksAtNeighbours: .* nats with"):
-        self_test(LooksAtNeighbours(), pack(EXAMPLES), alone(EXAMPLES), exact=True, path=path)
+        self_test(LooksAtNeighbours(), pack(EXAMPLES), alone(EXAMPLES), exact=True)
 
 
 def test_half_precision_is_measured_not_refused(path: str) -> None:
-    model = tiny_llama(dtype=torch.bfloat16)
+    model = ready(tiny_llama(dtype=torch.bfloat16), path)
     noise = padding_noise(model, pack(EXAMPLES), alone(EXAMPLES), path)
     assert self_test(model, pack(EXAMPLES), alone(EXAMPLES), exact=False, path=path) == noise
 
 
-def test_the_self_test_refuses_a_model_that_sees_ahead_by_name(path: str) -> None:
+def test_the_self_test_refuses_a_model_that_sees_ahead_by_name() -> None:
     model = tiny_of(
         BertConfig(
             vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -159,19 +169,19 @@ def test_the_self_test_refuses_a_model_that_sees_ahead_by_name(path: str) -> Non
     )  # fmt: skip
     for exact in (True, False):
         with pytest.raises(LogpsError, match=r"BertLMHeadModel: .* with the tokens after it"):
-            self_test(model, pack(EXAMPLES), alone(EXAMPLES), exact=exact, path=path)
+            self_test(model, pack(EXAMPLES), alone(EXAMPLES), exact=exact)
 
 
-def test_virtual_tokens_of_prompt_tuning_shift_nothing(path: str) -> None:
+def test_virtual_tokens_of_prompt_tuning_shift_nothing() -> None:
     """Virtual tokens whose embeddings are those of real ones give the log-probs of the prompt with these before it."""
     peft = pytest.importorskip("peft")
     prefix = [7, 8, 9]
     longer = [replace(e, prompt_ids=[*prefix, *e.prompt_ids]) for e in EXAMPLES]
     model = tiny_llama()
     with torch.no_grad():
-        expected = response_logps(model, pack(longer), path)
+        expected = response_logps(model, pack(longer))
         embeddings = model.get_input_embeddings().weight[prefix].clone()
         settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": len(prefix)}
         tuned = peft.get_peft_model(model, peft.PromptTuningConfig(**settings)).eval()
         tuned.prompt_encoder["default"].embedding.weight.copy_(embeddings)
-        torch.testing.assert_close(response_logps(tuned, pack(EXAMPLES), path), expected, **FLOAT32)
+        torch.testing.assert_close(response_logps(tuned, pack(EXAMPLES)), expected, **FLOAT32)

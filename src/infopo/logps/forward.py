@@ -12,25 +12,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from infopo.errors import LogpsError
-from infopo.logps import naive
+from infopo.logps import attention, forest, naive
 from infopo.records import PackedBatch, ResponseLogps, sum_dtype
 
 TokenLogps = Callable[[nn.Module, PackedBatch], Float[Tensor, " response_tokens"]]
 
-PATHS: Mapping[str, TokenLogps] = {"naive": naive.token_logps}
+PATHS: Mapping[str, TokenLogps] = {"naive": naive.token_logps, "forest": forest.token_logps}
 
-DEFAULT_PATH = "naive"
+
+def path_of(model: nn.Module) -> str:
+    """The fastest path that the model is ready for: `forest` after `attention.enable`, else `naive`."""
+    return "forest" if attention.is_enabled(model) else "naive"
 
 
 def response_logps(
-    model: nn.Module, batch: PackedBatch, path: str = DEFAULT_PATH
+    model: nn.Module, batch: PackedBatch, path: str | None = None
 ) -> Float[Tensor, " responses"]:
-    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of every response (nats).
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of every response (nats), by the path named, else by `path_of(model)`.
 
     The sum runs in float64 where the device has it: float32 sums are off by up to 1e-3 nat on long responses, and
     InfoPO exponentiates differences of such sums.
     """
-    tokens = PATHS[path](model, batch)
+    tokens = PATHS[path or path_of(model)](model, batch)
     tokens = tokens.to(sum_dtype(tokens.device))
     if batch.num_responses == 0:
         return tokens  # no element, but a gradient path to every parameter
@@ -44,6 +47,12 @@ def response_lengths(batch: PackedBatch) -> list[int]:
     return [
         sum(start[s + 1] - start[s] for s in batch.path(r) if scored[s]) for r in range(batch.num_responses)
     ]
+
+
+_DISAGREEMENT = {
+    "naive": "This architecture cannot be trained with batched rows.",
+    "forest": "Its responses cannot share their prompt: set logps_path to 'naive'.",
+}
 
 
 def with_layout(policy: Tensor, reference: Tensor, batch: PackedBatch) -> ResponseLogps:
@@ -61,7 +70,7 @@ def with_layout(policy: Tensor, reference: Tensor, batch: PackedBatch) -> Respon
 
 
 def padding_noise(
-    model: nn.Module, together: PackedBatch, alone: Sequence[PackedBatch], path: str = DEFAULT_PATH
+    model: nn.Module, together: PackedBatch, alone: Sequence[PackedBatch], path: str | None = None
 ) -> float:
     """Largest change of a response's log-prob (nats) between a batch and the response on its own, unpadded.
 
@@ -79,13 +88,14 @@ def padding_noise(
     return float((tested - expected).abs().max())
 
 
-def foresight(model: nn.Module, batch: PackedBatch, path: str = DEFAULT_PATH) -> float:
+def foresight(model: nn.Module, batch: PackedBatch, path: str | None = None) -> float:
     """Largest change of a token's log-prob (nats) when the last token of its response is another: 0 if causal."""
     last = [batch.segment_start[leaf + 1] - 1 for leaf in batch.leaf]
     tokens = batch.input_ids.clone()
     tokens[last] = (tokens[last] + 1) % (int(tokens.max()) + 1)
     with torch.no_grad():
-        changed = PATHS[path](model, replace(batch, input_ids=tokens)) - PATHS[path](model, batch)
+        run = PATHS[path or path_of(model)]
+        changed = run(model, replace(batch, input_ids=tokens)) - run(model, batch)
     parts = changed.split(response_lengths(batch))
     return max(float(part[:-1].abs().max()) if len(part) > 1 else 0.0 for part in parts)
 
@@ -96,7 +106,7 @@ def self_test(
     alone: Sequence[PackedBatch],
     *,
     exact: bool,
-    path: str = DEFAULT_PATH,
+    path: str | None = None,
 ) -> float:
     """Checks on a small batch that a log-prob depends on its own prompt and earlier tokens only; returns the noise.
 
@@ -106,13 +116,14 @@ def self_test(
         alone: The same responses, one a batch.
         exact: Whether the model computes in float32 or better: otherwise rounding alone can move log-probs, and only
             a model that sees ahead by far more than that is found out.
-        path: The path that is tested.
+        path: The path that is tested; None: the one that the model is ready for.
 
     Raises:
         LogpsError: A log-prob moves with later tokens, or (if exact) by more than 1e-3 nat with the other rows of its
             batch: the model would be trained on wrong numbers.
     """
     name = type(getattr(model, "module", model)).__name__
+    path = path or path_of(model)
     with torch.no_grad():
         if not response_logps(model, together, path).isfinite().all():
             raise LogpsError(
@@ -128,6 +139,6 @@ def self_test(
     if exact and not noise < 1e-3:
         raise LogpsError(
             f"{name}: the log-prob of a response changes by {noise:.3g} nats with the other responses of its batch "
-            f"(path {path!r}); expected less than 0.001. This architecture cannot be trained with batched rows."
+            f"(path {path!r}); expected less than 0.001. " + _DISAGREEMENT[path]
         )
     return noise

@@ -1,0 +1,277 @@
+"""Shared-prefix attention: a forest of segments in one row, each token attending to its own path only.
+
+Registered with transformers under two names, one for each implementation that it stands in for; without a layout
+(generation, padded rows) a call goes on to that one, with its mask. The layout reaches the attention as an extra
+keyword of the model, through checkpointing, adapters and wrappers alike.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from infopo.records import PackedBatch
+
+# Neither may hold the name of an implementation: transformers looks for parts of names.
+_NAMES = {"sdpa": "infopo_forest", "eager": "infopo_forest_plain"}
+"""Implementation that a model was loaded with -> name under which the forest stands in for it."""
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_WITHOUT_EFFECT = {
+    "position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "output_hidden_states",
+    "return_dict", "num_items_in_batch", "is_causal",
+}  # fmt: skip
+"""Keywords that attention functions receive and that change nothing here: any other is refused, not swallowed."""
+
+_has_layout: ContextVar[bool] = ContextVar("infopo_has_layout", default=False)
+
+
+class ForestLayout:
+    """Which tokens attend to which: runs of tokens, each with the runs that come before it on its path.
+
+    A root and the child that follows it are one run: plain causal attention. Any other segment is a run of its own,
+    whose tokens see all tokens of its ancestors, and those of its own before them.
+
+    Attributes:
+        sizes: Tokens of each run, in the order of the row.
+        context: For each run, the (run, tokens) before it: the first `tokens` of that run, oldest first.
+    """
+
+    def __init__(self, batch: PackedBatch) -> None:
+        run_of, end_in_run = list[int](), list[int]()  # of each segment
+        self.sizes: list[int] = []
+        self.context: list[list[tuple[int, int]]] = []
+        for segment, parent in enumerate(batch.segment_parent):
+            size = batch.segment_start[segment + 1] - batch.segment_start[segment]
+            if parent >= 0 and parent == segment - 1:  # goes on where its parent ended
+                run_of.append(run_of[parent])
+                self.sizes[-1] += size
+            else:
+                above = run_of[parent] if parent >= 0 else None
+                self.context.append(
+                    [] if above is None else [*self.context[above], (above, end_in_run[parent])]
+                )
+                run_of.append(len(self.sizes))
+                self.sizes.append(size)
+            end_in_run.append(self.sizes[-1])
+        self._masks: dict[tuple[int, int, int | None], Bool[Tensor, "queries keys"]] = {}
+
+    def mask(self, run: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"] | None:
+        """Which keys each query of a run sees; None: plain causal attention.
+
+        Args:
+            run: Number of the run.
+            window: Sliding window in tokens (distance < window), or None.
+            device: Where the mask is needed.
+        """
+        queries = self.sizes[run]
+        keys = queries + sum(tokens for _, tokens in self.context[run])
+        if queries == keys and (window is None or window >= keys):
+            return None
+        key = (queries, keys, window)
+        if key not in self._masks:  # the same for every layer
+            position = torch.arange(keys, device=device)
+            distance = position[keys - queries :, None] - position
+            seen = distance >= 0
+            self._masks[key] = seen if window is None else seen & (distance < window)
+        return self._masks[key]
+
+
+def enable(model: nn.Module) -> str | None:
+    """Switches a model to forest attention; returns the reason where it cannot share prefixes, and None where it can.
+
+    Args:
+        model: A causal language model of transformers, or one with a PEFT adapter.
+    """
+    disable(model)
+    reason = _obstacle(model)
+    if reason is None:
+        base = _base(model)
+        name = _NAMES[base.config._attn_implementation]
+        base.set_attn_implementation(name)
+        if base.config._attn_implementation != name:
+            return "its attention cannot be exchanged"
+    return reason
+
+
+def disable(model: nn.Module) -> None:
+    """Gives a model the attention back that it was loaded with."""
+    if is_enabled(model):
+        _base(model).set_attn_implementation(implementation_of(model))
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """Why responses of a prompt cannot share it in this model, or None."""
+    base = _base(model)
+    if base is not model and any(config.is_prompt_learning for config in model.peft_config.values()):  # type: ignore[operator]
+        return "its adapter puts virtual tokens before each row"
+    if not isinstance(base, PreTrainedModel):
+        return "it is not a model of transformers"
+    implementation = base.config._attn_implementation
+    if implementation not in _NAMES:
+        return f"its attention is {implementation!r}; prefixes are shared with {' and '.join(_NAMES)}"
+    if not base._supports_attention_backend or base.config.is_encoder_decoder:
+        return "its attention cannot be exchanged"
+    text = base.config.get_text_config()
+    if other := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
+        value for name, value in vars(text).items() if "drop" in name and isinstance(value, float)
+    ):
+        return "it has dropout, which a shared prompt would share too"
+    return None
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether the model, or the one it wraps, attends over forests."""
+    while not hasattr(model, "config") and isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) in _NAMES.values()
+
+
+def implementation_of(model: nn.Module) -> str | None:
+    """The attention implementation that the model was loaded with, which `from_pretrained` knows."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return next((original for original, ours in _NAMES.items() if ours == name), name)
+
+
+@contextlib.contextmanager
+def layout_given() -> Iterator[None]:
+    """Within it, models build no mask: the layout says who attends to whom."""
+    token = _has_layout.set(True)
+    try:
+        yield
+    finally:
+        _has_layout.reset(token)
+
+
+def forest_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads tokens width"],
+    key: Float[Tensor, "1 kv_heads tokens width"],
+    value: Float[Tensor, "1 kv_heads tokens value_width"],
+    layout: ForestLayout,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " heads"] | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 tokens heads value_width"], None]:
+    """Attention of each token to its path: softmax(q·k scaling) v over ancestors and earlier tokens of its segment.
+
+    Args:
+        module: The attention layer.
+        query: After rotary embedding.
+        key: Not repeated for grouped queries.
+        value: Likewise.
+        layout: Who attends to whom.
+        scaling: Factor of q·k; None: 1/√width.
+        dropout: Must be 0: responses would share their prompt's mask.
+        sliding_window: Distance (tokens) from which keys are out of sight.
+        softcap: c in c·tanh(q·k scaling / c).
+        s_aux: Logit of a sink for each head, which takes probability and gives no value.
+        kwargs: Keywords without effect on attention.
+
+    Raises:
+        NotImplementedError: A keyword that is not honoured.
+    """
+    unknown = {name for name, given in kwargs.items() if given is not None} - _WITHOUT_EFFECT
+    if unknown or dropout:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for {', '.join(sorted(unknown)) or 'dropout'}, which shared-prefix "
+            "attention does not honour: set logps_path to 'naive'"
+        )
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    queries, keys, values = (t.split(layout.sizes, dim=2) for t in (query, key, value))
+    outputs = []
+    for run, before in enumerate(layout.context):
+        k, v = (
+            torch.cat([*(t[other][:, :, :tokens] for other, tokens in before), t[run]], dim=2)
+            if before
+            else t[run]
+            for t in (keys, values)
+        )
+        mask = layout.mask(run, sliding_window, query.device)
+        if softcap is None and s_aux is None:
+            if (
+                mask is not None and query.device.type == "cuda"
+            ):  # no fused kernel there has both a mask and groups
+                k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    queries[run], k, v, mask, is_causal=mask is None, scale=scaling,
+                    enable_gqa=query.shape[1] != k.shape[1],
+                )
+            )  # fmt: skip
+        else:
+            outputs.append(_written_out(queries[run], k, v, mask, scaling, softcap, s_aux))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """softmax over all scores at once, for what no fused kernel has: a soft cap, or sinks."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf")).to(torch.promote_types(scores.dtype, torch.float32))
+    if s_aux is not None:
+        sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=3)
+    weights = scores.softmax(dim=3)[..., : key.shape[2]].to(value.dtype)
+    return weights @ value
+
+
+def _stand_in(original: str) -> Any:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        layout = kwargs.pop("forest", None)
+        if layout is not None:
+            return forest_attention(module, query, key, value, layout, **kwargs)
+        plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(original, plain)(
+            module, query, key, value, attention_mask, **kwargs
+        )
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return None if _has_layout.get() else ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
+
+    return attention, mask
+
+
+for _original, _name in _NAMES.items():
+    _attention, _mask = _stand_in(_original)
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _mask)

@@ -1,0 +1,263 @@
+"""Shared prefixes: log-probs and gradients of the naive path, on every family; a model that cannot share says why."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from infopo.arguments import InfoPOConfig
+from infopo.data.packing import pack, select
+from infopo.errors import LogpsError
+from infopo.lab.tokenizer import build_tokenizer
+from infopo.logps import attention
+from infopo.logps.forward import path_of, response_logps, self_test
+from infopo.models import disable_dropout
+from infopo.records import PackedBatch, PreferenceExample
+from infopo.trainer import InfoPOTrainer
+from worlds import PLAIN_SGD, random_dataset, random_examples, tiny_llama, tiny_of
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WINDOW = {"sliding_window": 4}
+NO_GROUPS = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "mistral, sliding window": MistralConfig(**SMALL, **WINDOW),
+    "qwen2, sliding window": Qwen2Config(**SMALL, **WINDOW, use_sliding_window=True, max_window_layers=1),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "gemma2, soft cap": Gemma2Config(**SMALL, **WINDOW, head_dim=8, attn_logit_softcapping=2.0,
+                                     final_logit_softcapping=5.0),
+    "gemma3": Gemma3TextConfig(**SMALL, **WINDOW, head_dim=8),
+    "gpt-neox": GPTNeoXConfig(**NO_GROUPS),
+    "gpt-oss, sinks": GptOssConfig(**SMALL, **WINDOW, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
+    "phi3": Phi3Config(**SMALL, **WINDOW),
+    "olmo2": Olmo2Config(**SMALL),
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+}  # fmt: skip
+
+EXAMPLES = random_examples(5, chosen=(1, 0, 2), rejected=(1, 2))
+# Relative to the largest value; float32 sums in another order. The design's bound.
+TOLERANCE = 1e-4
+
+
+def results(model: torch.nn.Module, batch: PackedBatch, path: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probs, and gradients of a sum of them with unequal weights."""
+    model.zero_grad()
+    values = response_logps(model, batch, path)
+    (values * torch.linspace(-1, 2, batch.num_responses, dtype=values.dtype)).sum().backward()
+    return values.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def assert_same_gradients(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE * largest)
+
+
+def assert_agree(model: torch.nn.Module, batch: PackedBatch) -> None:
+    values, gradients = results(model, batch, "forest")
+    expected, expected_gradients = results(model, batch, "naive")
+    torch.testing.assert_close(values, expected, rtol=0, atol=TOLERANCE)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    model = tiny_of(FAMILIES[request.param])
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)  # at zero a sink that is left out could pass
+    disable_dropout(model)
+    assert attention.enable(model) is None
+    return model
+
+
+def test_values_and_gradients_are_those_of_the_naive_path(model: torch.nn.Module) -> None:
+    assert_agree(model, pack(EXAMPLES))
+
+
+def test_changing_a_token_of_one_response_moves_no_other(model: torch.nn.Module) -> None:
+    base = pack(EXAMPLES)
+    with torch.no_grad():
+        before = response_logps(model, base)
+        for victim in range(base.num_responses):
+            tokens = base.input_ids.clone()
+            first = base.segment_start[base.leaf[victim]]
+            tokens[first] = tokens[first] % 60 + 1
+            moved = (response_logps(model, replace(base, input_ids=tokens)) - before).abs()
+            assert moved[victim] > 1e-4
+            moved[victim] = 0
+            assert moved.max() < 2e-5
+
+
+def test_padded_rows_and_generation_are_as_before(model: torch.nn.Module) -> None:
+    """Left padding is what a mask that got lost would break."""
+    rows = torch.tensor([[0, 0, 0, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
+    inputs = {"input_ids": rows, "attention_mask": (rows > 0).long()}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with_forest = model.generate(**inputs, **settings), model(**inputs).logits[:, -1]
+    attention.disable(model)
+    assert path_of(model) == "naive"
+    assert torch.equal(with_forest[0], model.generate(**inputs, **settings))
+    torch.testing.assert_close(with_forest[1], model(**inputs).logits[:, -1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft cap", "mistral, sliding window"])
+def test_recomputed_activations_give_the_same_gradients(family: str, reentrant: bool) -> None:
+    model = tiny_of(FAMILIES[family])
+    assert attention.enable(model) is None
+    _, expected = results(model, pack(EXAMPLES), "naive")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    _, gradients = results(model, pack(EXAMPLES), "forest")
+    assert_same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt-neox"])
+def test_adapters_get_the_same_gradients(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_of(FAMILIES[family]), lora)
+    disable_dropout(model)
+    assert attention.enable(model) is None
+    assert path_of(model) == "forest"
+    assert_agree(model, pack(EXAMPLES))
+
+
+def tree() -> tuple[PackedBatch, PackedBatch]:
+    """Responses [7 8 9 4], [7 8 9 5 6] and [7 8 3] of prompt [5 6], sharing what they share; and unshared."""
+    flat = pack([PreferenceExample([5, 6], [[7, 8, 9, 4], [7, 8, 9, 5, 6]], [[7, 8, 3]], "r")])
+    shared = replace(
+        flat,
+        input_ids=torch.tensor([5, 6, 7, 8, 9, 4, 5, 6, 3]),
+        position_ids=torch.tensor([0, 1, 2, 3, 4, 5, 5, 6, 4]),
+        segment_start=[0, 2, 4, 5, 6, 8, 9],
+        segment_parent=[-1, 0, 1, 2, 2, 1],
+        segment_scored=[False, True, True, True, True, True],
+        leaf=[3, 4, 5],
+    )
+    return shared, flat
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_responses_may_share_tokens_of_their_own(order: list[int]) -> None:
+    model = tiny_llama()
+    assert attention.enable(model) is None
+    shared, flat = (select(batch, order) for batch in tree())
+    values, gradients = results(model, shared, "forest")
+    expected, expected_gradients = results(model, flat, "naive")
+    torch.testing.assert_close(values, expected, rtol=0, atol=TOLERANCE)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+def test_responses_in_any_order_keep_their_log_probs() -> None:
+    model, batch = tiny_llama(), pack(EXAMPLES)
+    assert attention.enable(model) is None
+    order = list(range(batch.num_responses))[::-1]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            response_logps(model, select(batch, order)),
+            response_logps(model, batch)[order],
+            rtol=0,
+            atol=2e-5,
+        )
+
+
+def prompt_tuned() -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(
+        tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+
+
+@pytest.mark.parametrize(("make", "reason"), [
+    (lambda: tiny_of(BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4)), "exchanged|its attention is"),
+    (lambda: tiny_of(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])), "layers of type conv"),
+    (lambda: tiny_of(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4)), "it has dropout"),
+    (lambda: tiny_of(LlamaConfig(**SMALL, attention_dropout=0.1)), "it has dropout"),
+    (prompt_tuned, "virtual tokens"),
+    (lambda: torch.nn.Linear(2, 2), "not a model of transformers"),
+], ids=["interface", "convolutions", "dropout modules", "attention dropout", "prompt tuning", "no model"])  # fmt: skip
+def test_a_model_that_cannot_share_says_why_and_stays_as_it_was(make: Any, reason: str) -> None:
+    model = make()
+    before = attention.implementation_of(model)
+    given = attention.enable(model)
+    assert given is not None
+    assert re.search(reason, given)
+    assert attention.implementation_of(model) == before
+    assert path_of(model) == "naive"
+
+
+def test_an_attention_keyword_that_is_not_honoured_is_refused_not_swallowed() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    layout = attention.ForestLayout(pack([PreferenceExample([3, 4], [[5]], [], "r")]))
+    attention.forest_attention(torch.nn.Identity(), q, q, q, layout, position_ids=torch.arange(3))
+    with pytest.raises(NotImplementedError, match="chunk_size"):
+        attention.forest_attention(torch.nn.Identity(), q, q, q, layout, chunk_size=2)
+    with pytest.raises(NotImplementedError, match="dropout"):
+        attention.forest_attention(torch.nn.Identity(), q, q, q, layout, dropout=0.1)
+
+
+def test_the_self_test_finds_a_path_that_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an architecture does with position ids is its own: here they all start at the prompt's end."""
+    model, batch = tiny_llama(), pack(EXAMPLES)
+    assert attention.enable(model) is None
+    alone = [select(batch, [r]) for r in range(batch.num_responses)]
+    assert self_test(model, batch, alone, exact=True) < 1e-4
+    forward = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda **kwargs: forward(**{k: v * 0 if k == "position_ids" else v for k, v in kwargs.items()}),
+    )
+    with pytest.raises(LogpsError, match=r"LlamaForCausalLM: .*set logps_path to 'naive'"):
+        self_test(model, batch, alone, exact=True)
+
+
+def trained(tmp_path: Path, **settings: Any) -> list[torch.Tensor]:
+    model = tiny_llama()
+    args = InfoPOConfig(output_dir=str(tmp_path), **{**PLAIN_SGD, "max_steps": 3, **settings})
+    data = random_dataset(12, chosen=(1, 2), rejected=(1, 3))
+    InfoPOTrainer(model=model, args=args, train_dataset=data, processing_class=build_tokenizer()).train()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"activation_checkpointing": True},
+    {"reference": "live"},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+], ids=["plain", "checkpointing", "live reference", "accumulation"])  # fmt: skip
+def test_both_paths_train_to_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any]
+) -> None:
+    ours = trained(tmp_path, **{"per_device_train_batch_size": 4, **settings})
+    assert "log-probs: each prompt once, without padding" in capsys.readouterr().out
+    naive = trained(tmp_path, logps_path="naive", **{"per_device_train_batch_size": 4, **settings})
+    assert "log-probs: one padded row a response (logps_path is 'naive')" in capsys.readouterr().out
+    for a, b in zip(ours, naive, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
