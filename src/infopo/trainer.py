@@ -216,7 +216,7 @@ class InfoPOTrainer(Trainer):
             _check_fit(ref_model, self.train_dataset, self.eval_dataset)
             if self.args.disable_dropout:
                 models.disable_dropout(ref_model)
-            _choose_path(self.model, ref_model, self.args)
+            self.logps_in_words = _choose_path(self.model, ref_model, self.args)
         self.policy_hash = models.weights_hash(self.model)
         # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
         self._policy_is_reference = ref_model is None and (source != "adapter-off" or self._adapter_is_fresh)

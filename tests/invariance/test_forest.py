@@ -222,12 +222,16 @@ def test_an_attention_keyword_that_is_not_honoured_is_refused_not_swallowed() ->
         attention.forest_attention(torch.nn.Identity(), q, q, q, layout, dropout=0.1)
 
 
-def test_the_self_test_finds_a_path_that_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an architecture does with position ids is its own: here they all start at the prompt's end."""
-    model, batch = tiny_llama(), pack(EXAMPLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_self_test_finds_a_path_that_disagrees(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """What an architecture does with position ids is its own: this one does not look at them."""
+    model, batch = tiny_llama(dtype=dtype), pack(EXAMPLES)
+    exact = dtype == torch.float32
     assert attention.enable(model) is None
     alone = [select(batch, [r]) for r in range(batch.num_responses)]
-    assert self_test(model, batch, alone, exact=True) < 1e-4
+    assert self_test(model, batch, alone, exact=exact) < (1e-4 if exact else 1.0)
     forward = model.forward
     monkeypatch.setattr(
         model,
@@ -235,7 +239,7 @@ def test_the_self_test_finds_a_path_that_disagrees(monkeypatch: pytest.MonkeyPat
         lambda **kwargs: forward(**{k: v * 0 if k == "position_ids" else v for k, v in kwargs.items()}),
     )
     with pytest.raises(LogpsError, match=r"LlamaForCausalLM: .*set logps_path to 'naive'"):
-        self_test(model, batch, alone, exact=True)
+        self_test(model, batch, alone, exact=exact)
 
 
 def trained(tmp_path: Path, **settings: Any) -> list[torch.Tensor]:
@@ -261,3 +265,10 @@ def test_both_paths_train_to_the_same_weights(
     assert "log-probs: one padded row a response (logps_path is 'naive')" in capsys.readouterr().out
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_a_saved_model_does_not_name_an_attention_that_only_this_package_knows(tmp_path: Path) -> None:
+    model = tiny_llama()
+    assert attention.enable(model) is None
+    model.save_pretrained(tmp_path)
+    assert "infopo" not in (tmp_path / "config.json").read_text(encoding="utf-8")

@@ -28,3 +28,4 @@ trainer.train()
 if trainer.is_world_process_zero():
     logs = [{k: v for k, v in r.items() if k != "step"} for r in trainer.state.log_history[:-1]]
     torch.save({"weights": [p.detach() for p in model.parameters()], "logs": logs}, out)
+trainer.accelerator.end_training()  # with threads of the process group left, a rank may abort at its exit

@@ -4,6 +4,7 @@ A path is a function `(model, batch) -> log-prob of every token of every respons
 All paths give the same numbers; `naive` defines them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -119,8 +120,9 @@ def self_test(
         path: The path that is tested; None: the one that the model is ready for.
 
     Raises:
-        LogpsError: A log-prob moves with later tokens, or (if exact) by more than 1e-3 nat with the other rows of its
-            batch: the model would be trained on wrong numbers.
+        LogpsError: A log-prob moves with later tokens, or with the other rows of its batch by more than 1e-3 nat (if
+            exact; else, on a path other than `naive`, by far more than the naive path's own rounding): the model would
+            be trained on wrong numbers.
     """
     name = type(getattr(model, "module", model)).__name__
     path = path or path_of(model)
@@ -136,9 +138,12 @@ def self_test(
             "Expected a causal language model."
         )
     noise = padding_noise(model, together, alone, path)
-    if exact and not noise < 1e-3:
+    allowed = 1e-3
+    if not exact:  # 4 and 0.1: a maximum over a few responses scatters, and a wrong path is off by nats
+        allowed = math.inf if path == "naive" else 4 * padding_noise(model, together, alone, "naive") + 0.1
+    if not noise < allowed:
         raise LogpsError(
             f"{name}: the log-prob of a response changes by {noise:.3g} nats with the other responses of its batch "
-            f"(path {path!r}); expected less than 0.001. " + _DISAGREEMENT[path]
+            f"(path {path!r}); expected less than {allowed:.3g}. " + _DISAGREEMENT[path]
         )
     return noise

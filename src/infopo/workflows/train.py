@@ -70,6 +70,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             writer.write_evaluation(metrics)
     if is_main:
         print(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
+    trainer.accelerator.end_training()  # with threads of the process group left, a rank may abort at its exit
     return run_dir
 
 
