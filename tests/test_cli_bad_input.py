@@ -250,6 +250,7 @@ def test_all_problems_are_reported_at_once(refused: Refused):
         ("train.report_to=foo", "train.report_to: 'foo' is unknown or not installed"),
         ("train.fsdp=true", "train.fsdp (override): expected text or null, got true in recipe.yaml"),
         ("train.padding_free=true", "train.padding_free=True: nothing is padded already"),
+        ("train.logps_path=fast", "train.logps_path (override): expected one of auto, naive"),
         ("train.resume_from_checkpoint=none", "none: is no checkpoint"),
         ("output_dir=good.jsonl", "output_dir: good.jsonl cannot be made: good.jsonl is a file"),
         ("output_dir=good.jsonl/run", "output_dir: good.jsonl/run cannot be made: "),

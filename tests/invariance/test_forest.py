@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -16,8 +17,10 @@ from transformers import (
     GptOssConfig,
     Lfm2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
@@ -187,6 +190,11 @@ def test_responses_in_any_order_keep_their_log_probs() -> None:
         )
 
 
+class AllLogits(LlamaForCausalLM):
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
 def prompt_tuned() -> torch.nn.Module:
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(
@@ -200,8 +208,11 @@ def prompt_tuned() -> torch.nn.Module:
     (lambda: tiny_of(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4)), "it has dropout"),
     (lambda: tiny_of(LlamaConfig(**SMALL, attention_dropout=0.1)), "it has dropout"),
     (prompt_tuned, "virtual tokens"),
+    (lambda: tiny_of(BertConfig(**NO_GROUPS, is_decoder=False)), "not causal"),
+    (lambda: AllLogits(LlamaConfig(**SMALL)), "logits of all positions"),
     (lambda: torch.nn.Linear(2, 2), "not a model of transformers"),
-], ids=["interface", "convolutions", "dropout modules", "attention dropout", "prompt tuning", "no model"])  # fmt: skip
+], ids=["interface", "convolutions", "dropout modules", "attention dropout", "prompt tuning", "both ways", "all logits",
+        "no model"])  # fmt: skip
 def test_a_model_that_cannot_share_says_why_and_stays_as_it_was(make: Any, reason: str) -> None:
     model = make()
     before = attention.implementation_of(model)
@@ -216,10 +227,21 @@ def test_an_attention_keyword_that_is_not_honoured_is_refused_not_swallowed() ->
     q = torch.randn(1, 2, 3, 4)
     layout = attention.ForestLayout(pack([PreferenceExample([3, 4], [[5]], [], "r")]))
     attention.forest_attention(torch.nn.Identity(), q, q, q, layout, position_ids=torch.arange(3))
-    with pytest.raises(NotImplementedError, match="chunk_size"):
+    with pytest.raises(LogpsError, match="chunk_size"):
         attention.forest_attention(torch.nn.Identity(), q, q, q, layout, chunk_size=2)
-    with pytest.raises(NotImplementedError, match="dropout"):
+    with pytest.raises(LogpsError, match="dropout"):
         attention.forest_attention(torch.nn.Identity(), q, q, q, layout, dropout=0.1)
+
+
+def test_a_model_that_loses_the_layout_on_its_way_is_refused_by_name() -> None:
+    """Its layers would attend to every token before them, whoever's it is."""
+    model = tiny_of(NemotronConfig(**SMALL))
+    assert attention.enable(model) is None
+    with pytest.raises(
+        LogpsError, match=r"NemotronAttention is not given the layout .* set logps_path to 'naive'"
+    ):
+        response_logps(model, pack(EXAMPLES))
+    assert response_logps(model, pack(EXAMPLES), "naive").isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,7 @@ keyword of the model, through checkpointing, adapters and wrappers alike.
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from infopo.errors import LogpsError
 from infopo.records import PackedBatch
 
 # Neither may hold the name of an implementation: transformers looks for parts of names.
@@ -38,8 +40,8 @@ _has_layout: ContextVar[bool] = ContextVar("infopo_has_layout", default=False)
 class ForestLayout:
     """Which tokens attend to which: runs of tokens, each with the runs that come before it on its path.
 
-    A root and the child that follows it are one run: plain causal attention. Any other segment is a run of its own,
-    whose tokens see all tokens of its ancestors, and those of its own before them.
+    A segment that follows its parent directly goes on with the parent's run; any other begins one. A token sees the
+    context of its run and the tokens of the run up to itself: plain causal attention where there is no context.
 
     Attributes:
         sizes: Tokens of each run, in the order of the row.
@@ -125,6 +127,10 @@ def _obstacle(model: nn.Module) -> str | None:
         return f"its attention is {implementation!r}; prefixes are shared with {' and '.join(_NAMES)}"
     if not base._supports_attention_backend or base.config.is_encoder_decoder:
         return "its attention cannot be exchanged"
+    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        return "its forward pass gives logits of all positions only"
+    if any(getattr(module, "is_causal", True) is False for module in base.modules()):
+        return "its attention is not causal"
     text = base.config.get_text_config()
     if other := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(other))}"
@@ -188,11 +194,11 @@ def forest_attention(
         kwargs: Keywords without effect on attention.
 
     Raises:
-        NotImplementedError: A keyword that is not honoured.
+        LogpsError: A keyword that is not honoured.
     """
     unknown = {name for name, given in kwargs.items() if given is not None} - _WITHOUT_EFFECT
     if unknown or dropout:
-        raise NotImplementedError(
+        raise LogpsError(
             f"{type(module).__name__} asks for {', '.join(sorted(unknown)) or 'dropout'}, which shared-prefix "
             "attention does not honour: set logps_path to 'naive'"
         )
@@ -208,9 +214,8 @@ def forest_attention(
         )
         mask = layout.mask(run, sliding_window, query.device)
         if softcap is None and s_aux is None:
-            if (
-                mask is not None and query.device.type == "cuda"
-            ):  # no fused kernel there has both a mask and groups
+            if mask is not None and query.device.type == "cuda":
+                # No fused kernel there has both a mask and groups.
                 k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (k, v))
             outputs.append(
                 F.scaled_dot_product_attention(
@@ -260,6 +265,11 @@ def _stand_in(original: str) -> Any:
         layout = kwargs.pop("forest", None)
         if layout is not None:
             return forest_attention(module, query, key, value, layout, **kwargs)
+        if _has_layout.get():
+            raise LogpsError(
+                f"{type(module).__name__} is not given the layout of its batch, because its model does not pass "
+                "unknown keywords on: set logps_path to 'naive'"
+            )
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(original, plain)(
             module, query, key, value, attention_mask, **kwargs
