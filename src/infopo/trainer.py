@@ -46,7 +46,7 @@ from infopo.errors import (
     UnsupportedArgumentError,
 )
 from infopo.logps import attention
-from infopo.logps.forward import response_logps, self_test, with_layout
+from infopo.logps.forward import prepare, response_logps, self_test, with_layout
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
 from infopo.objectives import LossTerms, loss_function
 from infopo.records import PER, PackedBatch, PreferenceExample, ResponseLogps, Role
@@ -641,19 +641,19 @@ class InfoPOTrainer(Trainer):
 
 
 def _choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConfig) -> str:
-    """Lets the models share prompts where they can and `logps_path` allows it; says what was chosen, and why."""
+    """Prepares the models for the fastest path that `logps_path` and the models allow; says which, and why."""
     both = [model for model in (policy, ref_model) if model is not None]
-    if args.logps_path == "naive":
-        reason: str | None = "logps_path is 'naive'"
-    elif args.torch_compile:
-        reason = "the layout of each batch would be compiled anew"
-    else:
-        reason = next((reason for model in both if (reason := attention.enable(model))), None)
-    if reason is None:
-        return "each prompt once, without padding"
-    for model in both:
-        attention.disable(model)
-    return f"one padded row a response ({reason})"
+    path, reason = prepare(both, "naive" if args.torch_compile else args.logps_path)
+    if args.torch_compile:  # the layout of each batch would be compiled anew
+        reason = "torch_compile is on"
+    return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
+
+
+_PATH_IN_WORDS = {
+    "forest": "each prompt once, without padding",
+    "padded": "one padded row a response",
+    "naive": "one padded row a response, logits of every position",
+}
 
 
 def _has(dataset: ExampleDataset, role: Role) -> np.ndarray:

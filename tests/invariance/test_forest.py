@@ -122,7 +122,7 @@ def test_padded_rows_and_generation_are_as_before(model: torch.nn.Module) -> Non
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     with_forest = model.generate(**inputs, **settings), model(**inputs).logits[:, -1]
     attention.disable(model)
-    assert path_of(model) == "naive"
+    assert path_of(model) == "padded"
     assert torch.equal(with_forest[0], model.generate(**inputs, **settings))
     torch.testing.assert_close(with_forest[1], model(**inputs).logits[:, -1], rtol=0, atol=0)
 
@@ -220,7 +220,7 @@ def test_a_model_that_cannot_share_says_why_and_stays_as_it_was(make: Any, reaso
     assert given is not None
     assert re.search(reason, given)
     assert attention.implementation_of(model) == before
-    assert path_of(model) == "naive"
+    assert path_of(model) != "forest"
 
 
 def test_an_attention_keyword_that_is_not_honoured_is_refused_not_swallowed() -> None:
@@ -284,7 +284,10 @@ def test_both_paths_train_to_the_same_weights(
     ours = trained(tmp_path, **{"per_device_train_batch_size": 4, **settings})
     assert "log-probs: each prompt once, without padding" in capsys.readouterr().out
     naive = trained(tmp_path, logps_path="naive", **{"per_device_train_batch_size": 4, **settings})
-    assert "log-probs: one padded row a response (logps_path is 'naive')" in capsys.readouterr().out
+    assert (
+        "log-probs: one padded row a response, logits of every position (logps_path is 'naive')"
+        in capsys.readouterr().out
+    )
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 

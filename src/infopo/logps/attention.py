@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from infopo.errors import LogpsError
+from infopo.logps.wrappers import base_of, has_virtual_tokens
 from infopo.records import PackedBatch
 
 # Neither may hold the name of an implementation: transformers looks for parts of names.
@@ -97,7 +98,7 @@ def enable(model: nn.Module) -> str | None:
     disable(model)
     reason = _obstacle(model)
     if reason is None:
-        base = _base(model)
+        base = base_of(model)
         name = _NAMES[base.config._attn_implementation]
         base.set_attn_implementation(name)
         if base.config._attn_implementation != name:
@@ -108,17 +109,13 @@ def enable(model: nn.Module) -> str | None:
 def disable(model: nn.Module) -> None:
     """Gives a model the attention back that it was loaded with."""
     if is_enabled(model):
-        _base(model).set_attn_implementation(implementation_of(model))
-
-
-def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+        base_of(model).set_attn_implementation(implementation_of(model))
 
 
 def _obstacle(model: nn.Module) -> str | None:
     """Why responses of a prompt cannot share it in this model, or None."""
-    base = _base(model)
-    if base is not model and any(config.is_prompt_learning for config in model.peft_config.values()):  # type: ignore[operator]
+    base = base_of(model)
+    if has_virtual_tokens(model):
         return "its adapter puts virtual tokens before each row"
     if not isinstance(base, PreTrainedModel):
         return "it is not a model of transformers"
@@ -143,8 +140,7 @@ def _obstacle(model: nn.Module) -> str | None:
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether the model, or the one it wraps, attends over forests."""
-    while not hasattr(model, "config") and isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
+    model = base_of(model)
     return getattr(getattr(model, "config", None), "_attn_implementation", None) in _NAMES.values()
 
 

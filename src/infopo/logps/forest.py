@@ -1,4 +1,4 @@
-"""Each token once: prompts shared, no padding, and logits at the positions before scored tokens only.
+"""Each token once: prompts shared, no padding, and only positions before scored tokens go through the head.
 
 Needs a model that `attention.enable` has switched to forest attention.
 """
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from infopo.logps import naive
+from infopo.logps import lm_head, naive
 from infopo.logps.attention import ForestLayout, layout_given
 from infopo.records import PackedBatch
 
@@ -24,17 +24,20 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
         return naive.token_logps(model, batch)
     before, target, first_of = _scored(batch)
     device = batch.input_ids.device
-    with layout_given():
-        logits = model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor(before, device=device),
-            forest=ForestLayout(batch),
-        ).logits[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    positions = torch.tensor(before, device=device)
     targets = batch.input_ids[torch.tensor(target, device=device)]
-    scored = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    inputs = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "use_cache": False,
+        "forest": ForestLayout(batch),
+    }
+    with layout_given():
+        if lm_head.plain_head(model) is not None:
+            scored = lm_head.logps_of(model, positions, targets, **inputs)
+        else:  # a head with an adapter, or quantised: its logits are held whole
+            logits = model(**inputs, logits_to_keep=positions).logits[0]
+            scored = naive.logps_from(logits, targets)
     if list(first_of) == batch.leaf:
         return scored  # each scored segment is a response, in their order: nothing to put in place
     start = batch.segment_start

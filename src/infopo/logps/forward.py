@@ -13,17 +13,49 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from infopo.errors import LogpsError
-from infopo.logps import attention, forest, naive
+from infopo.logps import attention, forest, lm_head, naive, padded
+from infopo.logps.wrappers import base_of, has_virtual_tokens
 from infopo.records import PackedBatch, ResponseLogps, sum_dtype
 
 TokenLogps = Callable[[nn.Module, PackedBatch], Float[Tensor, " response_tokens"]]
 
-PATHS: Mapping[str, TokenLogps] = {"naive": naive.token_logps, "forest": forest.token_logps}
+PATHS: Mapping[str, TokenLogps] = {
+    "naive": naive.token_logps,
+    "padded": padded.token_logps,
+    "forest": forest.token_logps,
+}
+
+
+_NAIVE = "_infopo_naive"
+"""Attribute of a model that is to stay on the naive path."""
 
 
 def path_of(model: nn.Module) -> str:
-    """The fastest path that the model is ready for: `forest` after `attention.enable`, else `naive`."""
-    return "forest" if attention.is_enabled(model) else "naive"
+    """The path that the model is prepared for (see `prepare`): without preparation, the fastest that needs none."""
+    if attention.is_enabled(model):
+        return "forest"
+    is_plain = lm_head.plain_head(model) is not None and not has_virtual_tokens(model)
+    return "padded" if is_plain and not getattr(base_of(model), _NAIVE, False) else "naive"
+
+
+def prepare(models: Sequence[nn.Module], setting: str) -> tuple[str, str | None]:
+    """Makes models ready for one path, the fastest that all of them can take.
+
+    Args:
+        models: Policy, and reference if it is another model.
+        setting: `auto`; or `naive`, for which nothing is done to a model or its head.
+
+    Returns:
+        The path, and why it is not `forest` (None if it is).
+    """
+    reason = "logps_path is 'naive'" if setting == "naive" else None
+    for model in models:
+        setattr(base_of(model), _NAIVE, setting == "naive")
+        reason = reason or attention.enable(model)
+    if reason is not None:
+        for model in models:
+            attention.disable(model)
+    return min((path_of(model) for model in models), key=list(PATHS).index), reason
 
 
 def response_logps(
@@ -52,6 +84,8 @@ def response_lengths(batch: PackedBatch) -> list[int]:
 
 _DISAGREEMENT = {
     "naive": "This architecture cannot be trained with batched rows.",
+    "padded": "This architecture cannot be trained with batched rows, or its head is not what it seems: "
+    "set logps_path to 'naive' to know.",
     "forest": "Its responses cannot share their prompt: set logps_path to 'naive'.",
 }
 
