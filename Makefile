@@ -14,12 +14,13 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long lint format docs clean
+.PHONY: help demo test test-long test-gpu lint format docs clean
 
 help:
 	@echo "make demo       train on the embedded world and write a report"
 	@echo "make test       format, lint, types, import contract, tests, docs"
 	@echo "make test-long  tests that take minutes: kills, ranks, fuzzing, parity"
+	@echo "make test-gpu   tests of what runs on a GPU only"
 	@echo "make lint       the first four of make test"
 	@echo "make format     rewrite the code in the project's format"
 	@echo "make docs       build the documentation into site/"
@@ -34,6 +35,9 @@ test: lint
 
 test-long: $(VENV)/dev.stamp
 	$(PYTEST) -m "long and not gpu" -n $(WORKERS)
+
+test-gpu: $(VENV)/dev.stamp
+	$(PYTEST) -m gpu
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

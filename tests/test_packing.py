@@ -1,9 +1,12 @@
 """The forest: what is stored, where it stands, and that nothing is lost or doubled."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infopo.data.packing import PreferenceCollator, pack, select, split_by_tokens
 from infopo.logps.forward import response_lengths
@@ -53,6 +56,53 @@ def test_each_response_reads_prompt_then_its_own_tokens() -> None:
     batch = pack(examples)
     expected = [[*e.prompt_ids, *r] for e in examples for r in e.response_ids]
     assert [path_tokens(batch, r) for r in range(batch.num_responses)] == expected
+
+
+def test_what_responses_begin_with_is_stored_once() -> None:
+    """Responses [7 8 9 4], [7 8 9 5 6], [3] and [7 8 3]."""
+    example = PreferenceExample([5, 6], [[7, 8, 9, 4], [7, 8, 9, 5, 6]], [[3], [7, 8, 3]], "r")
+    batch = pack([PAIR, example])
+    assert batch.input_ids.tolist()[8:] == [5, 6, 7, 8, 9, 4, 5, 6, 3, 3]
+    assert batch.position_ids.tolist()[8:] == [0, 1, 2, 3, 4, 5, 5, 6, 4, 2]
+    assert batch.segment_parent[3:] == [-1, 3, 4, 5, 5, 4, 3]
+    assert batch.leaf[2:] == [6, 7, 9, 8]
+    assert batch.length.tolist()[2:] == [4, 5, 1, 3]
+    assert batch.counts.tolist() == [1 + 4, 1 + 2, 1 + 2, 2 + 4 + 5]
+
+
+@pytest.mark.parametrize("responses", [[[7, 8], [7, 8]], [[7], [7, 8]], [[7, 8, 9], [7, 8]], [[7], [7], [7]]])
+def test_responses_that_repeat_or_go_on_with_one_another_end_in_leaves_of_their_own(
+    responses: list[list[int]],
+) -> None:
+    batch = pack([PreferenceExample([5], responses, [], "r")])
+    assert [path_tokens(batch, r)[1:] for r in range(batch.num_responses)] == responses
+    assert not set(batch.leaf) & set(batch.segment_parent)
+
+
+few_tokens = st.lists(st.integers(3, 5), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(few_tokens, st.lists(few_tokens, min_size=1, max_size=6)), min_size=1, max_size=3))
+def test_the_tree_holds_each_response_once_and_nothing_twice(
+    data: list[tuple[list[int], list[list[int]]]],
+) -> None:
+    batch = pack([PreferenceExample(prompt, responses, [], "r") for prompt, responses in data])
+    paths = [batch.path(r) for r in range(batch.num_responses)]
+    expected = [prompt + ids for prompt, responses in data for ids in responses]
+    assert [path_tokens(batch, r) for r in range(batch.num_responses)] == expected
+    start = batch.segment_start
+    for path in paths:
+        positions = [p for s in path for p in batch.position_ids[start[s] : start[s + 1]].tolist()]
+        assert positions == list(range(len(positions)))
+    assert all(end > begin for begin, end in pairwise(start))
+    assert len(set(batch.leaf)) == batch.num_responses
+    assert not set(batch.leaf) & set(batch.segment_parent)
+    # As small as a tree can be in which each response keeps its last token: one token for each different beginning.
+    for index, (prompt, responses) in enumerate(data):
+        beginnings = {tuple(ids[:n]) for ids in responses for n in range(1, len(ids))}
+        own = {s for r, path in enumerate(paths) if batch.example[r] == index for s in path}
+        stored = sum(start[s + 1] - start[s] for s in own)
+        assert stored == len(prompt) + len(beginnings) + len(responses)
 
 
 def test_an_empty_example_leaves_no_trace() -> None:

@@ -97,7 +97,7 @@ class InfoPOConfig(TrainingArguments):
         max_tokens_per_forward: Most tokens that go through the model at once; a larger device batch runs in
             pieces, with the same loss and gradient. None: no limit.
         logps_path: `auto` encodes each prompt once and pads nothing where the model's attention can do so; `naive`
-            runs one padded row a response.
+            runs one padded row a response and takes the logits of every position.
         disable_dropout: Set dropout to 0 in policy and reference.
         dataset_num_proc: Processes that tokenize.
         model_init_kwargs: For `from_pretrained`, when the model is given by name.

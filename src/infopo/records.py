@@ -89,7 +89,7 @@ class PackedBatch:
     """Token segments as a forest; a response is the path from a root to its leaf.
 
     Each segment is stored once and follows its parent, so that what several responses share is encoded and
-    scored once. Today's forests are prompt -> responses; longer common prefixes change `data/packing.py` alone.
+    scored once: the prompt of all, and whatever some of them begin with.
 
     Attributes:
         input_ids: Tokens of all segments, one after the other.

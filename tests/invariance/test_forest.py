@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     BertConfig,
     BloomConfig,
@@ -60,7 +62,13 @@ FAMILIES = {
     "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
-EXAMPLES = random_examples(5, chosen=(1, 0, 2), rejected=(1, 2))
+BEGINNING = [7, 9, 11, 8, 12]
+EXAMPLES = [
+    *random_examples(5, chosen=(1, 0, 2), rejected=(1, 2)),
+    PreferenceExample(
+        [5, 6], [[*BEGINNING, 4, 3], [*BEGINNING, 4, 5, 6]], [[9, 9], [*BEGINNING[:3], 3], [*BEGINNING]], "r"
+    ),
+]
 # Relative to the largest value; float32 sums in another order. The design's bound.
 TOLERANCE = 1e-4
 
@@ -101,13 +109,48 @@ def test_values_and_gradients_are_those_of_the_naive_path(model: torch.nn.Module
     assert_agree(model, pack(EXAMPLES))
 
 
+def varlen_attn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
+    """What torch's kernel is documented to do, (tokens, heads, width): the last query of a sequence sees its last key,
+    and each as many keys further back as the window says. There is no kernel for CPUs."""
+    outputs = []
+    ends = zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True)
+    for (q0, q1), (k0, k1) in ends:
+        assert q1 - q0 <= max_q
+        assert k1 - k0 <= max_k
+        q, k, v = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
+        back, ahead = window_size
+        seen = (distance >= -ahead) & ((distance <= back) if back >= 0 else True)
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa).transpose(0, 1)
+        )
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "qwen2, sliding window", "gpt2"])
+def test_one_call_for_all_runs_gives_the_same(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """The call that a GPU gets, with a kernel's documentation in the kernel's place."""
+    calls = []
+    monkeypatch.setattr(attention, "_has_varlen", lambda query, value: True)
+    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_attn(*a, **k))
+    model = tiny_of(FAMILIES[family])
+    disable_dropout(model)
+    assert attention.enable(model) is None
+    assert_agree(model, pack(EXAMPLES))
+    assert len(calls) == model.config.num_hidden_layers
+    assert_agree(model, pack([PreferenceExample([5, 6, 7], [[3]], [[4, 5, 6]], "most keys, fewest queries")]))
+
+
 def test_changing_a_token_of_one_response_moves_no_other(model: torch.nn.Module) -> None:
     base = pack(EXAMPLES)
     with torch.no_grad():
         before = response_logps(model, base)
         for victim in range(base.num_responses):
             tokens = base.input_ids.clone()
-            first = base.segment_start[base.leaf[victim]]
+            first = base.segment_start[base.leaf[victim]]  # of what is its own
             tokens[first] = tokens[first] % 60 + 1
             moved = (response_logps(model, replace(base, input_ids=tokens)) - before).abs()
             assert moved[victim] > 1e-4
@@ -149,32 +192,6 @@ def test_adapters_get_the_same_gradients(family: str) -> None:
     assert attention.enable(model) is None
     assert path_of(model) == "forest"
     assert_agree(model, pack(EXAMPLES))
-
-
-def tree() -> tuple[PackedBatch, PackedBatch]:
-    """Responses [7 8 9 4], [7 8 9 5 6] and [7 8 3] of prompt [5 6], sharing what they share; and unshared."""
-    flat = pack([PreferenceExample([5, 6], [[7, 8, 9, 4], [7, 8, 9, 5, 6]], [[7, 8, 3]], "r")])
-    shared = replace(
-        flat,
-        input_ids=torch.tensor([5, 6, 7, 8, 9, 4, 5, 6, 3]),
-        position_ids=torch.tensor([0, 1, 2, 3, 4, 5, 5, 6, 4]),
-        segment_start=[0, 2, 4, 5, 6, 8, 9],
-        segment_parent=[-1, 0, 1, 2, 2, 1],
-        segment_scored=[False, True, True, True, True, True],
-        leaf=[3, 4, 5],
-    )
-    return shared, flat
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
-def test_responses_may_share_tokens_of_their_own(order: list[int]) -> None:
-    model = tiny_llama()
-    assert attention.enable(model) is None
-    shared, flat = (select(batch, order) for batch in tree())
-    values, gradients = results(model, shared, "forest")
-    expected, expected_gradients = results(model, flat, "naive")
-    torch.testing.assert_close(values, expected, rtol=0, atol=TOLERANCE)
-    assert_same_gradients(gradients, expected_gradients)
 
 
 def test_responses_in_any_order_keep_their_log_probs() -> None:

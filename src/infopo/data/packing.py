@@ -1,10 +1,10 @@
 """PreferenceExamples -> PackedBatch: which tokens stand where, and who shares what. Knows no model.
 
-A batch is a forest of token segments (see `PackedBatch`). Here each example gives one root, its prompt, with one
-child a response.
+A batch is a forest of token segments (see `PackedBatch`). Each example gives one tree: its prompt is the root, and
+responses part where their tokens first differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -13,6 +13,9 @@ from infopo.records import PackedBatch, PreferenceExample, Role, response_indice
 
 def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
     """Lays examples out as a forest; examples without any response are left out.
+
+    What responses of a prompt have in common from their beginning is stored once. Each keeps at least its last token
+    to itself, so that each ends in a leaf of its own.
 
     Raises:
         ValueError: An example has an empty prompt or an empty response (its first token could not be scored).
@@ -36,15 +39,57 @@ def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
     for index, example in enumerate(examples):
         row_id = example.row_id
         root = add_segment(example.prompt_ids, -1, 0, is_scored=False)
-        for ids in example.response_ids:
-            leaf.append(add_segment(ids, root, len(example.prompt_ids), is_scored=True))
-            owner.append(index)
+        responses = [list(ids) for ids in example.response_ids]
+        branches, leaf_of = [root], dict[int, int]()
+        for above, begin, end, holders in _branches(responses):
+            ids = responses[holders[0]][begin:end]
+            branches.append(
+                add_segment(ids, branches[above], len(example.prompt_ids) + begin, is_scored=True)
+            )
+            if len(holders) == 1:
+                leaf_of[holders[0]] = branches[-1]
+        leaf += [leaf_of[i] for i in range(len(responses))]
+        owner += [index] * len(responses)
         role += [Role.CHOSEN] * len(example.chosen_ids) + [Role.REJECTED] * len(example.rejected_ids)
         reference += example.reference or [float("nan")] * len(example.response_ids)
 
     return _build(
         tokens, positions, start, parent, scored, leaf, role, owner, reference, [e.row_id for e in examples]
     )
+
+
+def _branches(responses: Sequence[list[int]]) -> Iterator[tuple[int, int, int, list[int]]]:
+    """The tree of common beginnings, depth first, so that a branch's first child follows it directly.
+
+    Yields:
+        Number of the branch that it grows from (0: the prompt, 1: the first one yielded), first token and end within
+        its responses, and which responses hold it: one where it is a leaf.
+    """
+    pending = [(0, 0, group) for group in _part(responses, range(len(responses)), 0)[::-1]]
+    number = 0
+    while pending:
+        above, begin, holders = pending.pop()
+        held = [responses[i] for i in holders]
+        end = len(held[0]) if len(held) == 1 else min(_common(held), *(len(ids) - 1 for ids in held))
+        number += 1
+        yield above, begin, end, holders
+        if len(holders) > 1:
+            pending += [(number, end, group) for group in _part(responses, holders, end)[::-1]]
+
+
+def _common(responses: Sequence[list[int]]) -> int:
+    """Number of tokens with which all begin: first and last in lexical order differ where any two do."""
+    first, last = min(responses), max(responses)
+    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
+def _part(responses: Sequence[list[int]], holders: Iterable[int], at: int) -> list[list[int]]:
+    """Groups with the same token at this place; a response that has no more than this token left is on its own."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i in holders:
+        key = (-1, i) if len(responses[i]) <= at + 1 else (0, responses[i][at])
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 def split_by_tokens(

@@ -8,13 +8,14 @@ keyword of the model, through checkpointing, adapters and wrappers alike.
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -23,6 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from infopo.errors import LogpsError
 from infopo.logps.wrappers import base_of, has_virtual_tokens
 from infopo.records import PackedBatch
+
+varlen_attn: Any = None  # torch has it from 2.10 on
+with contextlib.suppress(ImportError):
+    from torch.nn.attention.varlen import varlen_attn
 
 # Neither may hold the name of an implementation: transformers looks for parts of names.
 _NAMES = {"sdpa": "infopo_forest", "eager": "infopo_forest_plain"}
@@ -66,7 +71,23 @@ class ForestLayout:
                 run_of.append(len(self.sizes))
                 self.sizes.append(size)
             end_in_run.append(self.sizes[-1])
+        self._ends: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, int | None], Bool[Tensor, "queries keys"]] = {}
+
+    def keys_of(self, run: int) -> int:
+        """Number of tokens that the last token of a run sees."""
+        return self.sizes[run] + sum(tokens for _, tokens in self.context[run])
+
+    def ends(self, device: torch.device) -> tuple[Int[Tensor, " ends"], Int[Tensor, " ends"]]:
+        """Where queries and keys of each run end, one run after the other, from 0 (int32)."""
+        if device not in self._ends:
+            runs = range(len(self.sizes))
+            sizes = (self.sizes, [self.keys_of(run) for run in runs])
+            queries, keys = (
+                torch.tensor([0, *accumulate(s)], dtype=torch.int32, device=device) for s in sizes
+            )
+            self._ends[device] = queries, keys
+        return self._ends[device]
 
     def mask(self, run: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"] | None:
         """Which keys each query of a run sees; None: plain causal attention.
@@ -77,7 +98,7 @@ class ForestLayout:
             device: Where the mask is needed.
         """
         queries = self.sizes[run]
-        keys = queries + sum(tokens for _, tokens in self.context[run])
+        keys = self.keys_of(run)
         if queries == keys and (window is None or window >= keys):
             return None
         key = (queries, keys, window)
@@ -200,14 +221,11 @@ def forest_attention(
         )
     # Split, not sliced: the gradient of a slice is as large as the whole.
     queries, keys, values = (t.split(layout.sizes, dim=2) for t in (query, key, value))
+    if softcap is None and s_aux is None and _has_varlen(query, value):
+        return _one_call(query, keys, values, layout, scaling, sliding_window), None
     outputs = []
     for run, before in enumerate(layout.context):
-        k, v = (
-            torch.cat([*(t[other][:, :, :tokens] for other, tokens in before), t[run]], dim=2)
-            if before
-            else t[run]
-            for t in (keys, values)
-        )
+        k, v = (torch.cat(_seen(t, layout, run), dim=2) if before else t[run] for t in (keys, values))
         mask = layout.mask(run, sliding_window, query.device)
         if softcap is None and s_aux is None:
             if mask is not None and query.device.type == "cuda":
@@ -222,6 +240,53 @@ def forest_attention(
         else:
             outputs.append(_written_out(queries[run], k, v, mask, scaling, softcap, s_aux))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _seen(parts: Sequence[Tensor], layout: ForestLayout, run: int) -> list[Tensor]:
+    """Keys (or values) of what a run sees, oldest first: of its context, then its own."""
+    return [*(parts[other][:, :, :tokens] for other, tokens in layout.context[run]), parts[run]]
+
+
+def _has_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether one kernel takes all runs: it wants halves, on a GPU of the Ampere generation or later."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[3] == value.shape[3]
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _one_call(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    layout: ForestLayout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """All runs in one kernel; where a run has fewer queries than keys, they are the last ones."""
+    runs = range(len(layout.sizes))
+    # Parts put together, not rows gathered: the gradient of a gather adds up in no fixed order.
+    k, v = (
+        torch.cat([part for run in runs for part in _seen(parts, layout, run)], dim=2)[0].transpose(0, 1)
+        for parts in (keys, values)
+    )
+    ends_of_queries, ends_of_keys = layout.ends(query.device)
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        k,
+        v,
+        ends_of_queries,
+        ends_of_keys,
+        max(layout.sizes),
+        max(layout.keys_of(run) for run in runs),
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != k.shape[1],
+    )
+    return output[None]
 
 
 def _written_out(
