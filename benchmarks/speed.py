@@ -1,0 +1,475 @@
+"""InfoPOTrainer against TRL's DPOTrainer: seconds and memory of a training step on the same examples.
+
+    python benchmarks/speed.py --regimes i,ii,iii,hh,k,m --rounds 9 --json benchmarks/results/cpu.json
+
+What is measured, and how, is in benchmarks/README.md.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import flops
+import numpy as np
+import regimes
+from shapes import SHAPES, build_model, build_tokenizer, model_config
+
+HERE = Path(__file__).resolve().parent
+VARIANTS = ("infopo", "trl", "trl_precomputed", "trl_best")
+PEERS = VARIANTS[1:]
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+"""Freed memory stays in the process, as in the allocator of a GPU: with glibc's defaults TRL, whose temporaries are
+the larger, spends half of its time on page faults."""
+
+LINEARITY_COUNTS = (1, 2, 5, 10, 21, 42)  # examples of 768 tokens: 768 to 32,256
+ALLOWED_LOSS_DIFFERENCE = {"cpu": 1e-3, "cuda": 5e-2}
+Result = dict[str, Any]
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A variant's process (`worker.py`)."""
+
+    def __init__(self, job: Mapping[str, Any], log: IO[str]) -> None:
+        self.job, self.log = job, log
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={
+                **os.environ,
+                **ALLOCATOR,
+                "OMP_NUM_THREADS": str(job["threads"]),
+                "MKL_NUM_THREADS": str(job["threads"]),
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")])
+                ),
+            },
+        )
+
+    def turn(self) -> dict[str, Any]:
+        """Lets the process run its next turn; nothing else runs meanwhile."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # what went wrong is in its log
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.flush()
+            tail = Path(self.log.name).read_text(encoding="utf-8")[-3000:]
+            raise RuntimeError(f"{self.job['kind']} of {self.job['variant']} ended early:\n{tail}")
+        return json.loads(answer)
+
+    def stop(self) -> None:
+        """Ends the process, which may still wait for a turn."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def workers(jobs: Sequence[Mapping[str, Any]]) -> Iterator[list[Worker]]:
+    """One process a job, ended when the block is left."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        started = []
+        for number, job in enumerate(jobs):
+            log = stack.enter_context(Path(folder, f"{number}.log").open("w", encoding="utf-8"))
+            started.append(Worker(job, log))
+            stack.callback(started[-1].stop)
+        yield started
+
+
+def interleaved(jobs: Sequence[Mapping[str, Any]], turns: int) -> list[list[dict[str, Any]]]:
+    """Answers of each job's turns, (jobs, turns): one process at a time, taking turns, each round begun by another.
+
+    On a GPU the jobs run one after the other: their models do not fit beside each other, and no neighbour disturbs.
+    """
+    if jobs[0]["device"] == "cuda" and len(jobs) > 1:
+        return [answers for job in jobs for answers in interleaved([job], turns)]
+    answers: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    with workers(jobs) as started:
+        for turn in range(turns):
+            for place in range(len(jobs)):
+                number = (turn + place) % len(jobs)
+                answers[number].append(started[number].turn())
+    return answers
+
+
+# ---- measurements ---------------------------------------------------------------------------------------------------
+
+
+def spread(rounds: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and range of the rounds, with the rounds themselves."""
+    low, median, high = np.percentile(rounds, [25, 50, 75])
+    return {
+        "median": float(median),
+        "quartiles": [float(low), float(high)],
+        "range": [min(rounds), max(rounds)],
+        "rounds": list(rounds),
+    }
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """How many times as long they take as we do, round by round."""
+    return spread([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+def measure_regime(name: str, job: Mapping[str, Any], variants: Sequence[str], rounds: int) -> Result:
+    """Seconds, memory and losses of one regime.
+
+    Raises:
+        RuntimeError: The variants do not compute the same loss.
+    """
+    batch = job["batch"] or regimes.REGIMES[name].batch
+    job = {**job, "kind": "train", "regime": name, "rounds": rounds, "batch": batch}
+    turns = regimes.plan(name, rounds, job["steps"], batch, job["vocabulary"], job["seed"])
+    answers = dict(
+        zip(variants, interleaved([{**job, "variant": v} for v in variants], len(turns)), strict=True)
+    )
+    seconds = {v: [a["seconds"] for a in answers[v][1:-1]] for v in variants}
+    step_mib = {v: _worst(answers[v][-1]["step_mib"]) for v in variants}
+    work = {v: _work(v, job, turns[1:-1]) for v in variants}
+    peers = [v for v in variants if v in PEERS]
+    result: Result = {"regime": name, "examples_a_step": batch, "steps_a_round": job["steps"]}
+    for v in peers:
+        result[f"ratio_{v}"] = ratios(seconds[v], seconds["infopo"])
+    flop_ratio = {v: work[v]["flops"] / work["infopo"]["flops"] for v in peers}
+    result |= {
+        "peak_memory_ratio": {
+            v: step_mib["infopo"] / step_mib[v] if step_mib["infopo"] and step_mib[v] else None for v in peers
+        },
+        "step_mib": step_mib,
+        "flop_ratio": flop_ratio,
+        "flop_share": {v: result[f"ratio_{v}"]["median"] / flop_ratio[v] for v in peers},
+        "seconds": {v: spread(seconds[v]) for v in variants},
+        "flops_a_second": {
+            v: work[v]["flops"] / sum(seconds[v]) for v in variants
+        },
+        "loss": answers["infopo"][0]["losses"][0],
+        "loss_difference": loss_difference(answers, job["device"]),
+        "tokens": _tokens(turns[1:-1], work),
+        "parts": {v: _parts(answers[v][1:-1]) for v in variants if v.startswith("infopo") and job["parts"]},
+    }  # fmt: skip
+    return result
+
+
+def loss_difference(answers: Mapping[str, Sequence[Mapping[str, Any]]], device: str) -> float:
+    """Largest difference of DPO's loss from ours on the first step, whose examples and weights all variants share.
+
+    The reference has other weights than the policy, so the loss is not log 2 whatever is computed.
+
+    Raises:
+        RuntimeError: It is more than rounding.
+    """
+    losses = {v: a[0]["losses"][0] for v, a in answers.items() if v != "infopo_objective"}
+    difference = max(abs(loss - losses["infopo"]) for loss in losses.values())
+    if not difference <= ALLOWED_LOSS_DIFFERENCE[device]:
+        raise RuntimeError(f"the variants do not compute the same loss: {losses}")
+    return difference
+
+
+def _worst(step_mib: Sequence[float | None]) -> float | None:
+    return max((mib for mib in step_mib if mib is not None), default=None)
+
+
+def _work(variant: str, job: Mapping[str, Any], turns: Sequence[regimes.Turn]) -> dict[str, float]:
+    """FLOPs and positions of the rounds, by the formula in README.md."""
+    config = model_config(job["model"], job["vocabulary"])
+    if not variant.startswith("infopo"):
+        turns = regimes.as_pairs(turns)
+    if variant == "trl_best":
+        turns = [regimes.grouped(turn) for turn in turns]
+    total, tokens = flops.variant_flops(variant, config, [s for t in turns for s in t], job["device"] == "cuda")
+    return {"flops": total.total, "tokens": tokens}
+
+
+def _tokens(turns: Sequence[regimes.Turn], work: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Positions a step: what each variant computes, and what there is."""
+    steps = [step for turn in turns for step in turn]
+    pairs = [p for turn in regimes.as_pairs(turns) for step in turn for p in step]
+    rows = sum(len(p.prompt_ids) + len(ids) for p in pairs for ids in p.response_ids)
+    # As TRL's own sampler would group: over the whole run, which saves it a little more padding than over a round.
+    group = len(pairs) // len(steps)
+    whole_run = regimes.grouped([pairs[i : i + group] for i in range(0, len(pairs), group)])
+    padded = sum(flops.padded_work(step, responses_only=True).tokens for step in whole_run)
+    return {
+        "computed": {v: w["tokens"] / len(steps) for v, w in work.items()},
+        "response": sum(len(ids) for s in steps for e in s for ids in e.response_ids) / len(steps),
+        "rows": rows / len(steps),
+        "grouped_over_the_whole_run": padded / len(steps),
+    }
+
+
+def _parts(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Shares of a step: layers forward, head and layout, backward, optimizer, and what is outside of the model."""
+    seconds = sum(a["seconds"] for a in answers)
+    part = {name: sum(a["parts"][name] for a in answers) / seconds for name in answers[0]["parts"]}
+    return {
+        "layers_forward": part["layers"],
+        "head_and_layout_forward": part["logps"] - part["layers"],
+        "backward": part["backward"],
+        "optimizer": part["optimizer"],
+        "outside": 1 - part["logps"] - part["backward"] - part["optimizer"],
+    }
+
+
+def measure_reference(job: Mapping[str, Any], rounds: int) -> Result:
+    """The reference pass of regime i: ours for DPO (both sides) and for InfoPO (rejected), and TRL's."""
+    batch = job["batch"] or regimes.REGIMES["i"].batch
+    job = {**job, "kind": "reference", "regime": "i", "rounds": rounds, "batch": batch}
+    variants = ("infopo", "infopo_objective", "trl_precomputed")
+    answers = interleaved([{**job, "variant": v} for v in variants], rounds + 1)
+    seconds = {v: [x["seconds"] for x in a[1:]] for v, a in zip(variants, answers, strict=True)}
+    return {
+        "regime": "i",
+        "ratio_both_sides": ratios(seconds["trl_precomputed"], seconds["infopo"]),
+        "ratio_infopo": ratios(seconds["trl_precomputed"], seconds["infopo_objective"]),
+        "seconds": {v: spread(s) for v, s in seconds.items()},
+        "largest_difference": max(
+            abs(ours["sum"] - theirs["sum"]) for ours, theirs in zip(answers[1], answers[2], strict=True)
+        ),
+    }
+
+
+def measure_linearity(job: Mapping[str, Any], rounds: int) -> Result:
+    """Seconds a token of packed rows of 1k to 32k tokens, and the exponent of time in tokens (1: linear)."""
+    counts = [c for _ in range(1 + rounds) for c in LINEARITY_COUNTS]
+    [answers] = interleaved([{**job, "kind": "linearity", "variant": "infopo", "counts": counts}], len(counts))
+    measured = answers[len(LINEARITY_COUNTS) :]
+    tokens = [a["tokens"] for a in measured[: len(LINEARITY_COUNTS)]]
+    seconds = [statistics.median(a["seconds"] for a in measured if a["tokens"] == t) for t in tokens]
+    exponent = np.polyfit(np.log(tokens), np.log(seconds), 1)[0]
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "seconds_a_token": [s / t for s, t in zip(seconds, tokens, strict=True)],
+        "exponent": float(exponent),
+    }
+
+
+def measure_end_to_end(job: Mapping[str, Any], pairs: int, rounds: int) -> Result:
+    """One epoch of regime i from rows of text to a saved model, by each trainer as a user's script calls it."""
+    variants = ("infopo", "trl", "trl_precomputed")
+    batch = job["batch"] or regimes.REGIMES["i"].batch
+    seconds: dict[str, list[float]] = {v: [] for v in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        build_model({**job, "device": "cpu", "variant": "infopo"}, seed=0).save_pretrained(f"{folder}/model")
+        build_tokenizer(job["vocabulary"]).save_pretrained(f"{folder}/model")
+        write_text(Path(folder, "pairs.jsonl"), regimes.draw("i", pairs, job["vocabulary"], job["seed"]))
+        for number in range(rounds):
+            for place in range(len(variants)):
+                variant = variants[(number + place) % len(variants)]
+                # A cache of its own: else a later round would find the tokens of an earlier one.
+                own = Path(folder, f"{number}-{variant}")
+                paths = {"folder": f"{folder}/model", "data": f"{folder}/pairs.jsonl",
+                         "output": f"{own}/out", "cache": f"{own}/cache"}  # fmt: skip
+                run = {**job, "kind": "end_to_end", "variant": variant, "batch": batch, **paths}
+                [[answer]] = interleaved([run], 1)
+                seconds[variant].append(answer["seconds"])
+    return {
+        "regime": "i",
+        "pairs": pairs,
+        "ratio_trl": ratios(seconds["trl"], seconds["infopo"]),
+        "ratio_trl_precomputed": ratios(seconds["trl_precomputed"], seconds["infopo"]),
+        "seconds": {v: spread(s) for v, s in seconds.items()},
+    }
+
+
+def write_text(path: Path, examples: Sequence[Any]) -> None:
+    """Rows of text whose tokens are those of the examples."""
+    with path.open("w", encoding="utf-8") as file:
+        for e in examples:
+            row = {
+                "prompt": " ".join(map(str, e.prompt_ids)),
+                "chosen": "".join(f" {i}" for i in e.chosen_ids[0]),
+                "rejected": "".join(f" {i}" for i in e.rejected_ids[0]),
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+def hardware(device: str) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        cpu = next((x.split(":")[1].strip() for x in info.open() if x.startswith("model name")), cpu)
+    found: dict[str, Any] = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    names = ("infopo", "torch", "transformers", "trl", "accelerate")
+    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {
+        n: importlib.metadata.version(n) for n in names if n in installed
+    }
+
+
+def commit() -> str | None:
+    """The commit that is measured, marked where files differ from it; None outside of a checkout."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=HERE, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or None
+
+
+def table(result: Result) -> str:
+    """The regimes as a Markdown table: median of rounds, with quartiles; and memory of a step against TRL's."""
+    lines = [
+        "| regime | vs TRL, reference in the loop | vs TRL, precomputed | vs TRL at its best "
+        "| of the FLOP ratio | step memory: MiB | vs precomputed | vs best |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for regime in result["regimes"]:
+        if "skipped" in regime:
+            lines.append(f"| {regime['regime']} | {regime['skipped']} | | | | | | |")
+            continue
+        shares = " / ".join(_cell(regime["flop_share"].get(v), ".0%") for v in PEERS)
+        memory = [regime["step_mib"]["infopo"], *map(regime["peak_memory_ratio"].get, PEERS[1:])]
+        cells = [_ratio(regime.get(f"ratio_{v}")) for v in PEERS]
+        cells += [shares, _cell(memory[0], ".0f"), _cell(memory[1], ".2f"), _cell(memory[2], ".2f")]
+        lines.append(f"| {regime['regime']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return "-"
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regimes", default=",".join(regimes.REGIMES), help="comma-separated; empty for none")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round")
+    parser.add_argument("--pairs-per-step", type=int, help="examples a step; default: each regime's own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=tuple(SHAPES), help="default: a4k on a CPU, 1b on a GPU")
+    parser.add_argument("--vocab", type=int, help="default: the model's own")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="infopo and any of the others, with infopo_objective")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True, help="the result file; written after each part")
+    parser.add_argument("--reference", action="store_true", help="also the reference pass")
+    parser.add_argument("--overhead", action="store_true", help="also the parts of our step (waits for a GPU)")
+    parser.add_argument("--linearity", action="store_true", help="also rows of 1k to 32k tokens")
+    parser.add_argument("--end-to-end", action="store_true", help="also an epoch from text to a saved model")
+    parser.add_argument("--end-to-end-pairs", type=int, default=2000)
+    parser.add_argument("--end-to-end-rounds", type=int, default=3)
+    args = parser.parse_args(argv)
+    args.regimes = [name for name in args.regimes.split(",") if name]
+    args.variants = args.variants.split(",")
+    args.model = args.model or ("1b" if args.device == "cuda" else "a4k")
+    args.vocab = args.vocab or SHAPES[args.model]["vocab_size"]
+    if unknown := set(args.regimes) - set(regimes.REGIMES):
+        parser.error(f"--regimes: expected some of {', '.join(regimes.REGIMES)}, got {', '.join(unknown)}")
+    if "infopo" not in args.variants or set(args.variants) - {*VARIANTS, "infopo_objective"}:
+        parser.error(f"--variants: expected infopo and some of {', '.join(PEERS)}, infopo_objective")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    job = {"model": args.model, "vocabulary": args.vocab, "device": args.device, "threads": args.threads,
+           "steps": args.steps, "batch": args.pairs_per_step, "seed": args.seed, "parts": args.overhead}  # fmt: skip
+    result: Result = {
+        "schema": 1,
+        "hardware": hardware(args.device),
+        "versions": versions(),
+        "commit": commit(),
+        "command": shlex.join(["python", "benchmarks/speed.py", *(argv if argv is not None else sys.argv[1:])]),
+        "settings": {
+            "model": {"name": args.model, **SHAPES[args.model], "vocab_size": args.vocab},
+            "dtype": "bfloat16" if args.device == "cuda" else "float32",
+            "gradient_checkpointing": args.device == "cuda",
+            "device": args.device,
+            "threads": args.threads,
+            "allocator": ALLOCATOR,
+            "optimizer": "adamw_torch_fused, learning rate 1e-5, no weight decay, gradient norm clipped at 1",
+            "loss": "DPO, beta 0.1",
+            "steps_a_round": args.steps,
+            "seed": args.seed,
+        },
+        "regimes": [],
+    }
+
+    def write() -> None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    print(json.dumps({k: result[k] for k in ("hardware", "versions", "settings")}, indent=1), flush=True)
+    for name in args.regimes:
+        try:
+            result["regimes"].append(measure_regime(name, job, args.variants, args.rounds))
+        except FileNotFoundError as error:
+            result["regimes"].append({"regime": name, "skipped": str(error)})
+        write()
+        print(table(result), flush=True)
+    if args.overhead:
+        result["overhead"] = {
+            r["regime"]: r["parts"]["infopo"]["outside"] for r in result["regimes"] if "parts" in r
+        }
+    if args.reference:
+        result["reference_pass"] = measure_reference(job, args.rounds)
+        write()
+    if args.linearity:
+        result["linearity"] = measure_linearity(job, min(args.rounds, 3))
+        write()
+    if args.end_to_end:
+        result["end_to_end"] = measure_end_to_end(job, args.end_to_end_pairs, args.end_to_end_rounds)
+    write()
+    extras = {k: result[k] for k in ("overhead", "reference_pass", "linearity", "end_to_end") if k in result}
+    print(json.dumps(extras, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,375 @@
+"""One variant in a process of its own: waits for the word, runs a turn, reports.
+
+Started by `speed.py` with its job as JSON. A turn is answered with one line of JSON on what was standard output; all
+that libraries print goes to standard error.
+"""
+
+import copy
+import ctypes
+import gc
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import regimes
+import torch
+from shapes import build_model, build_tokenizer
+from torch import nn
+from transformers import TrainerCallback
+
+from infopo import InfoPOConfig, InfoPOTrainer
+from infopo.data.examples import ExampleDataset
+from infopo.data.packing import pack
+from infopo.logps import attention
+from infopo.logps.forward import response_logps
+from infopo.records import PreferenceExample, Role
+from infopo.reference import precompute
+
+BETA = 0.1
+PROMPT, RESPONSE = 512, 128  # of the examples that show how time grows with tokens
+Job = dict[str, Any]
+
+
+class Line:
+    """The conversation with `speed.py`."""
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+
+    def wait(self) -> None:
+        """Returns at the word; ends the process when there is nobody to give it."""
+        if not sys.stdin.readline():
+            sys.exit(0)
+
+    def report(self, **values: Any) -> None:
+        self.answers.write(json.dumps(values) + "\n")
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def settings(job: Job, folder: str) -> dict[str, Any]:
+    """What both trainers are given, under the names that they share."""
+    cuda = job["device"] == "cuda"
+    return {
+        "output_dir": folder,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "beta": BETA,
+        "loss_type": "sigmoid",
+        "max_length": None,
+        "gradient_checkpointing": cuda,
+        "bf16": False,  # on a GPU the weights themselves are bfloat16
+        "use_cpu": not cuda,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def turns_of(job: Job) -> list[regimes.Turn]:
+    """The job's turns as its variant takes them."""
+    turns = regimes.plan(
+        job["regime"], job["rounds"], job["steps"], job["batch"], job["vocabulary"], job["seed"]
+    )
+    if job["variant"].startswith("infopo"):
+        return turns
+    turns = regimes.as_pairs(turns)
+    return [regimes.grouped(turn) for turn in turns] if job["variant"] == "trl_best" else turns
+
+
+def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
+    """The variant's trainer over all turns, in their order."""
+    policy, reference = build_model(job, seed=0), build_model(job, seed=1)
+    examples = [e for turn in turns for step in turn for e in step]
+    common = settings(job, folder) | {"per_device_train_batch_size": len(turns[0][0])}
+    tokenizer = build_tokenizer(job["vocabulary"])
+    if job["variant"].startswith("infopo"):
+        if job["variant"] == "infopo_objective":
+            del common["loss_type"], common["beta"]
+        return _Watched(
+            model=policy,
+            ref_model=reference,
+            args=InfoPOConfig(**common),
+            train_dataset=ExampleDataset.from_examples(examples),
+            processing_class=tokenizer,
+        )
+    from peer import CompactDPOTrainer, TokenizedDPOTrainer, dataset_of
+    from trl import DPOConfig
+
+    precomputed = job["variant"] != "trl"
+    trainer = (CompactDPOTrainer if job["variant"] == "trl_best" else TokenizedDPOTrainer)(
+        model=policy,
+        ref_model=reference,
+        args=DPOConfig(**common, precompute_ref_log_probs=precomputed),
+        train_dataset=dataset_of(examples),
+        processing_class=tokenizer,
+    )
+    if precomputed:
+        trainer.ref_model = None  # its work is done
+    return trainer
+
+
+class _Watched(InfoPOTrainer):
+    """Tells in which part of a step it is."""
+
+    parts: Callable[[str], AbstractContextManager[None]] = staticmethod(nullcontext)
+
+    def _logps(self, *args: Any) -> Any:
+        with self.parts("logps"):
+            return super()._logps(*args)
+
+
+class Parts:
+    """Seconds of a turn by what they went to."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cuda = cuda
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def watch(self, trainer: _Watched) -> None:
+        """Times log-probs, the layers' forward pass within them, and the backward pass."""
+        trainer.parts = self
+        layers = trainer.model.model
+        layers.forward = self._timed("layers", layers.forward)
+        trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+class Turns(TrainerCallback):
+    """Blocks training between turns.
+
+    A turn lasts from the word to the end of its last step: collating its batches, clipping, the optimizer and what
+    the trainer itself does are inside. The last turn is for memory, and its time means nothing.
+    """
+
+    def __init__(self, sizes: list[int], line: Line, cuda: bool) -> None:
+        self.line, self.cuda = line, cuda
+        self.parts = Parts(cuda)
+        self.left = sizes
+        self.losses: list[torch.Tensor] = []
+        self.step_mib: list[float | None] = []
+
+    def watch(self, trainer: Any) -> None:
+        """Notes each step's loss."""
+        step = trainer.training_step
+
+        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self.losses.append(step(*args, **kwargs).detach())
+            return self.losses[-1]
+
+        trainer.training_step = noted
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.size = self.left.pop(0)
+        self.line.wait()
+        self.losses.clear()
+        self.parts.seconds.clear()
+        self.begin = self.parts.now()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if not self.left:
+            self.memory = Memory(self.cuda)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.optimizer = self.parts("optimizer")
+        self.optimizer.__enter__()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.optimizer.__exit__(None, None, None)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if not self.left:
+            self.step_mib.append(self.memory.peak_mib())
+        if len(self.losses) < self.size:
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.begin
+        losses = [float(loss) for loss in self.losses]
+        self.line.report(seconds=seconds, losses=losses, parts=self.parts.seconds, step_mib=self.step_mib)
+        if self.left:
+            self._begin()
+
+
+class Memory:
+    """Memory that a step adds to what stood when it began: model, optimizer state and libraries.
+
+    On a CPU, memory that was freed before stays in the heap under the settings that both sides get, and would hide
+    what a step takes. It is given back first, and the kernel's mark of the highest use is reset.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        gc.collect()
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated() / 2**20
+            return
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = _status_mib("VmRSS")
+        except OSError:  # not Linux with glibc, or not allowed
+            self.start = None
+
+    def peak_mib(self) -> float | None:
+        """None where it cannot be measured."""
+        if self.start is None:
+            return None
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else _status_mib("VmHWM")
+        return peak - self.start
+
+
+def _status_mib(name: str) -> float:
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024
+
+
+def train(job: Job, line: Line) -> None:
+    """Real `train()`, a turn at a time; `parts` where the job asks for them."""
+    turns = turns_of(job)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(job, turns, folder)
+        callback = Turns([len(turn) for turn in turns], line, job["device"] == "cuda")
+        callback.watch(trainer)
+        trainer.add_callback(callback)
+        if job["parts"] and isinstance(trainer, _Watched):
+            callback.parts.watch(trainer)
+        trainer.train()
+
+
+# ---- the reference pass, and time against tokens --------------------------------------------------------------------
+
+
+def reference(job: Job, line: Line) -> None:
+    """The reference pass over a round's examples: tokens in, log-probs stored."""
+    turns = turns_of(job)
+    sides = frozenset({"rejected"} if job["variant"] == "infopo_objective" else {"chosen", "rejected"})
+    with tempfile.TemporaryDirectory() as folder:
+        if job["variant"].startswith("infopo"):
+            model = build_model(job, seed=1)
+            attention.enable(model)
+            run: Callable[[list[PreferenceExample]], Any] = lambda examples: precompute(  # noqa: E731
+                ExampleDataset.from_examples(examples),
+                model,
+                sides,
+                batch_size=job["batch"],
+                device=model.device,
+            ).reference
+        else:
+            from peer import dataset_of
+
+            trainer = build_trainer(job | {"variant": "trl"}, turns[:1], folder)
+            run = lambda examples: trainer._precompute_ref_logps(  # noqa: E731
+                dataset_of(examples), "train", len(turns[0][0])
+            )["ref_rejected_logps"]
+        for turn in turns[:-1]:
+            line.wait()
+            begin = time.perf_counter()
+            values = run([e for step in turn for e in step])
+            line.report(seconds=time.perf_counter() - begin, sum=float(sum(v for v in values if v == v)))
+
+
+def linearity(job: Job, line: Line) -> None:
+    """Forward and backward pass of one packed row of ever more examples of one length; a turn is a number of them."""
+    model = build_model(job, seed=0)
+    attention.enable(model)
+    rng = torch.Generator().manual_seed(job["seed"])
+    ids = partial(torch.randint, regimes.FIRST_ID, job["vocabulary"], generator=rng)
+    for count in job["counts"]:
+        examples = [
+            PreferenceExample(
+                ids((PROMPT,)).tolist(), [ids((RESPONSE,)).tolist()], [ids((RESPONSE,)).tolist()], str(i)
+            )
+            for i in range(count)
+        ]
+        line.wait()
+        begin = time.perf_counter()
+        batch = pack(examples).to(model.device)
+        logps = response_logps(model, batch)
+        ratio = logps[batch.role == Role.CHOSEN] - logps[batch.role == Role.REJECTED]
+        nn.functional.logsigmoid(BETA * ratio).mean().neg().backward()
+        if job["device"] == "cuda":
+            torch.cuda.synchronize()
+        line.report(seconds=time.perf_counter() - begin, tokens=len(batch.input_ids))
+        model.zero_grad()
+
+
+# ---- from text to a saved model -------------------------------------------------------------------------------------
+
+
+def end_to_end(job: Job, line: Line) -> None:
+    """What a user's script does: rows of text and a model's folder in, a trained model out."""
+    from datasets import load_dataset
+
+    line.wait()
+    begin = time.perf_counter()
+    common = settings(job, job["output"]) | {"per_device_train_batch_size": job["batch"]}
+    if job["variant"].startswith("infopo"):
+        config: Any = InfoPOConfig
+        trainer_class: Any = InfoPOTrainer
+    else:
+        from trl import DPOConfig as config  # noqa: N813
+        from trl import DPOTrainer as trainer_class
+
+        common["precompute_ref_log_probs"] = job["variant"] == "trl_precomputed"
+    trainer = trainer_class(
+        model=job["folder"],
+        args=config(**common),
+        train_dataset=load_dataset("json", data_files=job["data"], split="train", cache_dir=job["cache"]),
+    )
+    result = trainer.train()
+    trainer.save_model()
+    line.report(seconds=time.perf_counter() - begin, loss=result.training_loss)
+
+
+KINDS = {"train": train, "reference": reference, "linearity": linearity, "end_to_end": end_to_end}
+
+
+def main() -> None:
+    line = Line()
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    KINDS[job["kind"]](copy.deepcopy(job), line)
+
+
+if __name__ == "__main__":
+    main()
