@@ -60,9 +60,7 @@ def step_flops(
 ) -> Flops:
     """FLOPs of forward and backward pass, with the forward pass of a reference where it runs in the step."""
     linear = 2.0 * layer_weights(config) * work.tokens
-    attention = (
-        4.0 * work.attended * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    )
+    attention = 4.0 * work.attended * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     head = 2.0 * config.hidden_size * config.vocab_size * work.scored
     extra = with_reference + checkpointing
     return Flops(

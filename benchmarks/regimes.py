@@ -74,10 +74,7 @@ def draw(name: str, n: int, vocabulary: int, seed: int = 0) -> list[PreferenceEx
         sizes = [
             (
                 _length(rng, regime.prompt, regime.sigma, LONGEST_PROMPT),
-                [
-                    _length(rng, regime.response, 0.5, LONGEST_RESPONSE)
-                    for _ in range(1 + regime.rejected)
-                ],
+                [_length(rng, regime.response, 0.5, LONGEST_RESPONSE) for _ in range(1 + regime.rejected)],
             )
             for _ in range(n)
         ]

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
-_LLAMA_3 = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}  # fmt: skip
+_ROPE = {"rope_theta": 5e5, "rope_type": "default"}
+_LLAMA_3 = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_parameters": _ROPE}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},

@@ -19,12 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import regimes
 import torch
-from shapes import build_model, build_tokenizer
 from torch import nn
 from transformers import TrainerCallback
 
+import regimes
 from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
@@ -32,10 +31,13 @@ from infopo.logps import attention
 from infopo.logps.forward import response_logps
 from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute
+from shapes import build_model, build_tokenizer
 
 BETA = 0.1
 PROMPT, RESPONSE = 512, 128  # of the examples that show how time grows with tokens
 Job = dict[str, Any]
+ReferencePass = Callable[[list[PreferenceExample]], list[float]]
+"""Examples to log π_ref of their rejected responses; what else it computes and stores is in its time."""
 
 
 class Line:
@@ -110,8 +112,9 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
             train_dataset=ExampleDataset.from_examples(examples),
             processing_class=tokenizer,
         )
-    from peer import CompactDPOTrainer, TokenizedDPOTrainer, dataset_of
     from trl import DPOConfig
+
+    from peer import CompactDPOTrainer, TokenizedDPOTrainer, dataset_of
 
     precomputed = job["variant"] != "trl"
     trainer = (CompactDPOTrainer if job["variant"] == "trl_best" else TokenizedDPOTrainer)(
@@ -282,30 +285,42 @@ def train(job: Job, line: Line) -> None:
 def reference(job: Job, line: Line) -> None:
     """The reference pass over a round's examples: tokens in, log-probs stored."""
     turns = turns_of(job)
-    sides = frozenset({"rejected"} if job["variant"] == "infopo_objective" else {"chosen", "rejected"})
     with tempfile.TemporaryDirectory() as folder:
-        if job["variant"].startswith("infopo"):
-            model = build_model(job, seed=1)
-            attention.enable(model)
-            run: Callable[[list[PreferenceExample]], Any] = lambda examples: precompute(  # noqa: E731
-                ExampleDataset.from_examples(examples),
-                model,
-                sides,
-                batch_size=job["batch"],
-                device=model.device,
-            ).reference
-        else:
-            from peer import dataset_of
-
-            trainer = build_trainer(job | {"variant": "trl"}, turns[:1], folder)
-            run = lambda examples: trainer._precompute_ref_logps(  # noqa: E731
-                dataset_of(examples), "train", len(turns[0][0])
-            )["ref_rejected_logps"]
+        run = _our_reference(job) if job["variant"].startswith("infopo") else _trl_reference(job, folder)
         for turn in turns[:-1]:
             line.wait()
             begin = time.perf_counter()
-            values = run([e for step in turn for e in step])
-            line.report(seconds=time.perf_counter() - begin, sum=float(sum(v for v in values if v == v)))
+            rejected = run([e for step in turn for e in step])
+            line.report(seconds=time.perf_counter() - begin, sum=float(sum(rejected)))
+
+
+def _our_reference(job: Job) -> ReferencePass:
+    sides = {"rejected"} if job["variant"] == "infopo_objective" else {"chosen", "rejected"}
+    model = build_model(job, seed=1)
+    attention.enable(model)
+
+    def run(examples: list[PreferenceExample]) -> list[float]:
+        dataset = ExampleDataset.from_examples(examples)
+        stored = precompute(
+            dataset, model, frozenset(sides), batch_size=job["batch"], device=model.device
+        ).reference
+        return stored[dataset.roles == Role.REJECTED].tolist()
+
+    return run
+
+
+def _trl_reference(job: Job, folder: str) -> ReferencePass:
+    from peer import dataset_of
+
+    # Of the variant that keeps its reference model; what the pass stores is the same.
+    turns = turns_of(job)
+    trainer = build_trainer(job | {"variant": "trl"}, turns[:1], folder)
+
+    def run(examples: list[PreferenceExample]) -> list[float]:
+        stored = trainer._precompute_ref_logps(dataset_of(examples), "train", len(turns[0][0]))
+        return stored["ref_rejected_logps"]
+
+    return run
 
 
 def linearity(job: Job, line: Line) -> None:
@@ -343,19 +358,14 @@ def end_to_end(job: Job, line: Line) -> None:
     line.wait()
     begin = time.perf_counter()
     common = settings(job, job["output"]) | {"per_device_train_batch_size": job["batch"]}
+    data = load_dataset("json", data_files=job["data"], split="train", cache_dir=job["cache"])
     if job["variant"].startswith("infopo"):
-        config: Any = InfoPOConfig
-        trainer_class: Any = InfoPOTrainer
+        trainer: Any = InfoPOTrainer(model=job["folder"], args=InfoPOConfig(**common), train_dataset=data)
     else:
-        from trl import DPOConfig as config  # noqa: N813
-        from trl import DPOTrainer as trainer_class
+        from trl import DPOConfig, DPOTrainer
 
         common["precompute_ref_log_probs"] = job["variant"] == "trl_precomputed"
-    trainer = trainer_class(
-        model=job["folder"],
-        args=config(**common),
-        train_dataset=load_dataset("json", data_files=job["data"], split="train", cache_dir=job["cache"]),
-    )
+        trainer = DPOTrainer(model=job["folder"], args=DPOConfig(**common), train_dataset=data)
     result = trainer.train()
     trainer.save_model()
     line.report(seconds=time.perf_counter() - begin, loss=result.training_loss)
