@@ -355,6 +355,8 @@ def end_to_end(job: Job, line: Line) -> None:
     """What a user's script does: rows of text and a model's folder in, a trained model out."""
     from datasets import load_dataset
 
+    if not job["variant"].startswith("infopo"):
+        from trl import DPOConfig, DPOTrainer
     line.wait()
     begin = time.perf_counter()
     common = settings(job, job["output"]) | {"per_device_train_batch_size": job["batch"]}
@@ -362,8 +364,6 @@ def end_to_end(job: Job, line: Line) -> None:
     if job["variant"].startswith("infopo"):
         trainer: Any = InfoPOTrainer(model=job["folder"], args=InfoPOConfig(**common), train_dataset=data)
     else:
-        from trl import DPOConfig, DPOTrainer
-
         common["precompute_ref_log_probs"] = job["variant"] == "trl_precomputed"
         trainer = DPOTrainer(model=job["folder"], args=DPOConfig(**common), train_dataset=data)
     result = trainer.train()
