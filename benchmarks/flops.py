@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from infopo.data.packing import pack
+from infopo.data.packing import pack, split_by_tokens
+from infopo.logps.lm_head import KEPT
 from infopo.records import PreferenceExample
+from infopo.trainer import CPU_TOKENS_PER_FORWARD
+
+COMPACT = {"trl_best", "trl_accumulated"}
+"""Variants of TRL whose head scores responses only."""
 
 FORWARD_AND_BACKWARD = 3.0
 ATTENTION_FORWARD_AND_BACKWARD = 3.5  # scores are computed once more in the backward pass
-HEAD_MATMULS = {"infopo": 3, "infopo_objective": 3, "trl": 4, "trl_precomputed": 4, "trl_best": 4}
-"""4 where the head keeps no logits and computes them again in the backward pass, else 3."""
+HEAD_MATMULS = 4.0
+"""Of a head that keeps no logits and computes them again in the backward pass; 3 where it keeps them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def layer_weights(config: Any) -> int:
 
 
 def step_flops(
-    config: Any, work: Work, head_matmuls: int, with_reference: bool = False, checkpointing: bool = False
+    config: Any, work: Work, head_matmuls: float, with_reference: bool = False, checkpointing: bool = False
 ) -> Flops:
     """FLOPs of forward and backward pass, with the forward pass of a reference where it runs in the step."""
     linear = 2.0 * layer_weights(config) * work.tokens
@@ -102,16 +107,27 @@ def padded_work(pairs: Sequence[PreferenceExample], responses_only: bool, unpadd
     )
 
 
+def our_head_matmuls(config: Any, work: Work) -> float:
+    """Our head keeps the logits that fit a fixed budget."""
+    return HEAD_MATMULS - min(1.0, KEPT / (work.scored * config.vocab_size))
+
+
 def variant_flops(
     variant: str, config: Any, steps: Sequence[Sequence[PreferenceExample]], cuda: bool = False
 ) -> tuple[Flops, int]:
     """FLOPs of these steps as the variant runs them, and the positions that pass its layers."""
     total, tokens = Flops(), 0
     for step in steps:
-        ours = variant.startswith("infopo")
-        work = packed_work(step) if ours else padded_work(step, variant == "trl_best" or cuda, unpadded=cuda)
-        total += step_flops(
-            config, work, HEAD_MATMULS[variant], with_reference=variant == "trl", checkpointing=cuda
-        )
-        tokens += work.tokens
+        if variant.startswith("infopo"):
+            whole = cuda or variant == "infopo_whole"
+            pieces = split_by_tokens(step, None if whole else CPU_TOKENS_PER_FORWARD, shared=True)
+            works = [packed_work(piece) for piece in pieces]
+        else:
+            batches = [[pair] for pair in step] if variant == "trl_accumulated" else [step]
+            compact = cuda or variant in COMPACT
+            works = [padded_work(batch, responses_only=compact, unpadded=cuda) for batch in batches]
+        for work in works:
+            head = our_head_matmuls(config, work) if variant.startswith("infopo") else HEAD_MATMULS
+            total += step_flops(config, work, head, with_reference=variant == "trl", checkpointing=cuda)
+            tokens += work.tokens
     return total, tokens

@@ -28,7 +28,9 @@ from shapes import SHAPES, build_model, build_tokenizer, model_config
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("infopo", "trl", "trl_precomputed", "trl_best")
-PEERS = VARIANTS[1:]
+EXTRA = ("trl_accumulated", "infopo_whole", "infopo_objective")
+PEERS = (*VARIANTS[1:], *EXTRA[:2])
+"""Compute the loss that `infopo` computes, in another way."""
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -368,9 +370,9 @@ def table(result: Result) -> str:
         if "skipped" in regime:
             lines.append(f"| {regime['regime']} | {regime['skipped']} | | | | | | |")
             continue
-        shares = " / ".join(_cell(regime["flop_share"].get(v), ".0%") for v in PEERS)
-        memory = [regime["step_mib"]["infopo"], *map(regime["peak_memory_ratio"].get, PEERS[1:])]
-        cells = [_ratio(regime.get(f"ratio_{v}")) for v in PEERS]
+        shares = " / ".join(_cell(regime["flop_share"].get(v), ".0%") for v in VARIANTS[1:])
+        memory = [regime["step_mib"]["infopo"], *map(regime["peak_memory_ratio"].get, VARIANTS[2:])]
+        cells = [_ratio(regime.get(f"ratio_{v}")) for v in VARIANTS[1:]]
         cells += [shares, _cell(memory[0], ".0f"), _cell(memory[1], ".2f"), _cell(memory[2], ".2f")]
         lines.append(f"| {regime['regime']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -405,7 +407,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument(
-        "--variants", default=",".join(VARIANTS), help="infopo and any of the others, with infopo_objective"
+        "--variants",
+        default=",".join(VARIANTS),
+        help=f"infopo and any of the others and of {', '.join(EXTRA)}",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, help="the result file; written after each part")
@@ -424,8 +428,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.vocab = args.vocab or SHAPES[args.model]["vocab_size"]
     if unknown := set(args.regimes) - set(regimes.REGIMES):
         parser.error(f"--regimes: expected some of {', '.join(regimes.REGIMES)}, got {', '.join(unknown)}")
-    if "infopo" not in args.variants or set(args.variants) - {*VARIANTS, "infopo_objective"}:
-        parser.error(f"--variants: expected infopo and some of {', '.join(PEERS)}, infopo_objective")
+    if "infopo" not in args.variants or set(args.variants) - {*VARIANTS, *EXTRA}:
+        parser.error(f"--variants: expected infopo and some of {', '.join((*PEERS, *EXTRA[2:]))}")
     return args
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 import regimes
+from flops import COMPACT
 from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
@@ -101,10 +102,14 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
     policy, reference = build_model(job, seed=0), build_model(job, seed=1)
     examples = [e for turn in turns for step in turn for e in step]
     common = settings(job, folder) | {"per_device_train_batch_size": len(turns[0][0])}
+    if job["variant"] == "trl_accumulated":
+        common |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(turns[0][0])}
     tokenizer = build_tokenizer(job["vocabulary"])
     if job["variant"].startswith("infopo"):
         if job["variant"] == "infopo_objective":
             del common["loss_type"], common["beta"]
+        if job["variant"] == "infopo_whole":
+            common["max_tokens_per_forward"] = 10**9
         return _Watched(
             model=policy,
             ref_model=reference,
@@ -117,7 +122,7 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
     from peer import CompactDPOTrainer, TokenizedDPOTrainer, dataset_of
 
     precomputed = job["variant"] != "trl"
-    trainer = (CompactDPOTrainer if job["variant"] == "trl_best" else TokenizedDPOTrainer)(
+    trainer = (CompactDPOTrainer if job["variant"] in COMPACT else TokenizedDPOTrainer)(
         model=policy,
         ref_model=reference,
         args=DPOConfig(**common, precompute_ref_log_probs=precomputed),
@@ -183,16 +188,18 @@ class Turns(TrainerCallback):
         self.line, self.cuda = line, cuda
         self.parts = Parts(cuda)
         self.left = sizes
+        self.loss: torch.Tensor | None = None
         self.losses: list[torch.Tensor] = []
         self.step_mib: list[float | None] = []
 
     def watch(self, trainer: Any) -> None:
-        """Notes each step's loss."""
+        """Notes each step's loss, which is the sum over its accumulated batches."""
         step = trainer.training_step
 
         def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self.losses.append(step(*args, **kwargs).detach())
-            return self.losses[-1]
+            loss = step(*args, **kwargs).detach()
+            self.loss = loss if self.loss is None else self.loss + loss
+            return loss
 
         trainer.training_step = noted
 
@@ -218,6 +225,9 @@ class Turns(TrainerCallback):
         self.optimizer.__exit__(None, None, None)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        assert self.loss is not None
+        self.losses.append(self.loss)
+        self.loss = None
         if not self.left:
             self.step_mib.append(self.memory.peak_mib())
         if len(self.losses) < self.size:

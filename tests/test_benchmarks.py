@@ -117,14 +117,23 @@ def test_work_of_an_example_by_hand() -> None:
     assert flops.padded_work([EXAMPLE], True, unpadded=True) == flops.Work(10, 15 + 10, 3)
 
 
+def addmm_flops(out: list[int], a: list[int], b: list[int], **_: object) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: addmm_flops}  # torch counts the other form only
+
+
 def test_flops_of_our_step_are_those_that_torch_counts() -> None:
     """Matrix products alone: attention's fused kernel on a CPU is not counted by torch."""
     examples = regimes.draw("k", 1, VOCABULARY) + regimes.draw("i", 2, VOCABULARY)
     model = shapes.build_model(JOB, seed=0)
     assert attention.enable(model) is None
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         response_logps(model, pack(examples)).sum().backward()
-    expected = flops.step_flops(model.config, flops.packed_work(examples), flops.HEAD_MATMULS["infopo"])
+    work = flops.packed_work(examples)
+    assert flops.our_head_matmuls(model.config, work) == 3
+    expected = flops.step_flops(model.config, work, 3)
     # Rotary angles are a product too, of 8 a token: 1e-4 of a layer's.
     assert counter.get_total_flops() == pytest.approx(expected.linear + expected.head, rel=5e-4)
 
@@ -143,20 +152,16 @@ def test_flops_of_trls_step_are_those_that_torch_counts() -> None:
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     model = shapes.build_model(JOB, seed=0)
 
-    def addmm_flops(out: list[int], a: list[int], b: list[int], **_: object) -> int:
-        return 2 * a[0] * a[1] * b[1]
-
-    in_place = {torch.ops.aten.addmm_: addmm_flops}  # torch counts the other form only
     with (
         sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False, custom_mapping=in_place) as counter,
+        FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter,
     ):
         _compact_forward(
             model, labels=labels, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).log_probs.sum().backward()
     work = flops.padded_work(pairs, responses_only=True)
     assert work.tokens == batch["input_ids"].numel()
-    expected = flops.step_flops(model.config, work, flops.HEAD_MATMULS["trl_best"])
+    expected = flops.step_flops(model.config, work, flops.HEAD_MATMULS)
     # Written out, attention keeps its scores: 3 forward passes in place of 3.5.
     written_out = expected.attention * 3 / flops.ATTENTION_FORWARD_AND_BACKWARD
     assert counter.get_total_flops() == pytest.approx(expected.linear + expected.head + written_out, rel=5e-4)

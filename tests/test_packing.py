@@ -128,13 +128,18 @@ def test_selecting_responses_drops_only_segments_that_no_path_holds() -> None:
         assert torch.equal(getattr(everything, name), getattr(batch, name))
 
 
-def test_splitting_keeps_order_and_every_example() -> None:
-    examples = random_examples(20)
-    runs = split_by_tokens(examples, 40)
+@pytest.mark.parametrize("shared", [False, True])
+def test_splitting_keeps_order_and_every_example(shared: bool) -> None:
+    examples = random_examples(20, rejected=(2,))
+    runs = split_by_tokens(examples, 40, shared)
     assert [e for run in runs for e in run] == examples
     assert len(runs) > 1
-    sizes = [sum(len(e.prompt_ids) + len(r) for e in run for r in e.response_ids) for run in runs]
+    if shared:
+        sizes = [pack(run).segment_start[-1] for run in runs]
+    else:
+        sizes = [sum(len(e.prompt_ids) + len(r) for e in run for r in e.response_ids) for run in runs]
     assert all(size <= 40 or len(run) == 1 for size, run in zip(sizes, runs, strict=True))
+    assert max(sizes) > 30  # and the limit is made use of
 
 
 def test_an_example_above_the_budget_stands_alone_and_nothing_gives_one_empty_piece() -> None:

@@ -95,7 +95,8 @@ class InfoPOConfig(TrainingArguments):
         precompute_ref_log_probs: TRL's name for `reference="precompute"`.
         precompute_ref_batch_size: Examples a forward pass of the reference; default `per_device_train_batch_size`.
         max_tokens_per_forward: Most tokens that go through the model at once; a larger device batch runs in
-            pieces, with the same loss and gradient. None: no limit.
+            pieces, with the same loss and gradient. None: 2048 on a CPU, where pieces save memory and cost no time;
+            elsewhere no limit.
         logps_path: `auto` encodes each prompt once and pads nothing where the model's attention can do so; `naive`
             runs one padded row a response and takes the logits of every position.
         disable_dropout: Set dropout to 0 in policy and reference.

@@ -46,7 +46,7 @@ from infopo.errors import (
     UnsupportedArgumentError,
 )
 from infopo.logps import attention
-from infopo.logps.forward import prepare, response_logps, self_test, with_layout
+from infopo.logps.forward import path_of, prepare, response_logps, self_test, with_layout
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
 from infopo.objectives import LossTerms, loss_function
 from infopo.records import PER, PackedBatch, PreferenceExample, ResponseLogps, Role
@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 RawDataset: TypeAlias = datasets.Dataset | ExampleDataset
 MAX_STEP_0_LOG_RATIO = 1e-3
+CPU_TOKENS_PER_FORWARD = 2048
+"""Where no limit is given; benchmarks/README.md says what it saves and that it costs no time."""
 SELF_TEST_TOKENS = 256
 
 
@@ -144,7 +146,7 @@ class InfoPOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or PreferenceCollator(args.max_tokens_per_forward),
+            data_collator=data_collator or _collator(policy, args),
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             processing_class=processing_class,
@@ -647,6 +649,13 @@ def _choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOCon
     if args.torch_compile:  # the layout of each batch would be compiled anew
         reason = "torch_compile is on"
     return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
+
+
+def _collator(policy: nn.Module, args: InfoPOConfig) -> PreferenceCollator:
+    limit = args.max_tokens_per_forward
+    if limit is None and args.device.type == "cpu":
+        limit = CPU_TOKENS_PER_FORWARD
+    return PreferenceCollator(limit, shared=path_of(policy) == "forest")
 
 
 _PATH_IN_WORDS = {

@@ -93,16 +93,22 @@ def _part(responses: Sequence[list[int]], holders: Iterable[int], at: int) -> li
 
 
 def split_by_tokens(
-    examples: Sequence[PreferenceExample], max_tokens: int | None
+    examples: Sequence[PreferenceExample], max_tokens: int | None, shared: bool = False
 ) -> list[list[PreferenceExample]]:
     """Cuts the examples, in order, into runs of at most `max_tokens` tokens; a larger example stands alone.
 
-    A prompt is counted once a response, which is what a padded row a response holds. At least one run is returned.
+    At least one run is returned.
+
+    Args:
+        examples: Of a device batch.
+        max_tokens: Most tokens of a run; None: no limit.
+        shared: Whether a prompt counts once, or once a response as in a padded row a response.
     """
     runs: list[list[PreferenceExample]] = [[]]
     used = 0
     for example in examples:
-        size = sum(len(example.prompt_ids) + len(ids) for ids in example.response_ids)
+        responses = example.response_ids
+        size = len(example.prompt_ids) * (1 if shared else len(responses)) + sum(map(len, responses))
         if runs[-1] and max_tokens is not None and used + size > max_tokens:
             runs.append([])
             used = 0
@@ -141,15 +147,17 @@ class PreferenceCollator:
     """Packs the examples of a device batch; picklable, so that data-loader workers can run it.
 
     Args:
-        max_tokens: Upper bound on the tokens (prompt counted once a response) that go through the model at once;
-            a larger device batch is run in several pieces, with the same loss and gradient. None: one piece.
+        max_tokens: Upper bound on the tokens that go through the model at once; a larger device batch is run in
+            several pieces, with the same loss and gradient. None: one piece.
+        shared: Whether responses share their prompt in the model; see `split_by_tokens`.
     """
 
-    def __init__(self, max_tokens: int | None = None) -> None:
+    def __init__(self, max_tokens: int | None = None, shared: bool = False) -> None:
         self.max_tokens = max_tokens
+        self.shared = shared
 
     def __call__(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
-        return [pack(run) for run in split_by_tokens(examples, self.max_tokens)]
+        return [pack(run) for run in split_by_tokens(examples, self.max_tokens, self.shared)]
 
 
 def _build(

@@ -239,7 +239,7 @@ def forest_attention(
             )  # fmt: skip
         else:
             outputs.append(_written_out(queries[run], k, v, mask, scaling, softcap, s_aux))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
 def _seen(parts: Sequence[Tensor], layout: ForestLayout, run: int) -> list[Tensor]:
