@@ -1,7 +1,10 @@
 """What every test runs under: no network, one thread, fixed seeds, and array shapes checked at every call."""
 
+import hashlib
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,11 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from jaxtyping import install_import_hook
+# Nor does a test write to its user's cache. Subprocesses inherit it; nothing is made until it is used.
+CACHE = Path(tempfile.gettempdir()) / f"infopo-tests-{os.getpid()}"
+os.environ["INFOPO_CACHE"] = str(CACHE)
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Not for workers of `multiprocessing` and subprocesses: they import infopo as users do.
 SHAPES_CHECKED = install_import_hook("infopo", "shape_checker.checked")
@@ -38,6 +45,20 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds reference log-probs that another has stored."""
+    monkeypatch.setenv(
+        "INFOPO_CACHE", str(CACHE / hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16])
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_removed() -> Iterator[None]:
+    yield
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from infopo.catalog import (
     OBJECTIVES,
     ON_BAD_ROW,
     REFERENCE_SIDES,
+    REFERENCE_STORES,
     check_objective,
     complete_parameters,
 )
@@ -88,8 +89,11 @@ class InfoPOConfig(TrainingArguments):
         max_length: Most tokens of prompt + response; the response's end is cut. None: no limit.
         max_prompt_length: Most tokens of a prompt; its beginning is cut. None: no limit but `max_length`.
         on_bad_row: `raise` stops at the first row that cannot be used, `skip` counts it and goes on.
-        reference: `precompute` (once, in memory, before training), `live` (a second model beside the policy),
-            `adapter-off` (the policy without its adapter), `auto` (precompute), or the path of a model.
+        reference: `precompute` (once, before training), `live` (a second model beside the policy), `adapter-off` (the
+            policy without its adapter), `auto` (`precompute` where rows can be enumerated, else `live`), or the path of
+            a model.
+        reference_store: Folder where precomputed values are kept for later runs, by content; `auto` is
+            `$INFOPO_CACHE/reference`, else `~/.cache/infopo/reference`; `off` or None keeps them in memory only.
         reference_sides: `needed` computes the reference log-probs that the loss needs, `both` also those that
             only metrics need.
         precompute_ref_log_probs: TRL's name for `reference="precompute"`.
@@ -136,6 +140,9 @@ class InfoPOConfig(TrainingArguments):
     on_bad_row: str = field(default="raise", metadata={"help": "raise or skip."})
     reference: str = field(
         default="auto", metadata={"help": "auto, precompute, live, adapter-off or a model's path."}
+    )
+    reference_store: str | None = field(
+        default="auto", metadata={"help": "Folder for reference log-probs; auto or off."}
     )
     reference_sides: str = field(default="needed", metadata={"help": "needed or both."})
     precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Same as reference=precompute."})
@@ -231,6 +238,12 @@ class InfoPOConfig(TrainingArguments):
                 )
         if self.on_bad_row not in ON_BAD_ROW:
             problems.append(f"on_bad_row: expected one of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}")
+        if self.reference_store is not None and (
+            not isinstance(self.reference_store, str) or not self.reference_store
+        ):
+            problems.append(
+                f"reference_store: expected a folder, {' or '.join(REFERENCE_STORES)}, got {self.reference_store!r}"
+            )
         if self.reference_sides not in REFERENCE_SIDES:
             problems.append(
                 f"reference_sides: expected one of {', '.join(REFERENCE_SIDES)}, got {self.reference_sides!r}"

@@ -32,7 +32,8 @@ from infopo.yaml_tree import shown
 
 _SET_ELSEWHERE = {
     "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
-    "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "precompute_ref_log_probs",
+    "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
+    "precompute_ref_log_probs",
     "dataset_num_proc", "model_init_kwargs", "trust_remote_code",
 }  # fmt: skip
 """Arguments that have a place of their own in a recipe, outside `train`."""
@@ -153,6 +154,7 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             dataset_num_proc=data.num_proc,
             reference=reference.source,
             reference_sides=reference.sides,
+            reference_store=reference.store,
             trust_remote_code=recipe.model.trust_remote_code,
             **train,
         )

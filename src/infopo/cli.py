@@ -1,4 +1,4 @@
-"""The command line: infopo demo · train · check. Parses arguments, prints errors, decides nothing."""
+"""The command line: infopo demo · train · reference · check. Parses arguments, prints errors, decides nothing."""
 
 import argparse
 import io
@@ -68,6 +68,33 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key=value", help="e.g. train.learning_rate=1e-6"
         )
         command.set_defaults(run=run)
+
+    reference = commands.add_parser(
+        "reference",
+        help="compute the reference log-probs of a recipe's data and store them; list or prune the store",
+    )
+    reference.add_argument("recipe", nargs="?", metavar="RECIPE.yaml")
+    reference.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. reference.store=/data/reference"
+    )
+    what = reference.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="show what the store holds, with sizes")
+    what.add_argument(
+        "--prune",
+        nargs="*",
+        metavar="ID",
+        help="remove these references, named as --list shows them, or `all`",
+    )
+    reference.add_argument(
+        "--older-than",
+        type=float,
+        metavar="DAYS",
+        help="with --prune: those only that no run has used for so long",
+    )
+    reference.add_argument(
+        "--store", metavar="DIR", help="with --list and --prune: the store (default: the user's)"
+    )
+    reference.set_defaults(run=_reference, parser=reference)
     return parser
 
 
@@ -84,6 +111,28 @@ def _train(arguments: argparse.Namespace) -> None:
     from infopo.workflows.train import train
 
     train(arguments.recipe, arguments.overrides)
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    manages = arguments.list or arguments.prune is not None
+    if manages == (arguments.recipe is not None):
+        arguments.parser.error("expected either RECIPE.yaml, or --list or --prune")
+    if not manages and arguments.store is not None:
+        arguments.parser.error("--store goes with --list and --prune; a recipe has reference.store")
+    if arguments.older_than is not None and arguments.prune is None:
+        arguments.parser.error("--older-than goes with --prune")
+    if arguments.list:
+        from infopo.workflows.store import list_store
+
+        list_store(arguments.store)
+    elif manages:
+        from infopo.workflows.store import prune
+
+        prune(arguments.store, arguments.prune, arguments.older_than)
+    else:
+        from infopo.workflows.reference import reference
+
+        reference(arguments.recipe, arguments.overrides)
 
 
 def _check(arguments: argparse.Namespace) -> None:

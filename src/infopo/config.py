@@ -124,6 +124,8 @@ class ReferenceSection:
 
     source: str = "auto"
     """`auto`, `live`, `precompute`, `adapter-off`, or the path of a reference model."""
+    store: str | None = "auto"
+    """Folder that precomputed values are kept in; `auto` is the user's cache, `off` or null is memory only."""
     sides: str = field(default="needed", metadata=_one_of(*REFERENCE_SIDES))
     """Responses whose reference log-probs are computed: those that the loss needs, or both sides (for metrics)."""
 

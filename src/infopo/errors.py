@@ -7,6 +7,7 @@
     │   └── RunDirectoryError          a file of a run directory cannot be read or written (in runs.py)
     ├── ModelError                 a model, tokenizer or adapter cannot be loaded or is not what it must be
     │   └── LogpsError             log-probs of this model cannot be trusted (start-up self-test)
+    ├── ReferenceStoreError        the store of reference log-probs cannot be read or written; names the file
     └── TrainingError              the run itself went wrong
         ├── NonFiniteLossError     loss is NaN or infinite; names the rows
         ├── ReferenceMismatchError policy and reference differ where they must not
@@ -74,6 +75,10 @@ class ModelError(InfoPOError, ValueError):
 
 class LogpsError(ModelError):
     """The start-up self-test found that log-probs of this model cannot be trusted."""
+
+
+class ReferenceStoreError(InfoPOError, RuntimeError):
+    """The store of reference log-probs cannot be read or written."""
 
 
 class TrainingError(InfoPOError, RuntimeError):

@@ -1,12 +1,18 @@
 """Reference log-probs: where they come from, and for which sides.
 
 A reference maps a batch to log π_ref of its responses, NaN for the sides that were not asked for. It is either
-stored in the examples beforehand (`precompute`) or computed live, by a second model or by the policy with its
-adapter switched off.
+put into the examples beforehand (`precompute`, through `reference_store.py` or in memory) or computed live, by a
+second model or by the policy with its adapter switched off.
 """
 
-from collections.abc import Callable, Iterable
+import logging
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +22,23 @@ from torch import Tensor, nn
 
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
-from infopo.logps.forward import response_logps
+from infopo.errors import LogpsError, ReferenceMismatchError
+from infopo.logps import attention
+from infopo.logps.forward import PATHS, path_of, response_lengths, response_logps
+from infopo.models import WeightsHash, config_hash
 from infopo.records import PackedBatch, PreferenceExample, Role, sum_dtype
+from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
+
+logger = logging.getLogger(__name__)
+
+HEAD = "logits in the model's type, normalised in float32"
+"""What `logps/` does with hidden states. Whoever changes it changes this text, and no stored value is used again."""
+
+SECONDS_PER_SHARD = 30.0
+"""How much work a killed process loses at most, about."""
+
+SPOT_CHECKS = 4
+"""Stored responses that are computed anew before any is used."""
 
 _ROLE_OF = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED}
 
@@ -78,6 +99,59 @@ class LiveReference:
         return result
 
 
+def resolve(source: str, dataset: object) -> str:
+    """What `reference: auto` means for a dataset: `precompute` where its rows can be enumerated, else `live`.
+
+    Any other source is returned as it is.
+    """
+    if source != "auto":
+        return source
+    return "precompute" if isinstance(dataset, ExampleDataset) else "live"
+
+
+def identity_of(
+    model: nn.Module,
+    weights: WeightsHash,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> ReferenceIdentity:
+    """Which function `precompute` evaluates: all that a value depends on besides the tokens.
+
+    Args:
+        model: The reference, ready to run: its attention is chosen.
+        weights: Its hashes.
+        device: Where it will run. The kind of device is no part of the identity: rounding is all that it changes.
+        context: As in `precompute`.
+    """
+    with context():
+        casts = torch.is_autocast_enabled(device.type)
+        autocast = _name(torch.get_autocast_dtype(device.type)) if casts else "off"
+    return ReferenceIdentity(
+        weights=weights.base,
+        adapter=weights.adapter,
+        config=config_hash(model),
+        dtype=_name(model.dtype),  # type: ignore[arg-type]
+        autocast=autocast,
+        matmul=_matmul_precision(device),
+        head=HEAD,
+        path=path_of(model),
+        attention=str(attention.implementation_of(model)),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _matmul_precision(device: torch.device) -> str:
+    """How float32 matrix products round on this kind of device: `ieee`, `tf32` or `bf16`."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precision = getattr(backend, "fp32_precision", None)
+    if precision is None:  # torch before 2.9
+        precision = "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "ieee" if precision == "none" else str(precision)
+
+
 def precompute(
     dataset: ExampleDataset,
     model: nn.Module,
@@ -86,14 +160,16 @@ def precompute(
     batch_size: int,
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    store: ReferenceStore | None = None,
     rank: int = 0,
     world_size: int = 1,
     add_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = lambda batches: batches,
 ) -> ExampleDataset:
-    """The dataset with log π_ref of `sides` stored in it, computed once; each rank computes its share.
+    """The dataset with log π_ref of `sides` stored in it, each response computed once.
 
-    Examples run in order of length, so that little padding is computed.
+    Examples run in order of length, so that little padding is computed. Batches depend on the dataset alone, not on
+    ranks or on what an interrupted computation has left: so the values do not either.
 
     Args:
         dataset: Examples to complete.
@@ -102,41 +178,216 @@ def precompute(
         batch_size: Examples a forward pass.
         device: Where `model` is.
         context: Entered around each forward pass (autocast, say).
+        store: Where values are looked up and kept, for all ranks and processes; None: in memory only.
         rank: This process's number.
         world_size: Number of processes.
-        add_over_ranks: Sums a (responses,) tensor over the processes.
-        progress: Wraps the iteration over batches.
+        add_over_ranks: Sums a (responses,) tensor over the processes. Not called with a store.
+        progress: Wraps the list of batches.
+
+    Raises:
+        ReferenceMismatchError: A stored value is not what the model gives now.
+        ReferenceStoreError: The store cannot be read or written.
+        LogpsError: A value is not finite, and would be stored.
     """
-    offsets = dataset.response_offsets
-    values = np.zeros(offsets[-1], dtype=np.float64)
-    order = np.argsort(-dataset.lengths, kind="stable")[rank::world_size].tolist()
+    work = _plan(dataset, sides, batch_size)
+
+    def score(responses: Sequence[int]) -> list[Tokens]:
+        return _token_logps(dataset, model, responses, device)
+
     was_training = model.training
     model.eval()
     with torch.no_grad(), context():
-        for indices in progress([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
-            parts, targets = [], []
-            for i in indices:
-                example, kept = _only(dataset[i], sides)
-                parts.append(example)
-                targets += [offsets[i] + k for k in kept]
-            if targets:
-                values[targets] = response_logps(model, pack(parts).to(device)).cpu().numpy()
+        if store is None:
+            logps = _in_memory(work, score, progress, rank, world_size, add_over_ranks, device)
+        else:
+            _through_store(work, score, progress, store, dataset)
+            logps = {key: each.logp for key, each in store.found.items()}
     model.train(was_training)
-    if world_size > 1:
-        values = add_over_ranks(torch.from_numpy(values).to(device, sum_dtype(device))).double().cpu().numpy()
-    values[~_computed(dataset, sides)] = np.nan
-    return dataset.with_reference(values)
+    values = [np.nan if key is None else logps[key] for key in work.keys]
+    return dataset.with_reference(np.array(values, dtype=np.float64))
 
 
-def _only(example: PreferenceExample, sides: frozenset[str]) -> tuple[PreferenceExample, list[int]]:
-    """The example with the responses of these sides, and their places among all its responses."""
-    chosen = list(example.chosen_ids) if "chosen" in sides else []
-    rejected = list(example.rejected_ids) if "rejected" in sides else []
-    first_rejected = len(example.chosen_ids)
-    kept = [*range(len(chosen)), *range(first_rejected, first_rejected + len(rejected))]
-    return PreferenceExample(example.prompt_ids, chosen, rejected, example.row_id), kept
+@dataclass(frozen=True)
+class _Work:
+    """What there is to compute.
+
+    Attributes:
+        keys: Content of each response of the dataset; None where its side is not asked for.
+        first: First response with each content.
+        batches: Responses to run together; each content once.
+    """
+
+    keys: list[bytes | None]
+    first: dict[bytes, int]
+    batches: list[list[int]]
 
 
-def _computed(dataset: ExampleDataset, sides: frozenset[str]) -> np.ndarray:
+Score = Callable[[Sequence[int]], list[Tokens]]
+
+
+def _plan(dataset: ExampleDataset, sides: frozenset[str], batch_size: int) -> _Work:
+    offsets, is_wanted = dataset.response_offsets, _wanted(dataset, sides)
+    keys: list[bytes | None] = [None] * dataset.num_responses
+    first, batches, examples = dict[bytes, int](), list[list[int]](), batch_size
+    for i in np.argsort(-dataset.lengths, kind="stable").tolist():
+        new, example = list[int](), dataset[i]
+        for response, ids in enumerate(example.response_ids, start=int(offsets[i])):
+            if is_wanted[response]:
+                keys[response] = key = response_key(example.prompt_ids, ids)
+                if first.setdefault(key, response) == response:
+                    new.append(response)
+        if new and examples == batch_size:
+            batches.append([])
+            examples = 0
+        if new:
+            batches[-1] += new
+            examples += 1
+    return _Work(keys, first, batches)
+
+
+def _wanted(dataset: ExampleDataset, sides: frozenset[str]) -> np.ndarray:
     """Which responses of the dataset belong to these sides, (responses,) bool."""
     return np.isin(dataset.roles, [int(_ROLE_OF[side]) for side in sides])
+
+
+def _token_logps(
+    dataset: ExampleDataset, model: nn.Module, responses: Sequence[int], device: torch.device
+) -> list[Tokens]:
+    """log π_ref of each token of these responses of the dataset (nats), in their order.
+
+    Args:
+        dataset: Examples.
+        model: The reference.
+        responses: Numbers of responses; those of one example stand together, in its order.
+        device: Where `model` is.
+    """
+    owner = np.searchsorted(dataset.response_offsets, responses, side="right") - 1
+    parts = list[PreferenceExample]()
+    for i in dict.fromkeys(owner.tolist()):
+        example, start = dataset[i], int(dataset.response_offsets[i])
+        chosen, rejected = list[Sequence[int]](), list[Sequence[int]]()
+        for response, of in zip(responses, owner.tolist(), strict=True):
+            if of == i:
+                side = chosen if dataset.roles[response] == Role.CHOSEN else rejected
+                side.append(example.response_ids[response - start])
+        parts.append(PreferenceExample(example.prompt_ids, chosen, rejected, example.row_id))
+    batch = pack(parts).to(device)
+    tokens = PATHS[path_of(model)](model, batch).cpu()
+    return [part.numpy() for part in tokens.split(response_lengths(batch))]
+
+
+def _in_memory(
+    work: _Work,
+    score: Score,
+    progress: Callable[[Iterable[list[int]]], Iterable[list[int]]],
+    rank: int,
+    world_size: int,
+    add_over_ranks: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> dict[bytes, float]:
+    """log π_ref by content; each rank computes its share of the batches."""
+    values = np.zeros(len(work.keys), dtype=np.float64)
+    for responses in progress(work.batches[rank::world_size]):
+        values[responses] = [summed(tokens) for tokens in score(responses)]
+    if world_size > 1:
+        values = add_over_ranks(torch.from_numpy(values).to(device, sum_dtype(device))).double().cpu().numpy()
+    return {key: float(values[response]) for key, response in work.first.items()}
+
+
+def _through_store(
+    work: _Work,
+    score: Score,
+    progress: Callable[[Iterable[list[int]]], Iterable[list[int]]],
+    store: ReferenceStore,
+    dataset: ExampleDataset,
+) -> None:
+    """Fills `store.found`: with what is stored, what this process computes, and what others compute meanwhile.
+
+    Values are written in shards of about `SECONDS_PER_SHARD`, beginning with one batch.
+    """
+    store.want(work.first)
+    _spot_check(work, score, store, dataset)
+    contents = [
+        [key for response in batch if (key := work.keys[response]) is not None] for batch in work.batches
+    ]
+    queue = deque(keys for keys in contents if not all(key in store.found for key in keys))
+    bar = iter(progress(work.batches))
+    size, waited = 1, 0.0
+    while queue:
+        before = len(queue)
+        with store.claim(queue, size) as mine:
+            begin = time.perf_counter()
+            values = dict[bytes, Tokens]()
+            for keys in mine:
+                responses = [work.first[key] for key in keys]
+                values |= zip(keys, score(responses), strict=True)
+            if values:
+                _refuse_non_finite(values, work, dataset)
+                store.add(values)
+                waited, seconds = 0.0, max(time.perf_counter() - begin, 1e-3)
+                size = max(1, min(2 * size, int(size * SECONDS_PER_SHARD / seconds)))
+        for _ in range(before - len(queue)):
+            next(bar, None)
+        if queue and not mine:
+            if waited == 0.0:
+                logger.warning("reference store: waiting for %d batches of other processes", len(queue))
+            waited += _pause(waited)
+    for _ in bar:
+        pass
+    store.note_use()
+
+
+def _pause(waited: float) -> float:
+    """Sleeps a moment, longer when it has been long already; returns the seconds."""
+    seconds = min(2.0, 0.1 + waited / 10)
+    time.sleep(seconds)
+    return seconds
+
+
+def _refuse_non_finite(values: dict[bytes, Tokens], work: _Work, dataset: ExampleDataset) -> None:
+    for key, tokens in values.items():
+        if not np.isfinite(tokens).all():
+            raise LogpsError(
+                f"{_row(dataset, work.first[key])}: log π_ref is not finite, and is not stored: the reference's "
+                "weights hold NaN or inf, or its precision is too low"
+            )
+
+
+def _row(dataset: ExampleDataset, response: int) -> str:
+    example = int(np.searchsorted(dataset.response_offsets, response, side="right")) - 1
+    side = "chosen" if dataset.roles[response] == Role.CHOSEN else "rejected"
+    return f"{dataset.row_ids[example]} ({side})"
+
+
+def _spot_check(work: _Work, score: Score, store: ReferenceStore, dataset: ExampleDataset) -> None:
+    """Computes a few stored responses anew: what is stored must be what this model gives here and now.
+
+    Their choice is random, so that in time all are looked at; the global generators are left alone.
+    """
+    stored = list(store.found)
+    for key in random.Random(time.time_ns()).sample(stored, min(SPOT_CHECKS, len(stored))):
+        (tokens,) = score([work.first[key]])
+        there, here = store.found[key], summed(tokens)
+        allowed = tolerance(len(tokens), is_exact=store.identity.is_exact)
+        if not abs(there.logp - here) <= allowed:
+            raise ReferenceMismatchError(
+                f"{_row(dataset, work.first[key])}: {store.folder / there.shard} holds log π_ref = {there.logp:.6g}, "
+                f"but the reference now gives {here:.6g} nats; expected a difference of at most {allowed:.2g}. The "
+                "same weights compute another function here: other versions of torch or transformers, or a faulty "
+                "device (provenance.json beside the shard says where it came from). Remove the values with `infopo "
+                f"reference --prune {store.identity.digest[:8]}`, or set reference.store to another folder or to off"
+            )
+
+
+def tolerance(tokens: int, *, is_exact: bool) -> float:
+    """How far a response's stored log-prob may be from one computed now (nats).
+
+    c (1 + √n) for n tokens: rounding of one token's logits, and independent rounding of n tokens' log-probs. c is
+    5e-4 in float32 (other kernels differ by 1e-5 a token) and 0.1 in half precision (one unit in the last place of a
+    bfloat16 logit of 16 is 0.125).
+
+    Args:
+        tokens: Of the response.
+        is_exact: Whether values are computed in float32 throughout.
+    """
+    return (5e-4 if is_exact else 0.1) * (1 + math.sqrt(tokens))

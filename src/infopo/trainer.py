@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from infopo import checkpoints, models
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
-from infopo.catalog import OBJECTIVES
+from infopo.catalog import OBJECTIVES, REFERENCE_MODES
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
@@ -43,6 +43,7 @@ from infopo.errors import (
     NonFiniteLossError,
     RecipeError,
     ReferenceMismatchError,
+    ReferenceStoreError,
     UnsupportedArgumentError,
 )
 from infopo.logps import attention
@@ -50,7 +51,15 @@ from infopo.logps.forward import path_of, prepare, response_logps, self_test, wi
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
 from infopo.objectives import LossTerms, loss_function
 from infopo.records import PER, PackedBatch, PreferenceExample, ResponseLogps, Role
-from infopo.reference import LiveReference, Reference, StoredReference, precompute
+from infopo.reference import (
+    LiveReference,
+    Reference,
+    StoredReference,
+    identity_of,
+    precompute,
+    resolve,
+)
+from infopo.reference_store import ReferenceStore, check_folder, folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +189,8 @@ class InfoPOTrainer(Trainer):
             sides = " and ".join(sorted(self.reference_sides)) or "no"
             print(f"objective: {self.objective_in_words()}")
             print(f"reference: {self.reference_in_words}, for {sides} responses")
+            if self.reference_store is not None:
+                print(f"reference store: {self.reference_store.in_words()}")
             print(f"log-probs: {self.logps_in_words}")
 
     # ---- objective and reference -------------------------------------------------------------------------------
@@ -203,7 +214,8 @@ class InfoPOTrainer(Trainer):
     def _set_up_reference(self, ref_model: nn.Module | None, quantization_config: Any) -> None:
         """Decides where reference log-probs come from, and stores them in the datasets where they are precomputed."""
         source = "precompute" if self.args.precompute_ref_log_probs else self.args.reference
-        named_model = source not in ("auto", "precompute", "live", "adapter-off")
+        source = resolve(source, self.train_dataset)
+        named_model = source not in REFERENCE_MODES
         if named_model and ref_model is not None:
             raise RecipeError(f"reference={source!r} and ref_model are both given: give one of the two")
         if source == "adapter-off" and ref_model is not None:
@@ -219,21 +231,24 @@ class InfoPOTrainer(Trainer):
             if self.args.disable_dropout:
                 models.disable_dropout(ref_model)
             self.logps_in_words = _choose_path(self.model, ref_model, self.args)
-        self.policy_hash = models.weights_hash(self.model)
+        policy_weights = models.hash_weights(self.model)
+        self.policy_hash = policy_weights.whole
         # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
         self._policy_is_reference = ref_model is None and (source != "adapter-off" or self._adapter_is_fresh)
         self.reference_in_words = "the policy as it is now" if ref_model is None else "a model of its own"
         self.ref_model: nn.Module | None = None
         self.reference: Reference = StoredReference(self.reference_sides)
+        self.reference_store: ReferenceStore | None = None
         if not self.reference_sides:
             self.reference_hash = None
         elif source == "adapter-off":
             self.reference_in_words = "the policy without its adapter"
-            self.reference_hash = models.weights_hash(self.model, without_adapter=True)
+            self.reference_hash = policy_weights.base
             off = self.accelerator.unwrap_model(self.model).disable_adapter
             self.reference = LiveReference(self.model, self.reference_sides, off)
         else:
-            self.reference_hash = self.policy_hash if ref_model is None else models.weights_hash(ref_model)
+            weights = policy_weights if ref_model is None else models.hash_weights(ref_model)
+            self.reference_hash = weights.whole
             if source == "live":
                 self.ref_model = self._freeze(
                     ref_model if ref_model is not None else copy.deepcopy(self.model)
@@ -242,13 +257,37 @@ class InfoPOTrainer(Trainer):
                     self.ref_model, self.reference_sides, self.accelerator.autocast
                 )
             else:
-                self._store_reference(ref_model if ref_model is not None else self.model)
+                model = ref_model if ref_model is not None else self.model
+                self.reference_store = self._open_store(model, weights)
+                self._store_reference(model)
 
     def _freeze(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(False).eval()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return model.to(self.args.device)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _open_store(self, model: nn.Module, weights: models.WeightsHash) -> ReferenceStore | None:
+        """The store that the settings name; None for memory only, on all ranks alike.
+
+        Raises:
+            ReferenceStoreError: A folder that the user named cannot be written to.
+        """
+        folder = folder_of(self.args.reference_store)
+        if folder is None:
+            return None
+        problem = check_folder(folder)
+        if problem and self.args.reference_store != "auto":
+            raise ReferenceStoreError(f"reference_store: {problem}")
+        problems = torch.tensor(int(problem is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            problems = self.accelerator.reduce(problems, reduction="sum")
+        if int(problems):
+            logger.warning("reference log-probs are kept in memory only: %s", problem or "see another rank")
+            return None
+        identity = identity_of(model, weights, self.args.device, self.accelerator.autocast)
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        return ReferenceStore(folder, identity, name, self.args.device.type)
 
     def _store_reference(self, model: nn.Module) -> None:
         self.train_dataset = self._with_reference(self.train_dataset, model)
@@ -268,6 +307,7 @@ class InfoPOTrainer(Trainer):
             batch_size=self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
             device=self.args.device,
             context=self.accelerator.autocast,
+            store=self.reference_store,
             rank=self.args.process_index,
             world_size=self.args.world_size,
             add_over_ranks=partial(self.accelerator.reduce, reduction="sum"),

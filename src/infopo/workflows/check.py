@@ -19,7 +19,7 @@ from infopo.config import Recipe, load_recipe
 from infopo.data.encode import render
 from infopo.data.examples import ExampleDataset
 from infopo.models import check_fit
-from infopo.workflows.train import check_run_directory, holds_run, run
+from infopo.workflows.train import check_run_directory, check_store, holds_run, run
 
 RENDERED_EXAMPLES = 3
 
@@ -33,6 +33,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     recipe = load_recipe(recipe_path, overrides, train_fields())
     build_arguments(recipe)
     check_run_directory(recipe)
+    check_store(recipe)
     print(f"recipe: {recipe_path} is valid")
     tokenizer = build_tokenizer(recipe)
     train, counts = build_examples(recipe.data, tokenizer)
@@ -70,7 +71,8 @@ def _one_step(recipe: Recipe, folder: str) -> Recipe:
     if recipe.data.has_eval:
         train |= {"eval_strategy": "steps", "eval_steps": 1}
     train.pop("resume_from_checkpoint", None)
-    return replace(recipe, train=train, output_dir=folder)
+    reference = replace(recipe.reference, store="off")
+    return replace(recipe, train=train, reference=reference, output_dir=folder)
 
 
 def _first_step(recipe: Recipe, dataset: ExampleDataset) -> ExampleDataset:

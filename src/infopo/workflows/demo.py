@@ -288,7 +288,8 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
         model=ModelSection(LAB_POLICY),
         data=DataSection(path=str(world.train_path)),
         objective=ObjectiveSection(objective, parameters),
-        reference=ReferenceSection(sides="both"),
+        # Fifteen runs, one reference: whichever comes to a batch first computes it for all.
+        reference=ReferenceSection(sides="both", store=str(setting.directory / "reference")),
         train={
             "learning_rate": learning_rate,
             "num_train_epochs": EPOCHS,

@@ -16,6 +16,7 @@ from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.data.counts import DataCounts
 from infopo.errors import RecipeError
+from infopo.reference_store import check_folder, folder_of
 from infopo.runs import METRICS, RunWriter, environment
 from infopo.trainer import InfoPOTrainer
 
@@ -33,6 +34,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     run_dir = Path(recipe.output_dir)
     resume = recipe.train.get("resume_from_checkpoint", False)
     check_run_directory(recipe)
+    check_store(recipe)
     if holds_run(run_dir) and not resume:
         raise RecipeError(
             f"output_dir: {run_dir} already holds a run. Continue it with train.resume_from_checkpoint=true, "
@@ -110,6 +112,17 @@ def check_run_directory(recipe: Recipe) -> None:
         raise RecipeError(f"output_dir: {run_dir} cannot be written to: no permission to write in {there}")
     if isinstance(resume, str):
         checkpoints.find(resume, recipe.output_dir)
+
+
+def check_store(recipe: Recipe) -> None:
+    """Judges the folder of the reference store, where the recipe names one; makes nothing.
+
+    Raises:
+        RecipeError: It cannot be made or written to.
+    """
+    folder = folder_of(recipe.reference.store)
+    if folder and recipe.reference.store != "auto" and (problem := check_folder(folder)):
+        raise RecipeError(f"reference.store: {problem}")
 
 
 def holds_run(run_dir: Path) -> bool:

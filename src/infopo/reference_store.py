@@ -1,0 +1,428 @@
+"""The reference store: log π_ref of every token of a response, on disk, found by content alone. Imports no torch.
+
+    <store>/                          $INFOPO_CACHE/reference, else ~/.cache/infopo/reference
+      <identity>/                     one reference function (`ReferenceIdentity`), named by its hash
+        provenance.json               the identity in words, versions, counts
+        <sha256>.safetensors          a shard, named by the hash of its bytes:
+                                        keys (responses, 16) uint8, offsets (responses + 1,), logps (tokens,) float32
+        damaged/                      shards whose bytes are not what their name says
+        claims/                       who is computing what at the moment
+        lock                          held while claims are made
+
+A shard is written beside, made durable and renamed, so it is whole or not there. Who computes holds a lock on its
+claim, which the system releases when the process ends, however it ends.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from infopo.errors import ReferenceStoreError
+from infopo.runs import environment, fsync_path, write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+PROVENANCE = "provenance.json"
+SCHEMA_VERSION = 1
+KEY_BYTES = 16
+LOCK_SECONDS = 300
+"""A lock that is held for moments only is waited for this long."""
+
+Tokens = npt.NDArray[np.floating[Any]]
+"""log π_ref of each token of a response (nats), (tokens,)."""
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """Which function a log-prob was computed with: whatever changes a value, and nothing else, is in it.
+
+    Attributes:
+        weights: Hash of the model's weights, without an adapter's.
+        adapter: Hash of the adapter's weights and settings; None without one.
+        config: Hash of the model's class and of the configuration that decides what it computes.
+        dtype: Type of the weights.
+        autocast: Type that the forward pass casts to, or `off`.
+        matmul: Precision of float32 matrix products: `ieee`, `tf32`, ...
+        head: How logits become log-probs.
+        path: How responses are laid out: `forest` or `naive`.
+        attention: The attention implementation, by transformers' name.
+        schema: Rises when the meaning of stored values changes.
+    """
+
+    weights: str
+    adapter: str | None
+    config: str
+    dtype: str
+    autocast: str
+    matmul: str
+    head: str
+    path: str
+    attention: str
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits, the same on every machine."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether values are computed in float32 or better throughout."""
+        full = self.dtype in ("float32", "float64")
+        return full and self.autocast == "off" and self.matmul == "ieee"
+
+
+def response_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
+    """16 bytes that stand for the tokens of a response and of its prompt, and for where one ends."""
+    digest = hashlib.sha256(len(prompt_ids).to_bytes(8, "little"))
+    digest.update(np.array([*prompt_ids, *response_ids], dtype="<i4").tobytes())
+    return digest.digest()[:KEY_BYTES]
+
+
+def default_folder() -> Path:
+    """`$INFOPO_CACHE/reference`, else `infopo/reference` in the user's cache."""
+    if cache := os.environ.get("INFOPO_CACHE"):
+        return Path(cache).expanduser() / "reference"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "infopo" / "reference"
+
+
+def folder_of(setting: str | None) -> Path | None:
+    """The folder that a setting names: `auto` is the default one, `off` and None are none."""
+    if setting is None or setting == "off":
+        return None
+    return default_folder() if setting == "auto" else Path(setting).expanduser()
+
+
+def check_folder(folder: Path) -> str | None:
+    """Why a store cannot be kept in a folder, or None. Makes nothing."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not there.is_dir():
+        return f"{folder} cannot be made: {there} is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{folder} cannot be written to: no permission to write in {there}"
+    return None
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    """What the store knows of a response.
+
+    Attributes:
+        logp: log π_ref(y|x) = Σ_t log π_ref(y_t | x, y_<t) (nats), summed in float64.
+        shard: File that holds it.
+    """
+
+    logp: float
+    shard: str
+
+
+def summed(tokens: Tokens) -> float:
+    """Sum of a response's token log-probs in float64."""
+    return float(tokens.sum(dtype=np.float64))
+
+
+class ReferenceStore:
+    """The values of one reference function, as one process sees them.
+
+    Args:
+        root: The store's folder; made when the first value is written.
+        identity: The function.
+        model_name: What people call the model; for provenance only.
+        device: Kind of device that values written here were computed on; for provenance only.
+
+    Attributes:
+        folder: Where this function's values lie.
+        found: Wanted responses whose values are known.
+        computed: Keys of the responses that this process has added.
+        reused: Number of responses that were found where they were looked up.
+    """
+
+    def __init__(
+        self, root: Path, identity: ReferenceIdentity, model_name: str = "", device: str = ""
+    ) -> None:
+        self.root = root
+        self.identity = identity
+        self.folder = root / identity.digest
+        self.found: dict[bytes, StoredResponse] = {}
+        self.computed: set[bytes] = set()
+        self.reused = 0
+        # A folder's place says nothing on another machine.
+        self._model_name = Path(model_name).name if Path(model_name).is_absolute() else model_name
+        self._device = device
+        self._wanted: frozenset[bytes] = frozenset()
+        self._read: set[str] = set()
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def want(self, keys: Collection[bytes]) -> None:
+        """Looks these responses up; `found` then holds those that are stored."""
+        self._wanted, self._read, self.found = frozenset(keys), set(), {}
+        self._read_new_shards()
+        self.reused += len(self.found)
+
+    def in_words(self) -> str:
+        """Where it lies and what it saved, in one line."""
+        return f"{self.folder}: {self.reused} responses found, {len(self.computed)} computed"
+
+    def _read_new_shards(self) -> None:
+        with self._named():
+            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+            for name in names:
+                if name not in self._read:
+                    self._read.add(name)
+                    self._read_shard(name)
+
+    def _read_shard(self, name: str) -> None:
+        for key, tokens in self._shard(name):
+            if key in self._wanted:
+                self.found[key] = StoredResponse(summed(tokens), name)
+
+    def _shard(self, name: str) -> list[tuple[bytes, Tokens]]:
+        """Responses of a shard; none where it has gone, or is damaged, and is then set aside."""
+        try:
+            content = (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return []  # pruned, or set aside by another process
+        try:
+            return _unpacked(name, content)
+        except (ValueError, KeyError, SafetensorError) as error:
+            self._set_aside(name, str(error))
+            return []
+
+    def _set_aside(self, name: str, problem: str) -> None:
+        logger.warning(
+            "%s: is damaged (%s); it is moved to %s, and its responses are computed anew",
+            self.folder / name, problem, self.folder / "damaged",
+        )  # fmt: skip
+        with contextlib.suppress(OSError):  # another process was faster, or the store is read-only
+            (self.folder / "damaged").mkdir(exist_ok=True)
+            (self.folder / name).replace(self.folder / "damaged" / name)
+
+    def tokens(self, key: bytes) -> Tokens | None:
+        """log π_ref of each token of a wanted response (nats), float32; None where it is not stored."""
+        if key not in self.found:
+            return None
+        return dict(self._shard(self.found[key].shard)).get(key)
+
+    # ---- computing -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def claim(self, queue: deque[list[bytes]], batches: int) -> Iterator[list[list[bytes]]]:
+        """Within it, the responses that are yielded are this process's to compute, and no other's.
+
+        Args:
+            queue: Batches of keys that are not known to be stored. Those found in the meantime are taken out, and so
+                are those yielded; what others are computing stays.
+            batches: Most batches to claim.
+
+        Yields:
+            Batches of keys; none where all that is left is being computed by others.
+        """
+        name = uuid.uuid4().hex
+        claims = self.folder / "claims"
+        own = _lock(claims / f"{name}.lock")
+        with self._named():
+            claims.mkdir(parents=True, exist_ok=True)
+            self._read_new_shards()  # most of them, before others have to wait
+            with exclusive(self.folder):
+                # Claims before shards: who finishes in between has put its shard in place before its claim goes.
+                taken = live_claims(self.folder)
+                self._read_new_shards()
+                mine = self._choose(queue, taken, batches)
+                if mine:
+                    own.acquire(timeout=0)
+                    (claims / f"{name}.keys").write_bytes(b"".join(k for batch in mine for k in batch))
+        try:
+            yield mine
+        finally:
+            if mine:
+                _remove_claim(own)
+
+    def _choose(self, queue: deque[list[bytes]], taken: Collection[bytes], batches: int) -> list[list[bytes]]:
+        mine, left = list[list[bytes]](), deque[list[bytes]]()
+        while queue and len(mine) < batches:
+            missing = [key for key in queue.popleft() if key not in self.found]
+            if free := [key for key in missing if key not in taken]:
+                mine.append(free)
+            if others := [key for key in missing if key in taken]:
+                left.append(others)
+        queue.extend(left)
+        return mine
+
+    def add(self, values: Mapping[bytes, Tokens]) -> None:
+        """Writes values as one shard, there as a whole or not at all, durable once this returns."""
+        content = _packed(values, self._about)
+        name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
+        with self._named():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.folder / name)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            fsync_path(self.folder)
+        self._read.add(name)
+        self._read_shard(name)  # what is used is what was written
+        self.computed.update(values)
+
+    def note_use(self) -> None:
+        """Brings the provenance file up to date. In a store that cannot be written to, does nothing."""
+        if not self.folder.is_dir():
+            return
+        with contextlib.suppress(OSError, ReferenceStoreError), exclusive(self.folder):
+            path = self.folder / PROVENANCE
+            about = provenance(self.folder)
+            if about.get("identity") != asdict(self.identity):
+                about = {"identity": asdict(self.identity), "model": self._model_name, **self._about}
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json_atomic(path, about | {"counts": counts(self.folder), "used": now})
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
+        """What shards and provenance say of this process: nothing that names the machine or its user."""
+        made = environment(seed=None)
+        about = {key: made[key] for key in ("schema_version", "created", "infopo", "python", "packages")}
+        return about | {"device": self._device}
+
+    # ---- the file system -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ReferenceStoreError(
+                f"{error.filename or self.folder}: {error.strerror or error}. The reference store needs a folder that "
+                "can be written to, on a file system with locks: set reference.store to one, or to off"
+            ) from error
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Within it, no other process makes a claim in this folder, or removes it.
+
+    Raises:
+        ReferenceStoreError: Another process keeps it.
+    """
+    lock = _lock(folder / "lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise ReferenceStoreError(
+            f"{folder / 'lock'}: another process has held this lock for {LOCK_SECONDS} s, expected moments. "
+            "Is a stopped process using the store? End it, or set reference.store to another folder or to off"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def live_claims(folder: Path) -> set[bytes]:
+    """Responses that living processes are computing. What dead ones left is removed. Within `exclusive` only."""
+    taken, nobody = set[bytes](), True
+    for path in (folder / "claims").glob("*.lock"):
+        lock = _lock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            nobody = False
+            with contextlib.suppress(FileNotFoundError):  # it has just finished
+                content = path.with_suffix(".keys").read_bytes()
+                taken.update(content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES))
+        else:
+            _remove_claim(lock)
+    if nobody:  # who writes has a claim
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+    return taken
+
+
+def _lock(path: Path) -> FileLock:
+    """A lock that the system releases when its holder ends; one that is a mere file would outlive it."""
+    return FileLock(path, fallback_to_soft=False)
+
+
+def _remove_claim(lock: FileLock) -> None:
+    """Ends a claim whose lock this process holds."""
+    path = Path(lock.lock_file)
+    path.with_suffix(".keys").unlink(missing_ok=True)
+    lock.release()
+    path.unlink(missing_ok=True)  # its name is never used again
+
+
+def _packed(values: Mapping[bytes, Tokens], about: Mapping[str, Any]) -> bytes:
+    """A shard's bytes."""
+    tokens = [np.asarray(each, dtype=np.float32) for each in values.values()]
+    return safetensors.numpy.save(
+        {
+            "keys": np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, KEY_BYTES),
+            "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+            "logps": np.concatenate(tokens),
+        },
+        metadata={"about": json.dumps(about, sort_keys=True)},
+    )
+
+
+def _unpacked(name: str, content: bytes) -> list[tuple[bytes, Tokens]]:
+    """(key, tokens) of each response of a shard.
+
+    Raises:
+        ValueError, KeyError, SafetensorError: Its bytes are not what its name says, or are no shard.
+    """
+    digest = hashlib.sha256(content).hexdigest()
+    if name != f"{digest}.safetensors":
+        raise ValueError(f"its bytes have the SHA-256 {digest[:12]}..., not that of its name")
+    arrays = safetensors.numpy.load(content)
+    offsets, logps = arrays["offsets"].tolist(), arrays["logps"]
+    return [
+        (key.tobytes(), logps[begin:end])
+        for key, begin, end in zip(arrays["keys"], offsets, offsets[1:], strict=False)
+    ]
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """The provenance file, or an empty dict where there is none that can be read."""
+    try:
+        about = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def counts(folder: Path) -> dict[str, int]:
+    """Shards, responses and tokens, from the shards' headers."""
+    found = {"shards": 0, "responses": 0, "tokens": 0}
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safetensors.safe_open(path, "numpy") as shard:
+                shapes = {name: shard.get_slice(name).get_shape() for name in ("keys", "logps")}
+        except (OSError, SafetensorError):
+            continue  # gone, or damaged: whoever reads its values will say so
+        found["shards"] += 1
+        found["responses"] += shapes["keys"][0]
+        found["tokens"] += shapes["logps"][0]
+    return found
