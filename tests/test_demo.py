@@ -154,6 +154,8 @@ def test_a_run_is_made_once_and_made_again_where_it_was_cut_short(
     assert AutoModelForCausalLM.from_pretrained(run_dir).num_parameters() > 0
     assert workflow._run(small, "infopo", 1e-3) == first
     assert len(calls) == 1
+    assert list(small.directory.glob("reference/*/*.safetensors"))  # beside the runs that share it,
+    assert not Path(os.environ["INFOPO_CACHE"]).exists()  # and not in the user's cache
 
     def again() -> dict[str, Any]:
         return {**asdict(workflow._run(small, "infopo", 1e-3)), "seconds": first.seconds}

@@ -277,15 +277,19 @@ def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path) -> None
     identity = repr(tuple(getattr(IDENTITY, f.name) for f in fields(IDENTITY)))
     command = [sys.executable, "-c", script, str(tmp_path), identity]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "claimed\n"
-        store = store_in(tmp_path)
-        with store.claim(deque([KEYS]), 1) as mine:
-            assert mine == [KEYS[4:]]
-        with pytest.raises(ReferenceStoreError, match="is being computed by another process at the moment"):
-            prune(str(tmp_path), ["all"])
-        process.kill()
-        process.wait()
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "claimed\n"
+            store = store_in(tmp_path)
+            with store.claim(deque([KEYS]), 1) as mine:
+                assert mine == [KEYS[4:]]
+            with pytest.raises(
+                ReferenceStoreError, match="is being computed by another process at the moment"
+            ):
+                prune(str(tmp_path), ["all"])
+        finally:
+            process.kill()
+            process.wait()
     with store.claim(deque([KEYS]), 1) as mine:
         assert mine == [KEYS]
     assert list((store.folder / "claims").iterdir()) == []

@@ -1,0 +1,133 @@
+"""What it costs to hash a model, against the reference pass that the hash stands for.
+
+    python benchmarks/reference_hash.py [--repeats 7] [--pairs 64] [--json results.json]
+
+Measured: the hash of a small Llama (hidden 256, 6 layers, vocabulary 4096) and of 1 GiB of bfloat16 weights, and the
+reference pass of the small one over random pairs, on this machine. Projected: an 8B model in bfloat16, whose pass is
+2 x parameters FLOP a token at a stated rate, and whose hash runs at the rate measured here.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from infopo.data.examples import ExampleDataset
+from infopo.logps import attention
+from infopo.models import hash_weights
+from infopo.records import PreferenceExample
+from infopo.reference import precompute
+
+PROMPT, RESPONSE = 200, 100
+"""Tokens of each prompt and each response."""
+
+PARAMETERS, BYTES = 8.0e9, 16.1e9
+"""Of an 8B model in bfloat16."""
+
+FLOPS = 400e12
+"""Useful bfloat16 FLOP a second of one H100: 40 % of its dense peak. A faster pass makes the hash weigh more."""
+
+TOKENS_PROJECTED = {
+    "UltraFeedback, rejected sides (61k pairs x 450 tokens)": 61e3 * 450,
+    "10k pairs": 10e3 * 450,
+}
+
+
+class Weights(torch.nn.Module):
+    """1 GiB of bfloat16 in matrices of an 8B model's sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(4096, 14336)] * 6 + [(4096, 4096)] * 11
+        self.matrices = torch.nn.ParameterList(torch.randn(s).to(torch.bfloat16) for s in sizes)
+
+
+def spread(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Seconds: median, least and most of `repeats` runs after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "n": repeats}
+
+
+def in_words(seconds: dict[str, float], scale: float = 1.0) -> str:
+    low, high = scale * seconds["min"], scale * seconds["max"]
+    return (
+        f"{scale * seconds['median']:.3g} [{low:.3g}, {high:.3g}] (n = {seconds['n']:.0f}, median [min, max])"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    small = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    attention.enable(small)
+    rng = random.Random(0)
+
+    def ids(length: int) -> list[int]:
+        return [rng.randrange(3, 4096) for _ in range(length)]
+
+    pairs = [
+        PreferenceExample(ids(PROMPT), [ids(RESPONSE)], [ids(RESPONSE)], f"{i}") for i in range(options.pairs)
+    ]
+    dataset, rejected = ExampleDataset.from_examples(pairs), frozenset({"rejected"})
+    big = Weights()
+    size = sum(p.numel() * p.element_size() for p in big.parameters())
+    hash_big = spread(lambda: hash_weights(big), options.repeats)
+    hash_small = spread(lambda: hash_weights(small), options.repeats)
+    device = torch.device("cpu")
+    pass_small = spread(
+        lambda: precompute(dataset, small, rejected, batch_size=4, device=device), options.repeats
+    )
+    tokens = options.pairs * (PROMPT + RESPONSE)
+    rate = size / hash_big["median"]
+    print(f"cores {os.cpu_count()}, torch threads {torch.get_num_threads()}")
+    print(f"hash of {size / 2**30:.2f} GiB: {in_words(hash_big)} s; {rate / 1e9:.2f} GB/s at the median")
+    print(f"hash of the small model ({small.num_parameters() / 1e6:.1f} M): {in_words(hash_small)} s")
+    print(f"its reference pass, {options.pairs} pairs, {tokens} tokens: {in_words(pass_small)} s")
+    share = hash_small["median"] / pass_small["median"]
+    least = 100 * tokens * share / 3
+    print(f"share of the hash in that pass: {share:.2%}; below 3 % from {least:.0f} tokens on")
+    projected = {}
+    for name, count in TOKENS_PROJECTED.items():
+        passed = 2 * PARAMETERS * count / FLOPS
+        projected[name] = BYTES / rate / passed
+        print(
+            f"projected, 8B on one accelerator at {FLOPS / 1e12:.0f} TFLOP/s, {name}: pass {passed:.0f} s, hash "
+            f"{BYTES / rate:.1f} s, {projected[name]:.2%}"
+        )
+    least_pass = BYTES / rate / 0.03
+    print(f"projected: the hash of an 8B model is below 3 % of passes that take more than {least_pass:.0f} s")
+    if options.json:
+        results = {"hash_big": hash_big, "hash_small": hash_small, "pass_small": pass_small}
+        results |= {"bytes": size, "share": share, "projected": projected}
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
