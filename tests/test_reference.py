@@ -307,9 +307,7 @@ def test_ranks_change_no_bit(share: int) -> None:
         np.testing.assert_array_equal(sum(parts).numpy(), one)  # type: ignore[union-attr]
 
 
-def test_an_interrupted_computation_goes_on_to_the_same_bits(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_computation_goes_on_to_the_same_bits(store: Path) -> None:
     dataset, model, device = random_dataset(24), tiny_llama(), torch.device("cpu")
     options: dict[str, Any] = {"batch_size": 2, "device": device}
     whole = precompute(dataset, model, BOTH, **options).reference
@@ -322,10 +320,12 @@ def test_an_interrupted_computation_goes_on_to_the_same_bits(
             raise KeyboardInterrupt
 
     hook = model.register_forward_pre_hook(interrupt)
+    model.train()
     first = store_of(store, model)
     with pytest.raises(KeyboardInterrupt):
         precompute(dataset, model, BOTH, store=first, **options)
     hook.remove()
+    assert model.training
     assert 0 < len(first.computed) < dataset.num_responses
     second = store_of(store, model)
     continued = precompute(dataset, model, BOTH, store=second, **options).reference

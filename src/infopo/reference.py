@@ -196,13 +196,15 @@ def precompute(
 
     was_training = model.training
     model.eval()
-    with torch.no_grad(), context():
-        if store is None:
-            logps = _in_memory(work, score, progress, rank, world_size, add_over_ranks, device)
-        else:
-            _through_store(work, score, progress, store, dataset)
-            logps = {key: each.logp for key, each in store.found.items()}
-    model.train(was_training)
+    try:
+        with torch.no_grad(), context():
+            if store is None:
+                logps = _in_memory(work, score, progress, rank, world_size, add_over_ranks, device)
+            else:
+                _through_store(work, score, progress, store, dataset)
+                logps = {key: each.logp for key, each in store.found.items()}
+    finally:  # it may be interrupted in a notebook, where the model lives on
+        model.train(was_training)
     values = [np.nan if key is None else logps[key] for key in work.keys]
     return dataset.with_reference(np.array(values, dtype=np.float64))
 
