@@ -133,7 +133,7 @@ def test_check_prints_counts_lengths_examples_and_a_loss_and_leaves_nothing(
         "recipe: recipe.yaml is valid",
         "pairs.jsonl: 8 rows, 8 used, 0 skipped",
         "held_out.jsonl: 4 rows, 4 used, 0 skipped",
-        "tokens an example (prompt and responses): min 18, median 18, 90 % 18, max 18",
+        "tokens of examples     8      18      18      18      18      18",
         "pairs.jsonl:1",
         "  prompt        6  <|bos|>0+1=?",
         "  chosen        6  ⟦0⟧⟦+⟧⟦1⟧⟦=⟧⟦1⟧⟦<|end|>⟧",
@@ -205,7 +205,8 @@ def test_train_writes_a_run_that_loads_and_that_its_own_recipe_repeats(
 ):
     assert main(["train", "recipe.yaml", "objective.beta=0.5", "train.seed=3"]) == 0
     printed = capsys.readouterr().out
-    assert "pairs.jsonl: 8 rows, 8 used, 0 skipped\nheld_out.jsonl: 4 rows, 4 used, 0 skipped\n" in printed
+    assert "pairs.jsonl: 8 rows, 8 used, 0 skipped\n" in printed
+    assert "held_out.jsonl: 4 rows, 4 used, 0 skipped\n" in printed
     assert "objective: InfoPO (beta=0.5, length_normalized=False, cap=5.0)\n" in printed
     assert "reference: the policy as it is now, for chosen and rejected responses\n" in printed
 

@@ -28,9 +28,9 @@ from infopo.data.encode import (
     EncodedRow,
     Encoder,
     encode_rows,
-    render,
 )
 from infopo.data.sources import read_rows
+from infopo.data.survey import render
 from infopo.errors import DataError, ModelError, RecipeError
 from infopo.records import PreferenceExample, PreferenceRow
 

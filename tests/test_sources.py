@@ -1,6 +1,8 @@
 """Rows come out of every supported file and shape the same, and no row or file fails without a name."""
 
+import csv
 import gzip
+import io
 import json
 import subprocess
 import sys
@@ -11,16 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from trl.data_utils import extract_prompt
 
 from infopo.catalog import DATA_SHAPES
 from infopo.data.counts import DataCounts
-from infopo.data.shapes import detect_shape, parse_row
+from infopo.data.shapes import COLUMNS, RowParts, detect_shape, parse_row
 from infopo.data.sources import read_rows
-from infopo.errors import DataError, RecipeError, UnsupportedArgumentError
+from infopo.errors import DataError, RecipeError
 from infopo.records import PreferenceRow
 
 FIXTURE = Path(__file__).parent / "fixtures" / "hh" / "harmless-24.jsonl"
@@ -49,27 +51,63 @@ HH = {
     "chosen": "\n\nHuman: What colour is the sky?\n\nAssistant: Blue.",
     "rejected": "\n\nHuman: What colour is the sky?\n\nAssistant: Green.",
 }
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "What colour is the sky?"}],
+    "chosen": {"from": "gpt", "value": "Blue."},
+    "rejected": {"from": "gpt", "value": "Green."},
+}
+ALPACA = {"instruction": "What colour is the sky?", "input": "", "chosen": "Blue.", "rejected": "Green."}
+UNPAIRED = {"prompt": "The sky is", "completion": " blue.", "label": True}
+UNPAIRED_MESSAGES = {"messages": [user("What colour is the sky?"), assistant("Green.")], "label": False}
+ALPACA_UNPAIRED = {"instruction": "What colour is the sky?", "output": "Green.", "kto_tag": False}
+LISTS = {"prompt": "The sky is", "chosen": [" blue.", " grey."], "rejected": [" green."]}
+SCORED = {"prompt": "The sky is", "responses": [" green.", " blue.", " grey."], "scores": [1, 9.5, 7]}
+VOTES = {
+    "instruction": "What colour is the sky?", "input": "", "response1": "Blue.", "response2": "Green.",
+    "annotator1": 1, "annotator2": 1, "annotator3": 2,
+}  # fmt: skip
 SAMPLES: dict[str, dict[str, Any]] = {
     "standard": STANDARD,
     "standard_implicit": STANDARD_IMPLICIT,
     "conversational": CONVERSATIONAL,
     "conversational_implicit": CONVERSATIONAL_IMPLICIT,
     "hh": HH,
+    "sharegpt": SHAREGPT,
+    "alpaca": ALPACA,
+    "alpaca_unpaired": ALPACA_UNPAIRED,
+    "unpaired": UNPAIRED,
+    "unpaired_messages": UNPAIRED_MESSAGES,
+    "lists": LISTS,
+    "scored": SCORED,
+    "votes": VOTES,
 }
-IN_PARTS = {
-    name: CONVERSATIONAL if name in ("hh", "conversational_implicit") else STANDARD for name in SAMPLES
-} | {"conversational": CONVERSATIONAL}
+TEXT_PAIR = ("The sky is", [" blue."], [" green."])
+CHAT_PAIR = (CONVERSATIONAL["prompt"], [CONVERSATIONAL["chosen"]], [CONVERSATIONAL["rejected"]])
+CHAT_REJECTED = (CONVERSATIONAL["prompt"], [], [CONVERSATIONAL["rejected"]])
+IN_PARTS: dict[str, tuple[Any, list[Any], list[Any]]] = dict.fromkeys(SAMPLES, CHAT_PAIR) | {
+    "standard": TEXT_PAIR,
+    "standard_implicit": TEXT_PAIR,
+    "alpaca_unpaired": CHAT_REJECTED,
+    "unpaired": ("The sky is", [" blue."], []),
+    "unpaired_messages": CHAT_REJECTED,
+    "lists": ("The sky is", [" blue.", " grey."], [" green."]),
+    "scored": TEXT_PAIR,
+}
+TEXT_SHAPES = [
+    shape for shape, row in SAMPLES.items() if not any(isinstance(v, list | dict) for v in row.values())
+]
+"""Shapes whose columns hold text and numbers only, as CSV does."""
 
 
 def write_lines(path: Path, rows: list[Any]) -> str:
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(compress(text.encode(), path.suffix))
     return str(path)
 
 
 def write_array(path: Path, rows: list[Any]) -> str:
     text = json.dumps(rows, indent=1).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    path.write_bytes(compress(text, path.suffix))
     return str(path)
 
 
@@ -78,13 +116,54 @@ def write_parquet(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
+def write_arrow_file(path: Path, rows: list[Any]) -> str:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    return str(path)
+
+
+def write_arrow_stream(path: Path, rows: list[Any]) -> str:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    return str(path)
+
+
+def write_csv(path: Path, rows: list[Any]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_bytes(compress(text.getvalue().encode(), path.suffix))
+    return str(path)
+
+
+def compress(content: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(content)
+    if suffix != ".zst":
+        return content
+    with pa.BufferOutputStream() as out:
+        with pa.CompressedOutputStream(out, "zstd") as compressed:
+            compressed.write(content)
+        return out.getvalue().to_pybytes()
+
+
 WRITERS = {
     "rows.jsonl": write_lines,
     "rows.jsonl.gz": write_lines,
+    "rows.jsonl.zst": write_lines,
     "rows.json": write_array,
     "rows.json.gz": write_array,
+    "rows.json.zst": write_array,
     "lines.json": write_lines,
+    "rows.csv": write_csv,
+    "rows.csv.gz": write_csv,
+    "rows.csv.zst": write_csv,
     "rows.parquet": write_parquet,
+    "file.arrow": write_arrow_file,
+    "stream.arrow": write_arrow_stream,
 }
 
 
@@ -117,20 +196,19 @@ def test_every_shape_has_a_sample():
 def test_a_shape_is_detected_and_taken_apart(shape: str):
     assert detect_shape(SAMPLES[shape]) == shape
     parts = parse_row(SAMPLES[shape], shape, "f:1")
-    assert {"prompt": parts.prompt, "chosen": parts.chosen, "rejected": parts.rejected} == IN_PARTS[shape]
+    assert parts[:3] == IN_PARTS[shape]
 
 
-@pytest.mark.parametrize("shape", DATA_SHAPES)
-@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize(
+    ("file", "shape"),
+    [(f, s) for f in WRITERS for s in DATA_SHAPES if not f.startswith("rows.csv") or s in TEXT_SHAPES],
+)
 def test_every_file_format_gives_the_same_rows(tmp_path: Path, file: str, shape: str):
     path = WRITERS[file](tmp_path / file, [SAMPLES[shape]] * 3)
     rows, counts = read(path)
-    parts = IN_PARTS[shape]
-    assert rows == [
-        PreferenceRow(parts["prompt"], [parts["chosen"]], [parts["rejected"]], f"{path}:{n}")
-        for n in (1, 2, 3)
-    ]
+    assert rows == [PreferenceRow(*IN_PARTS[shape], f"{path}:{n}") for n in (1, 2, 3)]
     assert (counts.rows, counts.source) == (3, path)
+    assert counts.shapes == {path: f"{shape} (detected): {DATA_SHAPES[shape]}"}
 
 
 @pytest.mark.parametrize("shape", DATA_SHAPES)
@@ -138,9 +216,9 @@ def test_datasets_give_the_same_rows_in_memory_and_from_disk(tmp_path: Path, sha
     dataset = Dataset.from_list([SAMPLES[shape]] * 2)
     dataset.save_to_disk(str(tmp_path / "saved"))
     DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "splits"))
-    expected = [(IN_PARTS[shape]["prompt"], [IN_PARTS[shape]["chosen"]])] * 2
-    for source in (dataset, tmp_path / "saved", str(tmp_path / "splits")):
-        assert [(row.prompt, row.chosen) for row in read(source)[0]] == expected
+    expected = [IN_PARTS[shape]] * 2
+    for source in (dataset, dataset.to_iterable_dataset(), tmp_path / "saved", str(tmp_path / "splits")):
+        assert [(row.prompt, row.chosen, row.rejected) for row in read(source)[0]] == expected
     assert [row.row_id for row in read(dataset)[0]] == ["dataset:1", "dataset:2"]
 
 
@@ -155,14 +233,19 @@ def test_implicit_prompts_of_text_are_trls(prefix: str, chosen: str, rejected: s
         parts = parse_row(row, "standard_implicit", "f:1")
     except DataError:
         return
-    assert {"prompt": parts.prompt, "chosen": parts.chosen, "rejected": parts.rejected} == extract_prompt(row)
+    assert as_trl(parts) == extract_prompt(row)
+
+
+def as_trl(parts: RowParts) -> dict[str, Any]:
+    (chosen,), (rejected,) = parts.chosen, parts.rejected
+    return {"prompt": parts.prompt, "chosen": chosen, "rejected": rejected}
 
 
 def test_implicit_prompts_of_conversations_are_trls():
     turns = [user("1"), assistant("2"), user("3")]
     row = {"chosen": [*turns, assistant("4")], "rejected": [*turns, assistant("5")]}
     parts = parse_row(row, "conversational_implicit", "f:1")
-    assert {"prompt": parts.prompt, "chosen": parts.chosen, "rejected": parts.rejected} == extract_prompt(row)
+    assert as_trl(parts) == extract_prompt(row)
 
 
 def test_whole_conversations_beside_a_text_prompt_are_implicit_as_in_trl():
@@ -208,7 +291,7 @@ def test_tool_turns_may_stand_within_a_response_only():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
     row = CONVERSATIONAL | {"chosen": [call, tool, assistant("Blue.")]}
     call_without_nulls = {key: value for key, value in call.items() if value is not None}
-    assert parse_row(row, "conversational", "f:1").chosen == [call_without_nulls, tool, assistant("Blue.")]
+    assert parse_row(row, "conversational", "f:1").chosen == [[call_without_nulls, tool, assistant("Blue.")]]
     assert error_of(CONVERSATIONAL | {"chosen": [call, tool]}, "conversational").reason == "wrong role"
 
 
@@ -316,7 +399,16 @@ def test_a_named_shape_is_taken_at_its_word(tmp_path: Path):
         ("deep.jsonl", b"[" * 100_000, "invalid JSON"),
         ("long.jsonl", b"1" * 5000, "invalid JSON"),
         ("columns.jsonl", b'{"question": "a"}\n', "expected a column 'chosen'; columns are: 'question'"),
-        ("rows.csv", b"prompt,chosen\n", "expected a file that ends in .json, .jsonl"),
+        ("rows.txt", b"prompt,chosen\n", "expected a file that ends in .json, .jsonl"),
+        ("rows.csv", b"prompt,chosen\n", "expected the columns prompt, chosen, rejected; rejected missing"),
+        ("rows.csv", b"", "expected rows, got none"),
+        ("rows.csv", b"chosen,rejected\n", "expected rows, got none"),
+        ("rows.csv", b"chosen,rejected,chosen\na,b,c\n", "column 'chosen' stands in the header twice"),
+        ("rows.csv", b'chosen,rejected\n"a,b\n', "expected CSV with quotes that end"),
+        ("cut.jsonl.zst", compress(json.dumps(STANDARD).encode() * 99, ".zst")[:-10], "cannot be read"),
+        ("rows.jsonl.zst", b"{}", "cannot be read"),
+        ("rows.arrow", b"ARROW1 no", "cannot be read"),
+        ("empty.arrow", b"", "cannot be read"),
         ("rows.jsonl.gz", b"{}", "cannot be read: Not a gzipped file"),
         ("cut.jsonl.gz", gzip.compress(json.dumps(STANDARD).encode(), mtime=0)[:-10], "cannot be read"),
         ("cut.json.gz", gzip.compress(json.dumps([STANDARD]).encode(), mtime=0)[:-10], "cannot be read"),
@@ -346,8 +438,11 @@ def test_a_hub_failure_names_the_dataset_and_says_what_to_do():
         read("nobody/nothing")
 
 
-def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="save_to_disk"):
+def test_a_folder_without_data_files_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"save_to_disk; it has no files"):
+        read(tmp_path)
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(DataError, match=r"save_to_disk; none of its 1 files is one"):
         read(tmp_path)
 
 
@@ -389,8 +484,6 @@ def test_only_finished_single_datasets_are_taken():
     dataset = Dataset.from_list([STANDARD])
     with pytest.raises(DataError, match="pick one of: train, test"):
         read(DatasetDict({"train": dataset, "test": dataset}))
-    with pytest.raises(UnsupportedArgumentError, match="without streaming"):
-        read(IterableDataset.from_generator(lambda: iter([STANDARD])))
     with pytest.raises(DataError, match="got none"):
         read(Dataset.from_list([]))
     with pytest.raises(RecipeError, match="got dict"):
@@ -417,9 +510,7 @@ transcripts = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " a", " 
 columns = json_values | st.lists(messages | json_values, max_size=3) | transcripts
 fuzzed_rows = json_values | st.fixed_dictionaries(
     {},
-    optional=dict.fromkeys(
-        ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "images"), columns
-    ),
+    optional=dict.fromkeys((*COLUMNS, "annotator1", "annotator2", "images"), columns),
 )
 
 
@@ -446,13 +537,16 @@ def test_whatever_a_file_holds_only_data_errors_come_out(
         assert counts.rows == 0
 
 
-@given(st.binary(max_size=60), st.sampled_from(["f.json", "f.jsonl", "f.json.gz", "f.jsonl.gz", "f.parquet"]))
+@given(
+    st.binary(max_size=60),
+    st.sampled_from(["f.json", "f.jsonl.gz", "f.jsonl.zst", "f.csv", "f.arrow", "f.parquet"]),
+)
 def test_whatever_bytes_a_file_holds_only_data_errors_come_out(
     tmp_path_factory: Any, content: bytes, file: str
 ):
     path = tmp_path_factory.getbasetemp() / file
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"f\.json|f\.parquet"):
+    with pytest.raises(DataError, match=r"f\.(json|csv|arrow|parquet)"):
         read(path, skip=True)
 
 

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -939,6 +940,10 @@ def test_contradictions_are_listed_together(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 9
 
 
+class OtherStream(IterableDataset[Any]):
+    """A stream of torch, whose rows have no shape."""
+
+
 def test_what_the_trainer_cannot_take_is_refused_at_once() -> None:
     model = tiny_llama()
     with pytest.raises(UnsupportedArgumentError) as caught:
@@ -947,7 +952,7 @@ def test_what_the_trainer_cannot_take_is_refused_at_once() -> None:
             ref_model=model,
             args=TrainingArguments(output_dir="unused", use_cpu=True),
             data_collator=DataCollatorWithPadding(TOKENIZER),
-            train_dataset=datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+            train_dataset=OtherStream(),
             compute_metrics=lambda prediction: {},
             quantization_config={"load_in_4bit": True},
         )

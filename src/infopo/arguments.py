@@ -18,10 +18,12 @@ from infopo.catalog import (
     ON_BAD_ROW,
     REFERENCE_SIDES,
     REFERENCE_STORES,
+    SCORE_RULES,
     check_objective,
     complete_parameters,
 )
 from infopo.data.packing import PreferenceCollator
+from infopo.data.streaming import ExampleStream
 from infopo.errors import RecipeError, UnsupportedArgumentError
 
 TRL_LOSS_TYPES: dict[str, str] = {
@@ -88,6 +90,10 @@ class InfoPOConfig(TrainingArguments):
         label_smoothing: Assumed share of flipped labels, in [0, 0.5); for DPO (in TRL 1.16 `sigmoid` ignores it).
         max_length: Most tokens of prompt + response; the response's end is cut. None: no limit.
         max_prompt_length: Most tokens of a prompt; its beginning is cut. None: no limit but `max_length`.
+        on_too_long: `cut` rows to these lengths, or `drop` and count rows that are longer.
+        score_rule: How responses with scores are split into chosen and rejected ones: `best-worst`, `best-rest`,
+            or `threshold` with `score_threshold`.
+        score_threshold: Least score of a chosen response.
         on_bad_row: `raise` stops at the first row that cannot be used, `skip` counts it and goes on.
         reference: `precompute` (once, before training), `live` (a second model beside the policy), `adapter-off` (the
             policy without its adapter), `auto` (`precompute` where rows can be enumerated, else `live`), or the path of
@@ -137,6 +143,11 @@ class InfoPOConfig(TrainingArguments):
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped labels (DPO)."})
     max_length: int | None = field(default=1024, metadata={"help": "Most tokens of prompt + response."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a prompt."})
+    on_too_long: str = field(default="cut", metadata={"help": "cut or drop."})
+    score_rule: str = field(default=SCORE_RULES[0], metadata={"help": "best-worst, best-rest or threshold."})
+    score_threshold: float | None = field(
+        default=None, metadata={"help": "Least score of a chosen response."}
+    )
     on_bad_row: str = field(default="raise", metadata={"help": "raise or skip."})
     reference: str = field(
         default="auto", metadata={"help": "auto, precompute, live, adapter-off or a model's path."}
@@ -347,6 +358,23 @@ def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
     return kwargs
 
 
+def _stream_problems(args: Any) -> list[str]:
+    """What training on a stream needs."""
+    problems = []
+    if getattr(args, "max_steps", -1) <= 0:
+        problems.append(
+            "max_steps: is required for a stream: how many rows there are, and so when an epoch ends and how the "
+            "learning rate falls, is not known before it ends"
+        )
+    if getattr(args, "dataloader_num_workers", 0):
+        problems.append(
+            "dataloader_num_workers: expected 0 for a stream, whose rows are read, judged and counted in this process"
+        )
+    if getattr(args, "train_sampling_strategy", "random") == "group_by_length":
+        problems.append("train_sampling_strategy: group_by_length needs all rows; a stream keeps its order")
+    return problems
+
+
 def refuse_arguments(
     model: Any,
     ref_model: Any,
@@ -387,8 +415,12 @@ def refuse_arguments(
         unsupported.append(
             "compute_metrics: no logits are kept to pass to it; read the metrics in a TrainerCallback's on_evaluate"
         )
-    if isinstance(train_dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
-        unsupported.append("train_dataset: iterable datasets are not supported; give a datasets.Dataset")
+    if isinstance(train_dataset, datasets.IterableDataset | ExampleStream):
+        problems += _stream_problems(args)
+    elif isinstance(train_dataset, torch.utils.data.IterableDataset):
+        unsupported.append(
+            "train_dataset: iterable datasets of torch are not supported; give a datasets.IterableDataset"
+        )
     if unsupported:
         raise UnsupportedArgumentError(unsupported + problems)
     if problems:

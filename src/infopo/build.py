@@ -4,7 +4,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from functools import cache
@@ -24,17 +24,20 @@ from infopo.config import DataSection, Recipe, TrainField
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
-from infopo.data.sources import read_rows
+from infopo.data.responses import ScoreRule
+from infopo.data.sources import read_mixture, read_rows
+from infopo.data.streaming import ExampleStream
 from infopo.errors import InfoPOError, RecipeError
 from infopo.lab.source import is_lab_source, lab_dataset
+from infopo.records import PreferenceRow
 from infopo.trainer import InfoPOTrainer
 from infopo.yaml_tree import shown
 
 _SET_ELSEWHERE = {
     "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
     "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
-    "precompute_ref_log_probs",
-    "dataset_num_proc", "model_init_kwargs", "trust_remote_code",
+    "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold",
+    "model_init_kwargs", "trust_remote_code",
 }  # fmt: skip
 """Arguments that have a place of their own in a recipe, outside `train`."""
 
@@ -150,7 +153,10 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             objective_parameters=dict(recipe.objective.parameters),
             max_length=data.max_length,
             max_prompt_length=data.max_prompt_length,
+            on_too_long=data.on_too_long,
             on_bad_row=data.on_bad_row,
+            score_rule=data.score_rule,
+            score_threshold=data.score_threshold,
             dataset_num_proc=data.num_proc,
             reference=reference.source,
             reference_sides=reference.sides,
@@ -273,12 +279,10 @@ def build_examples(
     path = (data.eval_path or data.path) if evaluation else data.path
     split = (data.eval_split or data.split) if evaluation else data.split
     named = data.eval_split if evaluation else data.split if data.split != DataSection.split else None
-    counts = DataCounts(on_bad_row=data.on_bad_row, source=path)
-    encoder = Encoder(tokenizer, max_length=data.max_length, max_prompt_length=data.max_prompt_length)
-    source = lab_dataset(path, split) if is_lab_source(path) else path
-    rows = islice(read_rows(source, counts, split=split, shape=data.shape), data.limit)
-    examples = encode_rows(rows, encoder, counts, num_proc=data.num_proc)
-    if isinstance(source, str) and Path(source).expanduser().is_file():
+    counts = DataCounts(on_bad_row=data.on_bad_row, source=" + ".join(_names(path)))
+    rows = islice(_open_rows(data, path, split, counts), data.limit)
+    examples = encode_rows(rows, build_encoder(data, tokenizer), counts, num_proc=data.num_proc)
+    if all(Path(name).expanduser().is_file() for name in _names(path)):
         if named is not None:
             counts.notes[f"read although the split {named!r} was asked for: a file has no splits"] = len(
                 examples
@@ -288,14 +292,73 @@ def build_examples(
     return examples, counts
 
 
+def build_stream(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> ExampleStream:
+    """The training data, read and encoded while they are trained on; its ledger is `counts`.
+
+    Raises:
+        DataError: A source cannot be opened.
+    """
+    counts = DataCounts(on_bad_row=data.on_bad_row, source=" + ".join(_names(data.path)))
+
+    def open_rows(counts: DataCounts) -> Iterator[PreferenceRow]:
+        return islice(_open_rows(data, data.path, data.split, counts), data.limit)
+
+    return ExampleStream(open_rows, build_encoder(data, tokenizer), counts)
+
+
+def build_encoder(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """What turns rows into tokens, under the recipe's limits."""
+    return Encoder(
+        tokenizer,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        on_too_long=data.on_too_long,
+    )
+
+
+def _names(path: str | list[str] | dict[str, float]) -> list[str]:
+    return [path] if isinstance(path, str) else list(path)
+
+
+def _open_rows(
+    data: DataSection, path: str | list[str] | dict[str, float], split: str, counts: DataCounts
+) -> Iterator[PreferenceRow]:
+    """Rows of one source, or of several as `data.path` says."""
+    rule = ScoreRule(data.score_rule, data.score_threshold)
+    sources = [
+        (
+            name,
+            read_rows(
+                lab_dataset(name, split) if is_lab_source(name) else name,
+                counts,
+                split=split,
+                shape=data.shape,
+                rule=rule,
+                streaming=data.streaming,
+                name=name,
+            ),
+        )
+        for name in _names(path)
+    ]
+    if isinstance(path, str):
+        return sources[0][1]
+    return read_mixture(sources, list(path.values()) if isinstance(path, dict) else None, counts)
+
+
 def build_trainer(
     recipe: Recipe, callbacks: list[TrainerCallback] | None = None
 ) -> tuple[InfoPOTrainer, list[DataCounts]]:
     """Everything a recipe asks for, ready to train, with the accounts of its data."""
     build_arguments(recipe)  # what is wrong with them should not cost the reading of the data
     tokenizer = build_tokenizer(recipe)
-    train, counts = build_examples(recipe.data, tokenizer)
-    accounts, evaluation = [counts], None
+    evaluation: ExampleDataset | None = None
+    train: ExampleDataset | ExampleStream
+    if recipe.data.streaming:
+        train = build_stream(recipe.data, tokenizer)
+        accounts = [train.counts]
+    else:
+        train, counts = build_examples(recipe.data, tokenizer)
+        accounts = [counts]
     if recipe.data.has_eval:
         evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
         accounts.append(eval_counts)
@@ -305,7 +368,7 @@ def build_trainer(
 def build_trainer_on(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    train: ExampleDataset,
+    train: ExampleDataset | ExampleStream,
     evaluation: ExampleDataset | None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> InfoPOTrainer:

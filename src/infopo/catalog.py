@@ -186,8 +186,22 @@ DATA_SHAPES: Mapping[str, str] = {
     "conversational": "prompt, chosen, rejected: lists of messages {role, content}",
     "conversational_implicit": "chosen, rejected: whole conversations; the prompt is the leading turns they share",
     "hh": "chosen, rejected: transcripts of Anthropic's hh-rlhf, '\\n\\nHuman: ...\\n\\nAssistant: ...'",
+    "sharegpt": "conversations: turns {from, value}; chosen, rejected: a turn each",
+    "alpaca": "instruction (or question), chosen, rejected: text; input, system, history where there are any",
+    "alpaca_unpaired": "instruction (or question), output: text; kto_tag (or label): true or false",
+    "unpaired": "prompt, completion: text or messages; label: true or false",
+    "unpaired_messages": "messages (or conversations): turns, the last of which is the response; label: true or false",
+    "lists": "prompt: text or messages; chosen, rejected: lists of such responses, one of which may be empty",
+    "scored": "prompt: text or messages; responses: list of such; scores: a number each",
+    "votes": "instruction, response1, response2: text; annotator1, annotator2, ...: 0 (tie), 1 or 2",
 }
 """All shapes by the name that recipes use; a shape is detected where none is named."""
+
+SCORE_RULES = ("best-worst", "best-rest", "threshold")
+"""How the responses of a scored row are split into chosen and rejected ones; the first is the default."""
+
+ON_TOO_LONG = ("cut", "drop")
+"""What to do with a row that has more tokens than it may: cut it by the one rule, or leave it out and count it."""
 
 ON_BAD_ROW = ("raise", "skip")
 """What to do with a row that cannot be used: stop, or count it and go on."""

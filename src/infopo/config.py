@@ -5,6 +5,7 @@ A recipe is judged as a whole: unknown keys, wrong types and impossible combinat
 `train` is handed in as a table of `TrainField`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from infopo.catalog import (
     DATA_SHAPES,
     ON_BAD_ROW,
+    ON_TOO_LONG,
     REFERENCE_MODES,
     REFERENCE_SIDES,
+    SCORE_RULES,
     check_objective,
     complete_parameters,
     suggestion,
@@ -74,13 +77,19 @@ class ModelSection:
 class DataSection:
     """The preference data and how it is turned into tokens."""
 
-    path: str
-    """File, folder, or name of a dataset."""
+    path: str | list[str] | dict[str, float]
+    """File, glob, folder, or name of a dataset; a list of such: all their rows; a mapping of them to weights: mixed."""
     split: str = "train"
     """Split to train on."""
     shape: str | None = field(default=None, metadata=_one_of(*DATA_SHAPES))
     """Shape of the rows; null recognises it from the columns."""
-    eval_path: str | None = None
+    score_rule: str = field(default=SCORE_RULES[0], metadata=_one_of(*SCORE_RULES))
+    """How scored responses are split into chosen and rejected ones."""
+    score_threshold: float | None = None
+    """Least score of a chosen response, for `score_rule: threshold`."""
+    streaming: bool = False
+    """Read rows when they are needed, instead of all before training; needs `train.max_steps`."""
+    eval_path: str | list[str] | dict[str, float] | None = None
     """Data to evaluate on; null with `eval_split` takes that split of `path`."""
     eval_split: str | None = None
     """Split to evaluate on; null with `eval_path` takes the split named by `split`."""
@@ -88,6 +97,8 @@ class DataSection:
     """Tokens of prompt and response together; null cuts nothing."""
     max_prompt_length: int | None = field(default=None, metadata=_within(1))
     """Tokens of the prompt; null limits prompt and response together only."""
+    on_too_long: str = field(default="cut", metadata=_one_of(*ON_TOO_LONG))
+    """What to do with a row that has more tokens than that."""
     on_bad_row: str = field(default="raise", metadata=_one_of(*ON_BAD_ROW))
     """What to do with a row that cannot be used."""
     num_proc: int | None = field(default=None, metadata=_within(1))
@@ -381,6 +392,25 @@ def _check_data(data: Tree, train: Tree, problems: Problems) -> None:
             "data.max_prompt_length",
             f"{prompt} leaves no room for a response within max_length ({longest} tokens)",
         )
+    for key in ("path", "eval_path"):
+        value = data[key]
+        if value in ([], {}):
+            problems.add(f"data.{key}", "is empty; expected at least one source")
+        elif _fits(value, dict[str, float]):
+            for source, weight in value.items():
+                if not 0 < weight < math.inf:
+                    problems.add(f"data.{key}", f"{source}: expected a weight > 0, got {weight}")
+    if (data["score_rule"] == "threshold") != (data["score_threshold"] is not None):
+        problems.add(
+            "data.score_threshold",
+            "goes with score_rule: threshold, and the rule needs it; set both or neither",
+        )
+    if data["streaming"] is True and not (_fits(train.get("max_steps"), int) and train["max_steps"] > 0):
+        problems.add(
+            "data.streaming",
+            "needs train.max_steps: how many rows there are, and so when an epoch ends and how the learning rate "
+            "falls, is not known before the stream ends",
+        )
     if data["eval_path"] is not None or data["eval_split"] is not None:
         return
     asks_for_eval = {
@@ -429,6 +459,9 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether `value` is of `kind`: a type, a union, or a list of such."""
     if isinstance(kind, UnionType):
         return any(_fits(value, member) for member in get_args(kind))
+    if get_origin(kind) is dict:
+        keys, values = get_args(kind)
+        return isinstance(value, dict) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
     if kind in (int, float):
@@ -444,6 +477,7 @@ _WORDS = {
     NoneType: "null",
     list: "a list",
     list[str]: "a list of texts",
+    dict[str, float]: "a mapping to numbers",
     dict: "a mapping",
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
-from infopo.errors import LogpsError, ReferenceMismatchError
+from infopo.errors import LogpsError, RecipeError, ReferenceMismatchError
 from infopo.logps import attention
 from infopo.logps.forward import PATHS, path_of, response_lengths, response_logps
 from infopo.models import WeightsHash, config_hash
@@ -31,7 +31,7 @@ from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, re
 
 logger = logging.getLogger(__name__)
 
-HEAD = "logits in the model's type, normalised in float32"
+HEAD = "float32 logits (on the naive path in the model's type), normalised in float32"
 """What `logps/` does with hidden states. Whoever changes it changes this text, and no stored value is used again."""
 
 SECONDS_PER_SHARD = 30.0
@@ -103,10 +103,18 @@ def resolve(source: str, dataset: object) -> str:
     """What `reference: auto` means for a dataset: `precompute` where its rows can be enumerated, else `live`.
 
     Any other source is returned as it is.
+
+    Raises:
+        RecipeError: The reference of a stream would be computed before training.
     """
-    if source != "auto":
-        return source
-    return "precompute" if isinstance(dataset, ExampleDataset) else "live"
+    can_be_enumerated = isinstance(dataset, ExampleDataset)
+    if source == "precompute" and not can_be_enumerated:
+        raise RecipeError(
+            "reference='precompute': the rows of a stream cannot be enumerated before training; use live or adapter-off"
+        )
+    if source == "auto":
+        return "precompute" if can_be_enumerated else "live"
+    return source
 
 
 def identity_of(

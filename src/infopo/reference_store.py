@@ -60,7 +60,7 @@ class ReferenceIdentity:
         autocast: Type that the forward pass casts to, or `off`.
         matmul: Precision of float32 matrix products: `ieee`, `tf32`, ...
         head: How logits become log-probs.
-        path: How responses are laid out: `forest` or `naive`.
+        path: How responses are laid out: `forest`, `padded` or `naive`.
         attention: The attention implementation, by transformers' name.
         schema: Rises when the meaning of stored values changes.
     """

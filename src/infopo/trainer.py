@@ -36,8 +36,10 @@ from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack, select
+from infopo.data.responses import ScoreRule
 from infopo.data.sampling import LengthGroupedEpochs, PaddedSampler
 from infopo.data.sources import read_rows
+from infopo.data.streaming import ExampleStream
 from infopo.errors import (
     DataError,
     NonFiniteLossError,
@@ -63,7 +65,7 @@ from infopo.reference_store import ReferenceStore, check_folder, folder_of
 
 logger = logging.getLogger(__name__)
 
-RawDataset: TypeAlias = datasets.Dataset | ExampleDataset
+RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | ExampleDataset
 MAX_STEP_0_LOG_RATIO = 1e-3
 CPU_TOKENS_PER_FORWARD = 2048
 """Where no limit is given; benchmarks/README.md says what it saves and that it costs no time."""
@@ -80,8 +82,9 @@ class InfoPOTrainer(Trainer):
         ref_model: The frozen reference. None: the policy as it is now (see `InfoPOConfig.reference`).
         args: Settings; by default InfoPO's, writing to `<model>-InfoPO`.
         data_collator: None, or a `PreferenceCollator`.
-        train_dataset: Preference rows (`datasets.Dataset` in a shape of `data/sources.py`) or an `ExampleDataset`.
-        eval_dataset: Likewise; or a dict of them, each evaluated under its name.
+        train_dataset: Preference rows (`datasets.Dataset` in a shape of `data/shapes.py`) or an `ExampleDataset`; or,
+            with `max_steps`, a stream of them: a `datasets.IterableDataset` or `ExampleStream`.
+        eval_dataset: Likewise, and a stream is read to its end; or a dict of them, each evaluated under its name.
         processing_class: The tokenizer; None: the one that belongs to the model.
         compute_metrics: Must be None: there are no logits or labels to pass (use callbacks).
         callbacks: As in `Trainer`.
@@ -99,7 +102,7 @@ class InfoPOTrainer(Trainer):
     loss_is_scaled_for_ga = True
     args: InfoPOConfig
     control: TrainerControl
-    train_dataset: ExampleDataset
+    train_dataset: ExampleDataset | ExampleStream
     eval_dataset: ExampleDataset | dict[str, ExampleDataset] | None
 
     def __init__(
@@ -108,7 +111,7 @@ class InfoPOTrainer(Trainer):
         ref_model: nn.Module | None = None,
         args: InfoPOConfig | None = None,
         data_collator: PreferenceCollator | None = None,
-        train_dataset: RawDataset | None = None,
+        train_dataset: RawDataset | ExampleStream | None = None,
         eval_dataset: RawDataset | Mapping[str, RawDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: None = None,
@@ -145,13 +148,21 @@ class InfoPOTrainer(Trainer):
         self.mixture = args.mixture()
         self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
         self._encoder = Encoder(
-            processing_class, max_length=args.max_length, max_prompt_length=args.max_prompt_length
+            processing_class,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            on_too_long=args.on_too_long,
         )
-        train_examples = self._encode(train_dataset, "train_dataset", args)
+        self._rule = ScoreRule(args.score_rule, args.score_threshold)
+        models_to_fit = [each for each in (policy, ref_model) if each is not None]
+        train_examples: ExampleDataset | ExampleStream
+        if isinstance(train_dataset, datasets.IterableDataset | ExampleStream):
+            train_examples = self._streamed(train_dataset, args, models_to_fit)
+        else:
+            train_examples = self._encode(train_dataset, "train_dataset", args)
         eval_examples = self._encode_all(eval_dataset, args)
-        for each in (policy, ref_model):
-            if each is not None:
-                _check_fit(each, train_examples, eval_examples)
+        for each in models_to_fit:
+            _check_fit(each, train_examples, eval_examples)
         super().__init__(
             model=policy,
             args=args,
@@ -173,7 +184,11 @@ class InfoPOTrainer(Trainer):
                 "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
             )
         per_pass = self.args.train_batch_size * self.args.world_size
-        if args.dataloader_drop_last and len(train_examples) < per_pass:
+        if (
+            args.dataloader_drop_last
+            and isinstance(train_examples, ExampleDataset)
+            and len(train_examples) < per_pass
+        ):
             raise RecipeError(
                 f"dataloader_drop_last: {len(train_examples)} rows are less than one batch of {per_pass}, so all are "
                 "dropped; leave it out, or lower per_device_train_batch_size"
@@ -290,7 +305,8 @@ class InfoPOTrainer(Trainer):
         return ReferenceStore(folder, identity, name, self.args.device.type)
 
     def _store_reference(self, model: nn.Module) -> None:
-        self.train_dataset = self._with_reference(self.train_dataset, model)
+        if isinstance(self.train_dataset, ExampleDataset):  # a stream has a live reference
+            self.train_dataset = self._with_reference(self.train_dataset, model)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {k: self._with_reference(v, model) for k, v in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
@@ -324,11 +340,29 @@ class InfoPOTrainer(Trainer):
             return self._judged(dataset, name)
         counts = DataCounts(on_bad_row=args.on_bad_row, source=name)
         examples = encode_rows(
-            read_rows(dataset, counts), self._encoder, counts, num_proc=args.dataset_num_proc
+            read_rows(dataset, counts, rule=self._rule), self._encoder, counts, num_proc=args.dataset_num_proc
         )
         if args.process_index == 0:
             print(*counts.lines(), sep="\n")
         return self._judged(examples, name)
+
+    def _streamed(
+        self, dataset: "datasets.IterableDataset | ExampleStream", args: InfoPOConfig, fit: list[nn.Module]
+    ) -> ExampleStream:
+        """The stream, each of whose examples is judged when it comes as a dataset is as a whole."""
+        if not isinstance(dataset, ExampleStream):
+            rows, rule = dataset, self._rule
+            counts = DataCounts(on_bad_row=args.on_bad_row, source="train_dataset")
+            dataset = ExampleStream(lambda c: read_rows(rows, c, rule=rule), self._encoder, counts)
+
+        def judge(example: PreferenceExample) -> None:
+            alone = ExampleDataset.from_examples([example])
+            self._check_pairs(alone)
+            for model in fit:
+                _check_fit(model, alone)
+
+        judge(dataset.first())
+        return dataset.of(judge, args.process_index, args.world_size)
 
     def _judged(self, dataset: ExampleDataset, name: str) -> ExampleDataset:
         """The dataset, if every example holds what the objective compares: else its loss would be a silent zero."""
@@ -341,13 +375,18 @@ class InfoPOTrainer(Trainer):
                     f"holds no {' or '.join(sorted(objective.sides))} response, which {objective.title} needs",
                     name,
                 )
+        self._check_pairs(dataset)
+        return dataset
+
+    def _check_pairs(self, dataset: ExampleDataset) -> None:
+        sides = {"chosen": _has(dataset, Role.CHOSEN), "rejected": _has(dataset, Role.REJECTED)}
+        for objective in (OBJECTIVES[objective] for objective, _, _ in self.mixture):
             for side, present in sides.items():
                 if objective.pairs and not present.all():
                     raise DataError(
                         f"has no {side} response; {objective.title} compares pairs. InfoPO and SFT take unpaired data",
                         dataset.row_ids[int(present.argmin())],
                     )
-        return dataset
 
     def _encode_all(self, dataset: Any, args: InfoPOConfig) -> Any:
         if dataset is None or isinstance(dataset, str):
@@ -356,8 +395,21 @@ class InfoPOTrainer(Trainer):
             return {name: self._encode(each, f"eval_dataset[{name}]", args) for name, each in dataset.items()}
         return self._encode(dataset, "eval_dataset", args)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in `Trainer`; of a stream, batches of this process's share."""
+        if not isinstance(self.train_dataset, ExampleStream):
+            return super().get_train_dataloader()
+        # Not by accelerate, which would cut a stream into shares once more and take batches apart as tensors.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
     def _get_train_sampler(self, train_dataset: ExampleDataset | None = None) -> Sampler[int] | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        assert isinstance(dataset, ExampleDataset)  # a stream's loader asks for none
         batch_size = self._train_batch_size
         if self.args.train_sampling_strategy == "group_by_length":
             group = batch_size * self.args.gradient_accumulation_steps
@@ -644,8 +696,12 @@ class InfoPOTrainer(Trainer):
             "reference": self.reference_hash,
             "reference_sides": sorted(self.reference_sides),
             "objective": [[name, parameters, weight] for name, parameters, weight in self.mixture],
-            "data": self.train_dataset.content_hash(),
+            "data": self.data_hash(),
         }
+
+    def data_hash(self) -> str | None:
+        """SHA-256 of the tokens that are trained on; None of a stream, whose end is not known."""
+        return self.train_dataset.content_hash() if isinstance(self.train_dataset, ExampleDataset) else None
 
     def save_final_model(self) -> None:
         """Writes model and tokenizer to `output_dir`, each file whole or not there."""
@@ -725,9 +781,10 @@ def _row_tokens(batch: PackedBatch) -> int:
     return sum(start[s + 1] - start[s] for r in range(batch.num_responses) for s in batch.path(r))
 
 
-def _probes(dataset: ExampleDataset) -> list[PreferenceExample]:
+def _probes(dataset: ExampleDataset | ExampleStream) -> list[PreferenceExample]:
     """Responses of one prompt and another example, together at most `SELF_TEST_TOKENS` tokens of rows."""
-    example, quarter = dataset[0], SELF_TEST_TOKENS // 4
+    example = dataset[0] if isinstance(dataset, ExampleDataset) else dataset.first()
+    quarter = SELF_TEST_TOKENS // 4
     prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
     half = response[: max(1, len(response) // 2)]
     short = SELF_TEST_TOKENS // 16

@@ -5,14 +5,21 @@ from dataclasses import dataclass, field
 
 from infopo.errors import DataError
 
+TIE = "tie"
+TOO_LONG = "too long"
+NO_FAULT = (TIE, TOO_LONG)
+"""Reasons to leave a row out that are no fault of it: such rows are dropped and counted, whatever the policy."""
+
 
 @dataclass
 class DataCounts:
     """Ledger of one dataset: rows in = rows used + rows skipped by reason.
 
     Attributes:
-        on_bad_row: `raise` stops at the first row that cannot be used; `skip` counts it and goes on.
+        on_bad_row: `raise` stops at the first row that cannot be used; `skip` counts it and goes on. Rows that are
+            left out without a fault (`NO_FAULT`) are counted under both.
         source: Name of the dataset, for messages.
+        shapes: Shape of the rows of each source by its name, and whether it was `detected` or `named`.
         rows: Rows seen.
         used: Rows that became examples.
         skipped: Number of skipped rows by reason.
@@ -22,6 +29,7 @@ class DataCounts:
 
     on_bad_row: str = "raise"
     source: str = ""
+    shapes: dict[str, str] = field(default_factory=dict)
     rows: int = 0
     used: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -32,9 +40,9 @@ class DataCounts:
         """Applies the policy to a row that cannot be used.
 
         Raises:
-            DataError: `error`, unless bad rows are skipped.
+            DataError: `error`, unless bad rows are skipped or its reason is none of a fault.
         """
-        if self.on_bad_row == "raise":
+        if self.on_bad_row == "raise" and error.reason not in NO_FAULT:
             raise error
         self.skipped[error.reason] += 1
         self.first_skipped.setdefault(error.reason, str(error))
@@ -43,6 +51,9 @@ class DataCounts:
         """The ledger in words, for the log and for `infopo check`."""
         total_skipped = sum(self.skipped.values())
         lines = [f"{self.source or 'data'}: {self.rows} rows, {self.used} used, {total_skipped} skipped"]
+        for name, shape in self.shapes.items():
+            where = f" of {name}" if len(self.shapes) > 1 else ""
+            lines.append(f"  shape{where}: {shape}")
         lines += [
             f"  skipped {n}: {why} (first: {self.first_skipped[why]})"
             for why, n in self.skipped.most_common()

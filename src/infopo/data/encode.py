@@ -15,7 +15,8 @@ see it, to its last token, and
 
 **Truncation.** `max_prompt_length` keeps the end of a prompt, where the question and the generation prompt are, and its
 BOS. Then prompt and response together get `max_length` tokens: the end of the response is cut. A prompt that leaves no
-room for a response is refused. (TRL's `keep_start` with `max_length` only is the same.)
+room for a response is refused. (TRL's `keep_start` with `max_length` only is the same.) With `on_too_long="drop"`
+nothing is cut: a row with a prompt or a response beyond these limits is left out and counted, as `too long`.
 
 Notes, counted in `DataCounts.notes` once a response (`PROMPT_CUT`: once a row), are the constants below.
 """
@@ -34,7 +35,8 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from infopo.data.counts import DataCounts
+from infopo.catalog import ON_TOO_LONG
+from infopo.data.counts import TOO_LONG, DataCounts
 from infopo.data.examples import ExampleDataset
 from infopo.errors import DataError, ModelError, RecipeError
 from infopo.records import Message, PreferenceExample, PreferenceRow, Text
@@ -75,10 +77,11 @@ class Encoder:
         tokenizer: The policy's tokenizer.
         max_length: Largest number of tokens of a prompt with one of its responses; None: no limit.
         max_prompt_length: Largest number of tokens of a prompt; None: no limit of its own.
+        on_too_long: `cut` what is longer, or `drop` the row.
 
     Raises:
         ModelError: The tokenizer has no EOS token, or is no tokenizer.
-        RecipeError: A length is not positive, or the prompt's leaves no room for a response.
+        RecipeError: A length is not positive, or the prompt's leaves no room for a response; `on_too_long` is neither.
     """
 
     def __init__(
@@ -87,8 +90,9 @@ class Encoder:
         *,
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
+        on_too_long: str = "cut",
     ) -> None:
-        _check_lengths(max_length, max_prompt_length)
+        _check_lengths(max_length, max_prompt_length, on_too_long)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(
                 f"expected a tokenizer, got {type(tokenizer).__name__}; of a processor, pass its .tokenizer"
@@ -101,6 +105,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
+        self.on_too_long = on_too_long
         self._eos: int = tokenizer.eos_token_id
         self._text_prefix = _text_prefix(tokenizer)
         self._end_tokens = _end_tokens(tokenizer)
@@ -110,12 +115,14 @@ class Encoder:
 
         Raises:
             DataError: The row cannot be used; reasons are `empty prompt`, `empty chosen`, `empty rejected`,
-                `prompt too long`, `chosen = rejected`, `chosen = rejected after truncation`, `template refuses the
-                row`, `template rewrites the prompt`, `reserved template argument`, `not tokenizable`.
+                `prompt too long`, `too long`, `chosen = rejected`, `chosen = rejected after truncation`, `template
+                refuses the row`, `template rewrites the prompt`, `reserved template argument`, `not tokenizable`.
             ModelError: The row is a conversation, and the tokenizer has no chat template.
         """
         notes: list[str] = []
         prompt, responses = self._tokenize(row, notes)
+        if self.on_too_long == "drop":
+            self._check_fits(prompt, responses, row.row_id)
         prompt = self._cut_prompt(prompt, row.row_id, notes)
         sides = ["chosen"] * len(row.chosen) + ["rejected"] * len(row.rejected)
         for ids, side in zip(responses, sides, strict=True):
@@ -126,6 +133,16 @@ class Encoder:
         chosen, rejected = cut[: len(row.chosen)], cut[len(row.chosen) :]
         _check_different(chosen, rejected, cut != responses, row.row_id)
         return EncodedRow(PreferenceExample(prompt, chosen, rejected, row.row_id), tuple(notes))
+
+    def _check_fits(self, prompt: list[int], responses: list[list[int]], row_id: str) -> None:
+        longest = len(prompt) + max(map(len, responses))
+        limits = [
+            (len(prompt), self.max_prompt_length, "prompt", "max_prompt_length"),
+            (longest, self.max_length, "prompt with its longest response", "max_length"),
+        ]
+        for tokens, limit, what, name in limits:
+            if limit is not None and tokens > limit:
+                raise DataError(f"the {what} has {tokens} tokens, more than {name}={limit}", row_id, TOO_LONG)
 
     def _tokenize(self, row: PreferenceRow, notes: list[str]) -> tuple[list[int], list[list[int]]]:
         """Prompt and responses before truncation."""
@@ -306,8 +323,10 @@ class Encoder:
         return ids[:room]
 
 
-def _check_lengths(max_length: int | None, max_prompt_length: int | None) -> None:
+def _check_lengths(max_length: int | None, max_prompt_length: int | None, on_too_long: str) -> None:
     problems = []
+    if on_too_long not in ON_TOO_LONG:
+        problems.append(f"data.on_too_long: expected {' or '.join(ON_TOO_LONG)}, got {on_too_long!r}")
     if max_length is not None and max_length < 2:
         problems.append(f"data.max_length: expected at least 2 (a prompt and a response), got {max_length}")
     if max_prompt_length is not None and max_prompt_length < 1:
@@ -409,6 +428,17 @@ def encode_rows(
     return dataset
 
 
+def encoded(
+    rows: Iterable[PreferenceRow], encoder: Encoder, counts: DataCounts
+) -> Iterator[PreferenceExample]:
+    """Encodes rows when they are asked for, one by one, and keeps the ledger.
+
+    Raises:
+        DataError: A row cannot be used and `counts.on_bad_row` is `raise`.
+    """
+    return _tallied(_encode_serially(rows, encoder), counts)
+
+
 def _tallied(results: Iterable[EncodedRow | DataError], counts: DataCounts) -> Iterator[PreferenceExample]:
     for result in results:
         if isinstance(result, DataError):
@@ -464,28 +494,3 @@ def _encode_in_pool(rows: Iterable[PreferenceRow], encoder: Encoder, num_proc: i
                 yield from pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def render(example: PreferenceExample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """An example for human eyes, in three columns: what it is, its number of tokens, its text.
-
-    Scored tokens stand in ⟦brackets⟧, each in its own, so that a wrong boundary or a doubled token shows. Line breaks
-    and control characters are written as escapes: the text is data, and may hold what moves a terminal's cursor.
-    """
-    lines = [("prompt", example.prompt_ids, "".join(_pieces(example.prompt_ids, tokenizer)))]
-    sides = [("chosen", ids) for ids in example.chosen_ids] + [
-        ("rejected", ids) for ids in example.rejected_ids
-    ]
-    lines += [(side, ids, "".join(f"⟦{piece}⟧" for piece in _pieces(ids, tokenizer))) for side, ids in sides]
-    return "\n".join([example.row_id, *(f"  {name:<8}  {len(ids):>5}  {text}" for name, ids, text in lines)])
-
-
-def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Printable text of each token; of several at once where a character is spread over them."""
-    held: list[int] = []
-    for index, token in enumerate(ids):
-        held.append(token)
-        text = tokenizer.decode(held, clean_up_tokenization_spaces=False)
-        if not text.endswith("\ufffd") or index == len(ids) - 1:
-            yield "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-            held = []

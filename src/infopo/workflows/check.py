@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from infopo.build import (
     build_arguments,
     build_examples,
@@ -16,12 +14,15 @@ from infopo.build import (
     train_fields,
 )
 from infopo.config import Recipe, load_recipe
-from infopo.data.encode import render
 from infopo.data.examples import ExampleDataset
+from infopo.data.survey import render, report_lines
 from infopo.models import check_fit
 from infopo.workflows.train import check_run_directory, check_store, holds_run, run
 
 RENDERED_EXAMPLES = 3
+
+ROWS_OF_A_STREAM = 1000
+"""Rows that are looked at where the recipe streams them."""
 
 
 def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -36,9 +37,13 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     check_store(recipe)
     print(f"recipe: {recipe_path} is valid")
     tokenizer = build_tokenizer(recipe)
+    if recipe.data.streaming:
+        limit = min(recipe.data.limit or ROWS_OF_A_STREAM, ROWS_OF_A_STREAM)
+        recipe = replace(recipe, data=replace(recipe.data, limit=limit))
+        print(f"the data are streamed: the first {limit} usable rows are looked at")
     train, counts = build_examples(recipe.data, tokenizer)
     print(*counts.lines(), sep="\n")
-    _print_lengths(train)
+    print(*report_lines(train, tokenizer, recipe.train.get("per_device_train_batch_size", 8)), sep="\n")
     evaluation = None
     if recipe.data.has_eval:
         evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
@@ -81,8 +86,3 @@ def _first_step(recipe: Recipe, dataset: ExampleDataset) -> ExampleDataset:
         "gradient_accumulation_steps", 1
     )
     return ExampleDataset.from_examples(dataset[i] for i in range(min(size, len(dataset))))
-
-
-def _print_lengths(dataset: ExampleDataset) -> None:
-    quantiles = np.quantile(dataset.lengths, [0, 0.5, 0.9, 1]).astype(int).tolist()
-    print("tokens an example (prompt and responses): min {}, median {}, 90 % {}, max {}".format(*quantiles))

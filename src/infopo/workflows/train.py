@@ -61,10 +61,14 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         )  # a refused one leaves the account of the run in the directory as it is
     if is_main:
         for account in accounts:
-            print(*account.lines(), sep="\n")
+            if account.rows:  # a stream has given none yet
+                print(*account.lines(), sep="\n")
         writer.write_recipe(to_yaml(recipe))
         writer.write_environment(_environment(recipe, trainer, accounts))
     run(trainer, resume)
+    if is_main and recipe.data.streaming:
+        print(*accounts[0].lines(), sep="\n")
+        writer.write_environment(_environment(recipe, trainer, accounts))
     trainer.save_final_model()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
@@ -162,7 +166,7 @@ def _environment(recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCoun
         extra={
             "model": {"name_or_path": recipe.model.name_or_path, "sha256": trainer.policy_hash},
             "reference": {"source": recipe.reference.source, "sha256": trainer.reference_hash},
-            "data": {"path": recipe.data.path, "sha256": trainer.train_dataset.content_hash()},
+            "data": {"path": recipe.data.path, "sha256": trainer.data_hash()},
             "rows": [
                 {
                     "source": a.source,

@@ -1,0 +1,141 @@
+"""What tokenized data are like, in words: lengths, repetitions, tokens saved, special tokens out of place, examples."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from infopo.data.examples import ExampleDataset
+from infopo.data.packing import pack
+from infopo.records import PreferenceExample
+
+QUANTILES = (0, 0.5, 0.9, 0.99, 1)
+
+
+def length_lines(dataset: ExampleDataset) -> list[str]:
+    """Quantiles of the tokens of examples, prompts, chosen and rejected responses."""
+    groups: dict[str, list[int]] = {
+        "examples": dataset.lengths.tolist(),
+        "prompts": [],
+        "chosen": [],
+        "rejected": [],
+    }
+    for example in dataset:
+        groups["prompts"].append(len(example.prompt_ids))
+        groups["chosen"] += map(len, example.chosen_ids)
+        groups["rejected"] += map(len, example.rejected_ids)
+    lines = ["                       n     min  median    90 %    99 %     max"]
+    for name, lengths in groups.items():
+        if lengths:
+            cells = "".join(f"{int(q):>8}" for q in np.quantile(lengths, QUANTILES, method="inverted_cdf"))
+            lines.append(f"tokens of {name:<9}{len(lengths):>5}{cells}")
+    return lines
+
+
+def duplicate_lines(dataset: ExampleDataset) -> list[str]:
+    """How many examples and prompts have stood before, and which example is the first of them."""
+    examples, prompts = set[object](), set[object]()
+    again, again_prompts, first = 0, 0, ""
+    for example in dataset:
+        prompt = tuple(example.prompt_ids)
+        sides = (tuple(map(tuple, side)) for side in (example.chosen_ids, example.rejected_ids))
+        content = (prompt, *sides)
+        if content in examples:
+            again, first = again + 1, first or example.row_id
+        again_prompts += prompt in prompts
+        examples.add(content)
+        prompts.add(prompt)
+    where = f" (first: {first})" if first else ""
+    return [f"duplicates: {again} examples{where}; {again_prompts} prompts of examples before them"]
+
+
+def saving_lines(dataset: ExampleDataset, batch_size: int) -> list[str]:
+    """Tokens that go through the model in batches of `batch_size` examples, in order: padded, unpadded, and shared.
+
+    Padded is one row a response, as long as the longest of its batch; shared is each prompt once, without padding.
+    """
+    padded = rows = shared = 0
+    for start in range(0, len(dataset), batch_size):
+        batch = pack([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        begin = batch.segment_start
+        lengths = [
+            sum(begin[s + 1] - begin[s] for s in batch.path(response))
+            for response in range(batch.num_responses)
+        ]
+        padded += len(lengths) * max(lengths)
+        rows += sum(lengths)
+        shared += begin[-1]
+    return [
+        f"tokens through the model, batches of {batch_size}: {padded} as padded rows; {rows} without padding "
+        f"({1 - rows / padded:.0%} saved); {shared} with each prompt once ({1 - shared / padded:.0%} saved)"
+    ]
+
+
+def token_problem_lines(dataset: ExampleDataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens that stand where a model was not trained to see them, each with how often and the first row.
+
+    No text of a problem at all where there is none: then one line says so.
+    """
+    found = Counter[str]()
+    first: dict[str, str] = {}
+    for example in dataset:
+        for problem in set(_token_problems(example, tokenizer)):
+            found[problem] += 1
+            first.setdefault(problem, example.row_id)
+    lines = [f"  {n} examples: {problem} (first: {first[problem]})" for problem, n in found.most_common()]
+    return ["special tokens: " + ("" if lines else "none out of place"), *lines]
+
+
+def _token_problems(example: PreferenceExample, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    bos, unknown, eos = tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id
+    special = set(tokenizer.all_special_ids)
+    if bos is not None and bos != eos:
+        if list(example.prompt_ids).count(bos) > 1:
+            yield "BOS stands more than once in the prompt"
+        if any(bos in ids for ids in example.response_ids):
+            yield "BOS stands in a response"
+    everything = [example.prompt_ids, *example.response_ids]
+    if unknown is not None and unknown != eos and any(unknown in ids for ids in everything):
+        yield "text that the tokenizer has no tokens for (unknown token)"
+    for ids in example.response_ids:
+        if special.intersection(ids[:-1]) - {bos, unknown}:
+            yield "a special token within a response: its text holds one, or the template writes one between its turns"
+        if ids[-1] in special and ids[-1] != eos:
+            token, stop = tokenizer.convert_ids_to_tokens([ids[-1], eos])
+            yield f"responses end with {token}, but the tokenizer's EOS is {stop}: generation must stop at the former"
+
+
+def report_lines(
+    dataset: ExampleDataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterable[str]:
+    """All of the above."""
+    yield from length_lines(dataset)
+    yield from duplicate_lines(dataset)
+    yield from saving_lines(dataset, batch_size)
+    yield from token_problem_lines(dataset, tokenizer)
+
+
+def render(example: PreferenceExample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """An example for human eyes, in three columns: what it is, its number of tokens, its text.
+
+    Scored tokens stand in ⟦brackets⟧, each in its own, so that a wrong boundary or a doubled token shows. Line breaks
+    and control characters are written as escapes: the text is data, and may hold what moves a terminal's cursor.
+    """
+    lines = [("prompt", example.prompt_ids, "".join(_pieces(example.prompt_ids, tokenizer)))]
+    sides = [("chosen", ids) for ids in example.chosen_ids] + [
+        ("rejected", ids) for ids in example.rejected_ids
+    ]
+    lines += [(side, ids, "".join(f"⟦{piece}⟧" for piece in _pieces(ids, tokenizer))) for side, ids in sides]
+    return "\n".join([example.row_id, *(f"  {name:<8}  {len(ids):>5}  {text}" for name, ids, text in lines)])
+
+
+def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Printable text of each token; of several at once where a character is spread over them."""
+    held: list[int] = []
+    for index, token in enumerate(ids):
+        held.append(token)
+        text = tokenizer.decode(held, clean_up_tokenization_spaces=False)
+        if not text.endswith("\ufffd") or index == len(ids) - 1:
+            yield "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+            held = []
