@@ -14,13 +14,14 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long test-gpu lint format docs clean
+.PHONY: help demo test test-long test-gpu soak lint format docs clean
 
 help:
 	@echo "make demo       train on the embedded world and write a report"
 	@echo "make test       format, lint, types, import contract, tests, docs"
 	@echo "make test-long  tests that take minutes: kills, ranks, fuzzing, parity"
 	@echo "make test-gpu   tests of what runs on a GPU only"
+	@echo "make soak       ten million streamed rows in flat memory (about an hour)"
 	@echo "make lint       the first four of make test"
 	@echo "make format     rewrite the code in the project's format"
 	@echo "make docs       build the documentation into site/"
@@ -38,6 +39,9 @@ test-long: $(VENV)/dev.stamp
 
 test-gpu: $(VENV)/dev.stamp
 	$(PYTEST) -m gpu
+
+soak: $(VENV)/dev.stamp
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/soak_stream.py --rows 10000000
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

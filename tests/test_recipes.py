@@ -1,6 +1,7 @@
 """The recipes that ship: each is read, its settings are built, and it takes a step on a small model and file."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,28 @@ from infopo.build import build_adapter, build_arguments, train_fields
 from infopo.cli import main
 from infopo.config import load_recipe, parse_recipe, to_yaml
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
-each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+PAPER = sorted((FOLDER / "paper").glob("*.yaml"))
+each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER)))
 
 
 def test_there_are_recipes_for_the_lab_for_real_data_for_all_weights_and_for_an_adapter():
-    assert {"lab.yaml", "hh.yaml", "full.yaml", "lora.yaml"} <= {path.name for path in RECIPES}
+    ours = {"lab.yaml", "hh.yaml", "full.yaml", "lora.yaml", "qlora.yaml", "fsdp8.yaml"}
+    assert ours <= {path.name for path in RECIPES}
+    assert len(PAPER) == 4
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.name)
+def test_every_value_of_a_paper_recipe_says_whose_it_is(path: Path):
+    """And none but what the paper's abstract and loss say is called the paper's: no other value could be cited."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    settings = [
+        line for line in lines if re.match(r"\s*\w+: *\S", line) and not line.startswith("output_dir")
+    ]
+    assert [line for line in settings if not re.search(r"# (paper|ours)", line)] == []
+    called_paper = {line.split(":")[0].strip() for line in settings if "# paper" in line}
+    assert called_paper <= {"name_or_path", "path", "name", "beta", "length_normalized", "reference"}
 
 
 @each_recipe
@@ -23,7 +40,7 @@ def test_every_recipe_is_sound(path: Path):
     build_arguments(recipe)
     build_adapter(recipe)
     assert recipe.objective.name == "infopo"
-    assert recipe.output_dir == f"runs/{path.stem}"
+    assert recipe.output_dir == f"runs/{'-'.join(path.relative_to(FOLDER).with_suffix('').parts)}"
 
 
 @each_recipe
@@ -36,7 +53,7 @@ def test_every_recipe_survives_being_written(path: Path):
 def test_every_recipe_names_its_commands(path: Path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert f"infopo train recipes/{path.name}" in text
+    assert f"infopo train recipes/{path.relative_to(FOLDER)}" in text
 
 
 @each_recipe
@@ -54,7 +71,9 @@ def test_every_recipe_takes_a_step(
     ]
     Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     small = ["model.name_or_path=lab:policy", "data.path=pairs.jsonl", "data.num_proc=", "data.max_length=128",
-             "data.max_prompt_length=", "train.per_device_train_batch_size=3"]  # fmt: skip
+             "data.max_prompt_length=", "train.per_device_train_batch_size=3",
+             # What needs accelerators: several of them, a library for them, arithmetic of theirs.
+             "train.fsdp=", "train.fsdp_config=", "model.quantization=", "train.bf16=false"]  # fmt: skip
     assert main(["check", str(path), *small]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "pairs.jsonl: 6 rows, 6 used, 0 skipped" in out

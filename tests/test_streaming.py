@@ -1,6 +1,8 @@
 """Training on a stream: the same steps as on the rows in memory, in constant memory, with every row accounted for."""
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from itertools import islice
@@ -178,3 +180,15 @@ def test_a_recipe_streams_files_and_its_run_accounts_for_the_rows(
     assert run.environment is not None
     assert run.environment["rows"][0]["skipped"] == {"empty chosen": 1}
     assert len(run.series("loss")[1]) == 4
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_rows_stream_in_flat_memory(tmp_path: Path):
+    """`make soak` does so with ten million."""
+    out = tmp_path / "soak.json"
+    script = Path(__file__).parents[1] / "scripts" / "soak_stream.py"
+    done = subprocess.run([sys.executable, str(script), "--rows", "100000", "--out", str(out)], check=False)
+    assert done.returncode == 0
+    result = json.loads(out.read_text())
+    assert result["rows"] == result["used"] + result["skipped"]["empty rejected"]
+    assert result["growth_mib"] <= 32

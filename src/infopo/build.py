@@ -1,5 +1,6 @@
 """Composition root: recipe -> finished objects. Nothing else builds trainers from settings."""
 
+import importlib.util
 import math
 import re
 import types
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, get_scheduler
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from infopo import models
@@ -27,7 +28,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.responses import ScoreRule
 from infopo.data.sources import read_mixture, read_rows
 from infopo.data.streaming import ExampleStream
-from infopo.errors import InfoPOError, RecipeError
+from infopo.errors import InfoPOError, ModelError, RecipeError
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
 from infopo.trainer import InfoPOTrainer
@@ -233,7 +234,27 @@ def build_policy(recipe: Recipe) -> torch.nn.Module:
         kwargs["attn_implementation"] = section.attn_implementation
     if section.revision is not None:
         kwargs["revision"] = section.revision
+    if section.quantization is not None:
+        kwargs["quantization_config"] = _quantization(section.quantization)
     return models.load_policy(section.name_or_path, **kwargs)
+
+
+def _quantization(bits: str) -> BitsAndBytesConfig:
+    """The configuration of QLoRA's authors for 4 bits: NF4, double quantization, arithmetic in bfloat16.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("model.quantization: bitsandbytes is not installed; pip install bitsandbytes")
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def build_adapter(recipe: Recipe) -> Any:

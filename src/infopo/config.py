@@ -33,6 +33,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types that model weights are loaded in."""
 
 
+QUANTIZATIONS = ("4bit", "8bit")
+"""What bitsandbytes makes of the frozen weights beneath an adapter; 4bit is NF4 with double quantization."""
+
+
 def _one_of(*choices: str) -> dict[str, Any]:
     return {"choices": choices}
 
@@ -69,6 +73,8 @@ class ModelSection:
     """Whether code that comes with the model may run."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
+    quantization: str | None = field(default=None, metadata=_one_of(*QUANTIZATIONS))
+    """Bits of the frozen weights beneath an adapter (QLoRA; needs bitsandbytes and an accelerator); null: as loaded."""
     adapter: AdapterSection | None = None
     """LoRA adapter; null trains all weights."""
 
@@ -271,6 +277,10 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
     reference = _read_section(ReferenceSection, tree.get("reference"), "reference", problems)
     train = _read_train(tree.get("train"), train_fields, problems)
     _check_reference(model, reference, problems)
+    if model["quantization"] is not None and model["adapter"] is None:
+        problems.add(
+            "model.quantization", "quantized weights cannot be trained; add model.adapter, or leave it out"
+        )
     _check_data(data, train, problems)
     _check_precision(model, train, problems)
     if problems:
