@@ -246,6 +246,7 @@ def test_all_problems_are_reported_at_once(refused: Refused):
         ("model.attn_implementation=foo", "model 'lab:policy' cannot be loaded: Specified `attn_implementation="),
         ("model.adapter.target_modules=nope", "peft_config does not fit LlamaForCausalLM: Target modules nope"),
         ("model.adapter.target_modules='('", "model.adapter.target_modules: '(' is no regular expression"),
+        ("model.quantization=4bit", "model.quantization (override): quantized weights cannot be trained; add model.ad"),
         ("train.pad_token=zzz", "pad_token: 'zzz' is not in the tokenizer's vocabulary"),
         ("train.report_to=foo", "train.report_to: 'foo' is unknown or not installed"),
         ("train.fsdp=true", "train.fsdp (override): expected text or null, got true in recipe.yaml"),
