@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -942,6 +943,9 @@ def test_contradictions_are_listed_together(tmp_path: Path) -> None:
 
 class OtherStream(IterableDataset[Any]):
     """A stream of torch, whose rows have no shape."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 def test_what_the_trainer_cannot_take_is_refused_at_once() -> None:
