@@ -1,0 +1,366 @@
+"""Mutual-information bounds on their own: critic scores of joint and of marginal samples -> an estimate in nats.
+
+Notation: P is the law of joint samples, Q that of marginal samples. In preference data P is p_w, the law of chosen
+responses, and Q is p_l, that of rejected ones. f is the critic's score of a sample. With the pairs of (X, Y) as P
+and independent couples as Q, KL(P‖Q) is the mutual information I(X; Y).
+
+Every function is written so that the optimal critic is the same, e^f = dP/dQ (where a bound fixes f only up to a
+constant, that one is among the optima). `objectives.py` puts f = β log r in their place.
+
+| function | bounds, from below | its maximum | shift of f |
+|---|---|---|---|
+| `nwj` | KL(P‖Q) | none | matters |
+| `donsker_varadhan` | KL(P‖Q) where E_Q is exact; from n samples it is biased upwards | none | free |
+| `mine` | as `donsker_varadhan`; other gradient | none | free |
+| `infonce` | KL(P‖Q) | log(1 + K), K negatives | free |
+| `interpolated` | KL(P‖Q) | 1 + log((1 + K)/α) | free at α = 1 |
+| `jensen_shannon` | JS(P, Q) | log 2 | matters |
+| `nwj_at_js_critic` | as `nwj`; gradient of `jensen_shannon` | none | matters |
+| `pearson_chi2` | χ²(P‖Q) | none | matters |
+| `squared_hellinger` | H²(P, Q) | 2 | matters |
+| `smile` | nothing: may lie on either side of KL(P‖Q) | E_P[f] + τ | free where no score is clipped |
+
+All take scores of any floating type and give a scalar of that type, with a gradient. NaN and infinite scores are not
+looked for: they come out as they do in the formula.
+
+References:
+    Nguyen, Wainwright, Jordan, 2010, arXiv 0809.0853. Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709.
+    Belghazi et al., 2018, arXiv 1801.04062. van den Oord, Li, Vinyals, 2018, arXiv 1807.03748.
+    Poole et al., 2019, arXiv 1905.06922. Song, Ermon, 2020, arXiv 1910.06222.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from infopo.errors import RecipeError
+
+Joint = Float[Tensor, " joint"]
+Marginal = Float[Tensor, " marginal"]
+Estimate = Float[Tensor, ""]
+Power = Callable[[Tensor, float], Tensor]
+"""(f, k) -> e^(k f); objectives put a capped one in."""
+
+
+def power(scores: Tensor, exponent: float) -> Tensor:
+    """e^(k f), elementwise."""
+    return torch.exp(exponent * scores)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One f-divergence D(P‖Q) = E_Q[φ(dP/dQ)] with φ convex, φ(1) = 0, and its variational bound.
+
+        D(P‖Q) ≥ E_P[T] - E_Q[φ*(T)],   T = φ'(e^f)     [Nowozin et al. eq. 4]
+
+    The activation φ'(e^f) maps any real score into the domain of the conjugate φ*, and makes e^f = dP/dQ the optimum
+    of every row. φ*(φ'(u)) = u φ'(u) - φ(u).
+
+    Attributes:
+        generator: φ(u), u > 0.
+        activation: φ'(e^f), from the score f and a way to form e^(k f).
+        conjugate: φ*(φ'(e^f)), likewise.
+        curvature: φ''(1): the slope at f = 0 of E_P[T] in a joint score, and of -E_Q[φ*(T)] in a marginal one (with
+            the sign reversed). Relative to NWJ, whose φ''(1) is 1.
+        maximum: The divergence of laws with disjoint supports.
+    """
+
+    generator: Callable[[Tensor], Tensor]
+    activation: Callable[[Tensor, Power], Tensor]
+    conjugate: Callable[[Tensor, Power], Tensor]
+    curvature: float
+    maximum: float
+
+
+DIVERGENCES: Mapping[str, Divergence] = {
+    "kl": Divergence(
+        generator=lambda u: torch.xlogy(u, u),
+        activation=lambda f, e: 1 + f,
+        conjugate=lambda f, e: e(f, 1.0),
+        curvature=1.0,
+        maximum=math.inf,
+    ),
+    "js": Divergence(
+        generator=lambda u: 0.5 * (torch.xlogy(u, u) - (1 + u) * torch.log((1 + u) / 2)),
+        activation=lambda f, e: 0.5 * (math.log(2) + F.logsigmoid(f)),
+        conjugate=lambda f, e: -0.5 * (math.log(2) + F.logsigmoid(-f)),
+        curvature=0.25,
+        maximum=math.log(2),
+    ),
+    "chi2": Divergence(
+        generator=lambda u: (u - 1) ** 2,
+        activation=lambda f, e: 2 * (e(f, 1.0) - 1),
+        conjugate=lambda f, e: e(f, 2.0) - 1,
+        curvature=2.0,
+        maximum=math.inf,
+    ),
+    "hellinger": Divergence(
+        generator=lambda u: (u.sqrt() - 1) ** 2,
+        activation=lambda f, e: 1 - e(f, -0.5),
+        conjugate=lambda f, e: e(f, 0.5) - 1,
+        curvature=0.5,
+        maximum=2.0,
+    ),
+}
+"""The f-divergences whose bounds are used here. χ² and H² are numbers without a unit; KL and JS are in nats."""
+
+
+def variational_bound(divergence: Divergence, joint: Joint, marginal: Marginal) -> Estimate:
+    """E_P[T] - E_Q[φ*(T)], T = φ'(e^f): the lower bound of a row of `DIVERGENCES`, unbiased at any sample size.
+
+    Args:
+        divergence: A row of the table.
+        joint: Joint f of samples of P.
+        marginal: Marginal f of samples of Q.
+
+    Raises:
+        RecipeError: `joint` or `marginal` is empty.
+    """
+    _check_not_empty(joint=joint, marginal=marginal)
+    return divergence.activation(joint, power).mean() - divergence.conjugate(marginal, power).mean()
+
+
+def nwj(joint: Joint, marginal: Marginal) -> Estimate:
+    """NWJ, with its constant: 1 + E_P[f] - E_Q[e^f] ≤ KL(P‖Q). Unbiased; no maximum.
+
+    Equality at f = log dP/dQ and nowhere else. (Poole et al. write the critic as 1 + f.) At the optimum, n times
+    the variance from n samples of each is Var_P[f] + E_P[dP/dQ] - 1, which grows as e^KL at least.
+
+    Raises:
+        RecipeError: No joint or no marginal sample.
+
+    References:
+        Nguyen, Wainwright, Jordan, 2010, arXiv 0809.0853. Poole et al., 2019, arXiv 1905.06922, section 2.2
+        (unnormalized lower bounds).
+    """
+    return variational_bound(DIVERGENCES["kl"], joint, marginal)
+
+
+def donsker_varadhan(joint: Joint, marginal: Marginal) -> Estimate:
+    """Donsker-Varadhan: E_P[f] - log E_Q[e^f] ≤ KL(P‖Q), for any critic, when E_Q is exact. No maximum.
+
+    Equality at f = log dP/dQ + const. From samples, log of a mean underestimates (Jensen), so that the *estimate* is
+    biased upwards by about Var_Q[e^f]/(2n E_Q[e^f]²) and is no bound.
+
+    Raises:
+        RecipeError: No joint or no marginal sample.
+
+    References:
+        Donsker, Varadhan, 1983. Belghazi et al., 2018, arXiv 1801.04062, theorem 1.
+    """
+    _check_not_empty(joint=joint, marginal=marginal)
+    return joint.mean() - _log_mean_exp(marginal)
+
+
+def mine(
+    joint: Joint, marginal: Marginal, log_mean: Estimate | None = None, *, rate: float = 0.01
+) -> tuple[Estimate, Estimate]:
+    """MINE: the value of Donsker-Varadhan; in its gradient, E_Q[e^f] is a moving average over batches.
+
+        ∇ = E_P[∇f] - E_Q[e^f ∇f] / m,   m ← (1 - rate) m + rate E_Q[e^f]
+
+    DV's own gradient divides by this batch's mean, which makes it biased; with m over many batches that bias fades.
+    Without `log_mean` (the first batch), m is the batch's mean and the gradient is DV's.
+
+    Args:
+        joint: Joint f of samples of P.
+        marginal: Marginal f of samples of Q.
+        log_mean: log m after the last batch; None at the first.
+        rate: Weight of the new batch in m, in (0, 1].
+
+    Returns:
+        The estimate, and log m, without gradient, to be given back with the next batch.
+
+    Raises:
+        RecipeError: No joint or no marginal sample, or a rate outside (0, 1].
+
+    References:
+        Belghazi et al., 2018, arXiv 1801.04062, section 3.2 (correcting the bias of stochastic gradients).
+    """
+    if not 0 < rate <= 1:
+        raise RecipeError(f"rate: expected a value in (0, 1], got {rate!r}")
+    value = donsker_varadhan(joint, marginal).detach()
+    batch = _log_mean_exp(marginal.detach())
+    if log_mean is None or rate == 1:
+        updated = batch
+    else:
+        updated = torch.logaddexp(log_mean.detach() + math.log1p(-rate), batch + math.log(rate))
+    surrogate = joint.mean() - torch.exp(marginal - updated).mean()
+    return value + (surrogate - surrogate.detach()), updated
+
+
+def infonce(joint: Float[Tensor, " examples"], marginal: Float[Tensor, "examples negatives"]) -> Estimate:
+    """InfoNCE with K negatives an example: E[log(e^f₀ / mean(e^f₀, ..., e^f_K))] ≤ min(KL(P‖Q), log(1 + K)).
+
+    f₀ is the score of a joint sample, f₁ to f_K those of marginal samples of the same example. Unbiased for the bound.
+    Adding a number to all scores of an example changes nothing. With K = 1 it is log 2 minus the loss of a
+    Bradley-Terry model. (Papers count the joint sample too: their K is 1 + K here.)
+
+    Args:
+        joint: f₀ of each example.
+        marginal: f₁ to f_K of each example.
+
+    Raises:
+        RecipeError: No example, or no negative.
+
+    References:
+        van den Oord, Li, Vinyals, 2018, arXiv 1807.03748, eq. 4. Poole et al., 2019, arXiv 1905.06922, section 2.3
+        (multi-sample unnormalized lower bounds).
+    """
+    _check_not_empty(joint=joint, marginal=marginal)
+    candidates = torch.cat([joint[:, None], marginal], dim=1)
+    return (joint - candidates.logsumexp(dim=1)).mean() + math.log(candidates.shape[1])
+
+
+def interpolated(
+    joint: Float[Tensor, " examples"], marginal: Float[Tensor, "examples negatives"], alpha: float
+) -> Estimate:
+    """I_α: from NWJ (α = 0: low bias, high variance) to InfoNCE (α = 1: the reverse). ≤ KL(P‖Q) for every α.
+
+        I_α = 1 + E[log(e^f₀ / a₀)] - E[e^f / a],   a = α m + (1 - α)
+
+    a₀ holds the mean m of e^f over a joint sample and K negatives; a that over 1 + K marginal samples, one of which is
+    in the numerator. So 1 + K marginal samples are needed. Any of them can be the one left out of a₀: the mean over
+    all choices is taken, and the order does not matter. α = 0 is `nwj`; α = 1 is the mean of `infonce` over the
+    choices of K negatives out of 1 + K. For α > 0 it is at most 1 + log((1 + K)/α), as a₀ ≥ α e^f₀/(1 + K).
+
+    Args:
+        joint: f₀ of each example.
+        marginal: Marginal of 1 + K marginal samples of each example.
+        alpha: α, in [0, 1].
+
+    Raises:
+        RecipeError: No example, no marginal sample, or α outside [0, 1].
+
+    References:
+        Poole et al., 2019, arXiv 1905.06922, section 2.4 (nonlinearly interpolated lower bounds, q = 1).
+    """
+    if not 0 <= alpha <= 1:
+        raise RecipeError(f"alpha: expected a value in [0, 1], got {alpha!r}")
+    _check_not_empty(joint=joint, marginal=marginal)
+    return (1 + interpolated_joint(joint, marginal, alpha) - interpolated_marginal(marginal, alpha)).mean()
+
+
+def interpolated_joint(
+    joint: Float[Tensor, " examples"], marginal: Float[Tensor, "examples negatives"], alpha: float
+) -> Float[Tensor, " examples"]:
+    """log(e^f₀ / a₀) of each example, the mean over which of the marginal samples is left out of a₀."""
+    n, candidates = marginal.shape
+    scores = torch.cat([joint[:, None], marginal], dim=1)
+    left_out = torch.eye(candidates, dtype=torch.bool, device=scores.device)
+    left_out = torch.cat([left_out.new_zeros(candidates, 1), left_out], dim=1)
+    choices = scores[:, None, :].expand(n, candidates, candidates + 1).masked_fill(left_out, -math.inf)
+    log_mean = choices.logsumexp(dim=2) - math.log(candidates)
+    return joint - _log_mixture(log_mean, alpha).mean(dim=1)
+
+
+def interpolated_marginal(
+    marginal: Float[Tensor, "examples negatives"], alpha: float
+) -> Float[Tensor, " examples"]:
+    """m/(α m + 1 - α) of each example: E[e^f / a] over which of the marginal samples is in the numerator."""
+    log_mean = marginal.logsumexp(dim=1) - math.log(marginal.shape[1])
+    return torch.exp(log_mean - _log_mixture(log_mean, alpha))
+
+
+def jensen_shannon(joint: Joint, marginal: Marginal) -> Estimate:
+    """Jensen-Shannon: log 2 + (E_P[log σ(f)] + E_Q[log σ(-f)])/2 ≤ JS(P, Q) ≤ log 2. Unbiased.
+
+    JS(P, Q) = KL(P‖M)/2 + KL(Q‖M)/2 with M = (P + Q)/2. It is the mutual information of a sample with its label when
+    both labels are equally frequent: a binary label carries log 2 at most. The f-GAN form: half of a GAN's objective,
+    plus log 2.
+
+    Raises:
+        RecipeError: No joint or no marginal sample.
+
+    References:
+        Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2 (whose divergence is twice this one).
+    """
+    return variational_bound(DIVERGENCES["js"], joint, marginal)
+
+
+def nwj_at_js_critic(joint: Joint, marginal: Marginal) -> Estimate:
+    """The value of NWJ with the gradient of Jensen-Shannon: a critic trained stably, read off as a KL.
+
+    Both have the optimum f = log dP/dQ. ≤ KL(P‖Q) in expectation, whatever the critic; no maximum.
+
+    Raises:
+        RecipeError: No joint or no marginal sample.
+
+    References:
+        Poole et al., 2019, arXiv 1905.06922, "From density ratio estimators to bounds".
+    """
+    trained = jensen_shannon(joint, marginal)
+    return nwj(joint, marginal).detach() + (trained - trained.detach())
+
+
+def pearson_chi2(joint: Joint, marginal: Marginal) -> Estimate:
+    """Pearson's χ²: E_P[2(e^f - 1)] - E_Q[e^2f - 1] ≤ χ²(P‖Q) = E_Q[(dP/dQ - 1)²]. Unbiased; no maximum, no unit.
+
+    Raises:
+        RecipeError: No joint or no marginal sample.
+
+    References:
+        Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2.
+    """
+    return variational_bound(DIVERGENCES["chi2"], joint, marginal)
+
+
+def squared_hellinger(joint: Joint, marginal: Marginal) -> Estimate:
+    """Squared Hellinger: E_P[1 - e^(-f/2)] - E_Q[e^(f/2) - 1] ≤ H²(P, Q) = E_Q[(√(dP/dQ) - 1)²] ≤ 2. Unbiased.
+
+    Raises:
+        RecipeError: No joint or no marginal sample.
+
+    References:
+        Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2.
+    """
+    return variational_bound(DIVERGENCES["hellinger"], joint, marginal)
+
+
+def smile(joint: Joint, marginal: Marginal, tau: float) -> Estimate:
+    """SMILE: E_P[f] - log E_Q[clip(e^f, e^-τ, e^τ)]. Less variance than DV, and no bound: on either side of KL(P‖Q).
+
+    The variance of the second term is at most about (e^τ - e^-τ)²/(4n), whatever the divergence is. With τ → ∞ it is
+    `donsker_varadhan`. A clipped score has no gradient.
+
+    Args:
+        joint: Joint f of samples of P; not clipped.
+        marginal: Marginal f of samples of Q.
+        tau: τ > 0, in nats; infinity clips nothing.
+
+    Raises:
+        RecipeError: No joint or no marginal sample, or τ not above 0.
+
+    References:
+        Song, Ermon, 2020, arXiv 1910.06222, section 4.2 (the smoothed partition function and the theorem after it).
+    """
+    if not tau > 0:
+        raise RecipeError(f"tau: expected a value > 0, got {tau!r}")
+    return donsker_varadhan(joint, marginal.clamp(-tau, tau))
+
+
+def _check_not_empty(**scores: Tensor) -> None:
+    problems = [
+        f"{name}: expected at least one score, got none" for name, s in scores.items() if not s.numel()
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _log_mean_exp(scores: Float[Tensor, " samples"]) -> Estimate:
+    """log mean e^f, without forming e^f."""
+    return scores.logsumexp(dim=0) - math.log(len(scores))
+
+
+def _log_mixture(log_mean: Tensor, alpha: float) -> Tensor:
+    """log(α m + 1 - α) from log m."""
+    if alpha == 1:
+        return log_mean
+    if alpha == 0:
+        return torch.zeros_like(log_mean)
+    return torch.logaddexp(log_mean + math.log(alpha), log_mean.new_tensor(math.log1p(-alpha)))
