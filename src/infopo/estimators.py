@@ -250,13 +250,14 @@ def interpolated_joint(
     joint: Float[Tensor, " examples"], marginal: Float[Tensor, "examples negatives"], alpha: float
 ) -> Float[Tensor, " examples"]:
     """log(e^f₀ / a₀) of each example, the mean over which of the marginal samples is left out of a₀."""
-    n, candidates = marginal.shape
-    scores = torch.cat([joint[:, None], marginal], dim=1)
-    left_out = torch.eye(candidates, dtype=torch.bool, device=scores.device)
-    left_out = torch.cat([left_out.new_zeros(candidates, 1), left_out], dim=1)
-    choices = scores[:, None, :].expand(n, candidates, candidates + 1).masked_fill(left_out, -math.inf)
-    log_mean = choices.logsumexp(dim=2) - math.log(candidates)
-    return joint - _log_mixture(log_mean, alpha).mean(dim=1)
+    candidates = marginal.shape[1]
+    nothing = torch.full_like(marginal[:, :1], -math.inf)
+    before = torch.cat([nothing, marginal.logcumsumexp(dim=1)[:, :-1]], dim=1)
+    after = torch.cat([marginal.flip(1).logcumsumexp(dim=1).flip(1)[:, 1:], nothing], dim=1)
+    others = torch.logaddexp(
+        torch.logaddexp(joint[:, None], before), after
+    )  # Σ e^f without one marginal sample
+    return joint - log_mixture(others - math.log(candidates), alpha).mean(dim=1)
 
 
 def interpolated_marginal(
@@ -264,7 +265,16 @@ def interpolated_marginal(
 ) -> Float[Tensor, " examples"]:
     """m/(α m + 1 - α) of each example: E[e^f / a] over which of the marginal samples is in the numerator."""
     log_mean = marginal.logsumexp(dim=1) - math.log(marginal.shape[1])
-    return torch.exp(log_mean - _log_mixture(log_mean, alpha))
+    return torch.exp(log_mean - log_mixture(log_mean, alpha))
+
+
+def log_mixture(log_mean: Float[Tensor, " *items"], alpha: float) -> Float[Tensor, " *items"]:
+    """log(α m + 1 - α) from log m."""
+    if alpha == 1:
+        return log_mean
+    if alpha == 0:
+        return torch.zeros_like(log_mean)
+    return torch.logaddexp(log_mean + math.log(alpha), log_mean.new_tensor(math.log1p(-alpha)))
 
 
 def jensen_shannon(joint: Joint, marginal: Marginal) -> Estimate:
@@ -355,12 +365,3 @@ def _check_not_empty(**scores: Tensor) -> None:
 def _log_mean_exp(scores: Float[Tensor, " samples"]) -> Estimate:
     """log mean e^f, without forming e^f."""
     return scores.logsumexp(dim=0) - math.log(len(scores))
-
-
-def _log_mixture(log_mean: Tensor, alpha: float) -> Tensor:
-    """log(α m + 1 - α) from log m."""
-    if alpha == 1:
-        return log_mean
-    if alpha == 0:
-        return torch.zeros_like(log_mean)
-    return torch.logaddexp(log_mean + math.log(alpha), log_mean.new_tensor(math.log1p(-alpha)))

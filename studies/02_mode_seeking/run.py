@@ -1,0 +1,384 @@
+"""Where InfoPO's minimiser lies beside those of forward and reverse KL: see README.md beside this file.
+
+    python studies/02_mode_seeking/run.py                # writes results.json, plot.png and the README's tables
+    python studies/02_mode_seeking/run.py --out elsewhere --tiny
+
+No sampling: expectations are sums over a grid of responses.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import brentq, minimize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from readme import fill_file, table
+
+from infopo.objectives import loss_function
+from infopo.records import ResponseLogps, Role
+from infopo.runs import environment, write_json_atomic
+
+Law = NDArray[np.float64]
+Loss = Callable[[Law], float]
+"""From log π on the grid (log-probs of cells)."""
+
+EDGE = 8.0
+NO_CAP = 600.0
+"""Nats; no log-ratio that an optimum depends on comes near it."""
+LABELS = ("reference", "complement", "graded")
+REFERENCES = ("normal", "two modes")
+
+
+@dataclass(frozen=True)
+class World:
+    """Laws on a grid of responses y.
+
+    Attributes:
+        y: Cells of the grid.
+        reference: π_ref.
+        chosen: p_w, with a mode near -a and a larger one near +a.
+        rejected: p_l.
+    """
+
+    y: Law
+    reference: Law
+    chosen: Law
+    rejected: Law
+
+
+def world(reference_law: str, labels: str, mode: float, cells: int, error: float = 0.01) -> World:
+    """A world whose chosen responses lie near ±mode; π_ref is N(0, 1), or has narrow modes at ±mode itself.
+
+    `graded`: of two draws from π_ref the one nearer to a mode is chosen (nearer by 0.1 to the one at +mode, so that
+    the modes differ), hence p_l = 2 π_ref - p_w. `reference`: the same p_w, and p_l = π_ref. `complement`: responses
+    within 0.5 of a mode are right, the others wrong, p_w is π_ref given right and p_l is π_ref given wrong, each with
+    `error` of the other's mass: supports are disjoint but for that, and reverse KL stays finite.
+    """
+    y = np.linspace(-EDGE, EDGE, cells)
+    if reference_law == "normal":
+        reference = np.exp(-(y**2) / 2)
+    else:
+        wide = np.exp(-(y**2) / 2 / (mode + 1) ** 2) / (mode + 1)
+        narrow = [np.exp(-((y - m) ** 2) / 2 / 0.3**2) / 0.3 for m in (-mode, mode)]
+        reference = 0.1 * wide + 0.45 * narrow[0] + 0.45 * narrow[1]
+    reference /= reference.sum()
+    distance = np.abs(np.abs(y) - mode) - 0.1 * (y > 0)
+    if labels == "complement":
+        right = distance < 0.5
+        part = [reference * right / reference[right].sum(), reference * ~right / reference[~right].sum()]
+        chosen, rejected = (1 - error) * part[0] + error * part[1], error * part[0] + (1 - error) * part[1]
+        return World(y, reference, chosen, rejected)
+    order = np.argsort(-distance, kind="stable")
+    below = np.empty(cells)
+    below[order] = np.cumsum(reference[order]) - reference[order] / 2  # a tie is broken by a coin
+    chosen = 2 * reference * below
+    return World(y, reference, chosen, reference if labels == "reference" else 2 * reference - chosen)
+
+
+def infopo_loss(w: World) -> Loss:
+    """The package's own loss at β = 1: every cell once as a chosen and once as a rejected response."""
+    cells = len(w.y)
+    logps = ResponseLogps.of(
+        policy=torch.zeros(2 * cells, dtype=torch.float64),
+        reference=torch.from_numpy(np.log(w.reference)).repeat(2),
+        length=torch.ones(2 * cells, dtype=torch.int64),
+        role=torch.tensor([int(Role.CHOSEN)] * cells + [int(Role.REJECTED)] * cells),
+        example=torch.arange(2 * cells),
+    )
+    loss = loss_function("infopo", {"cap": NO_CAP})
+    laws = {"chosen": torch.from_numpy(w.chosen), "rejected": torch.from_numpy(w.rejected)}
+
+    def value(log_policy: Law) -> float:
+        terms = loss(replace(logps, policy=torch.from_numpy(log_policy).repeat(2)))
+        return sum(float(laws[term.per] @ term.values) for term in terms)
+
+    return value
+
+
+def kl(p: Law, log_p: Law, log_q: Law) -> float:
+    on = p > 0
+    return float((p[on] * (log_p[on] - log_q[on])).sum())
+
+
+def losses(w: World) -> dict[str, Loss]:
+    log_chosen = np.log(w.chosen)
+    return {
+        "forward KL": lambda log_policy: kl(w.chosen, log_chosen, log_policy),
+        "InfoPO": infopo_loss(w),
+        "reverse KL": lambda log_policy: kl(np.exp(log_policy), log_policy, log_chosen),
+    }
+
+
+def described(log_policy: Law, w: World) -> dict[str, float]:
+    """Entropy (of cells, nats), both divergences from p_w, and the mass at the smaller mode's side."""
+    policy = np.exp(log_policy)
+    return {
+        "mean": float(policy @ w.y),
+        "standard_deviation": float(np.sqrt(policy @ w.y**2 - (policy @ w.y) ** 2)),
+        "entropy": -float((policy * np.where(policy > 0, log_policy, 0.0)).sum()),
+        "kl_chosen_policy": kl(w.chosen, np.log(w.chosen), log_policy),
+        "kl_policy_chosen": kl(policy, log_policy, np.log(w.chosen)),
+        "left_mass": float(policy[w.y < 0].sum()),
+    }
+
+
+# --- a Gaussian policy --------------------------------------------------------------------------------------
+
+
+def gaussian(parameters: Law, y: Law) -> Law:
+    """log π of the cells for N(m, s²), parameters (m, log s)."""
+    logits = -((y - parameters[0]) ** 2) / 2 * np.exp(-2 * parameters[1])
+    return np.asarray(logits - np.logaddexp.reduce(logits))
+
+
+def gaussian_minima(loss: Loss, w: World, mode: float) -> list[dict[str, float]]:
+    """Distinct local minima over N(m, s²), the lowest first; from starts at, between and beyond the modes."""
+    found: list[dict[str, float]] = []
+    for mean in (-mode, -mode / 2, 0.0, mode / 2, mode):
+        for log_scale in (np.log(0.2), 0.0):
+            result = minimize(
+                lambda p: loss(gaussian(p, w.y)),
+                np.array([mean, log_scale]),
+                method="Nelder-Mead",
+                options={"xatol": 1e-7, "fatol": 1e-11, "maxiter": 2000},
+            )
+            if result.success and all(abs(result.x[0] - f["m"]) > 1e-3 for f in found):
+                found.append(
+                    {"m": float(result.x[0]), "log_s": float(result.x[1]), "loss": float(result.fun)}
+                )
+    return sorted(found, key=lambda f: f["loss"])
+
+
+def gaussian_case(reference_law: str, labels: str, mode: float, cells: int) -> dict[str, Any]:
+    w = world(reference_law, labels, mode, cells)
+    fits = {}
+    for name, loss in losses(w).items():
+        minima = gaussian_minima(loss, w, mode)
+        best = gaussian(np.array([minima[0]["m"], minima[0]["log_s"]]), w.y)
+        fits[name] = {
+            "m": minima[0]["m"],
+            "log_s": minima[0]["log_s"],
+            "local_minima": len(minima),
+            **described(best, w),
+        }
+    least = fits["forward KL"]["kl_chosen_policy"]
+    return {
+        "reference": reference_law,
+        "labels": labels,
+        "mode": mode,
+        "fits": fits,
+        "chosen_entropy": entropy(w.chosen),
+        "chosen_valley": float(w.chosen[np.argmin(np.abs(w.y))] / w.chosen.max()),
+        "largest_cost": float((w.rejected / w.reference).max()),
+        "excess_forward_kl": {name: fit["kl_chosen_policy"] - least for name, fit in fits.items()},
+    }
+
+
+# --- any policy ---------------------------------------------------------------------------------------------
+
+
+def infopo_minimiser(w: World) -> tuple[Law, float, float]:
+    """π = p_w/(p_l/π_ref + λ), Σπ = 1, λ, and the mass left over (it goes where p_l/π_ref is least)."""
+    cost = w.rejected / w.reference
+    on = w.chosen > 0
+    least = -float(cost.min())
+
+    def surplus(lam: float) -> float:
+        return float((w.chosen[on] / (cost[on] + lam)).sum()) - 1
+
+    lam = least if cost[on].min() > cost.min() else least + 1e-13
+    left_over = -surplus(lam)
+    if left_over < 0:
+        lam, left_over = float(brentq(surplus, lam, 1.0, xtol=1e-15, rtol=1e-14)), 0.0
+    policy = np.where(on, w.chosen / np.where(on, cost + lam, 1.0), 0.0)
+    policy[np.argmin(cost)] += left_over
+    return policy, lam, left_over
+
+
+def finite_case(reference_law: str, labels: str, mode: float, cells: int) -> dict[str, Any]:
+    """Over all policies both KLs are least at p_w itself."""
+    w = world(reference_law, labels, mode, cells)
+    policy, lam, left_over = infopo_minimiser(w)
+    return {
+        "reference": reference_law,
+        "labels": labels,
+        "mode": mode,
+        "lambda": lam,
+        "left_over": left_over,
+        "chosen_entropy": entropy(w.chosen),
+        "total_variation_from_chosen": float(np.abs(policy - w.chosen).sum() / 2),
+        **described(np.log(policy), w),
+    }
+
+
+def random_cases(draws: int, responses: int, seed: int) -> dict[str, Any]:
+    """Random finite spaces with graded labels (scores at random, label noise 0 to 0.4), and random laws at large."""
+    draw = np.random.default_rng(seed)
+    graded, free = [], []
+    for _ in range(draws):
+        reference = draw.dirichlet(np.ones(responses))
+        below = np.cumsum(reference) - reference / 2
+        noise = draw.uniform(0, 0.4)
+        chosen = 2 * reference * ((1 - noise) * below + noise * (1 - below))
+        for into, w in (
+            (graded, World(np.arange(responses) * 1.0, reference, chosen, 2 * reference - chosen)),
+            (free, World(np.arange(responses) * 1.0, reference, *draw.dirichlet(np.ones(responses), size=2))),
+        ):
+            policy, _, _ = infopo_minimiser(w)
+            into.append(entropy(policy) - entropy(w.chosen))
+    return {
+        name: {
+            "spaces": draws,
+            "mean_entropy_change": float(np.mean(change)),
+            "standard_error": float(np.std(change, ddof=1) / np.sqrt(draws)),
+            "share_with_less_entropy": float(np.mean(np.array(change) < 0)),
+        }
+        for name, change in (("graded", graded), ("free", free))
+    }
+
+
+def entropy(p: Law) -> float:
+    return -float((p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def forgotten_mode(mode: float, cells: int) -> list[dict[str, float]]:
+    """Losses of p_w with the mass of its left half multiplied by δ: what does forgetting a mode cost?"""
+    w = world("normal", "graded", mode, cells)
+    rows = []
+    for delta in (1.0, 1e-1, 1e-2, 1e-4, 1e-8, 1e-16, 1e-32):
+        policy = w.chosen * np.where(w.y < 0, delta, 1.0)
+        log_policy = np.log(w.chosen) + np.where(w.y < 0, np.log(delta), 0.0) - np.log(policy.sum())
+        rows.append({"delta": delta, **{name: loss(log_policy) for name, loss in losses(w).items()}})
+    return rows
+
+
+def measure(modes: tuple[float, ...], cells: int, draws: int) -> dict[str, Any]:
+    worlds = list(itertools.product(REFERENCES, LABELS, modes))
+    return {
+        "environment": environment(seed=0, packages=("torch", "numpy", "scipy")),
+        "cells": cells,
+        "gaussian": [gaussian_case(*each, cells) for each in worlds],
+        "finite": [finite_case(*each, cells) for each in worlds],
+        "random": random_cases(draws, responses=20, seed=0),
+        "forgotten_mode": forgotten_mode(modes[len(modes) // 2], cells),
+    }
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The README's tables, from the results alone."""
+    names = ("forward KL", "InfoPO", "reverse KL")
+
+    def number(value: float, signed: bool = True, places: int = 2) -> str:
+        return f"{round(value, places) + 0.0:{'+' if signed else ''}.{places}f}"  # no -0.00
+
+    gaussians = [
+        [
+            c["reference"],
+            c["labels"],
+            f"{c['mode']:g}",
+            *(
+                f"{number(c['fits'][n]['mean'])} ± {number(c['fits'][n]['standard_deviation'], False)}, "
+                f"{number(c['fits'][n]['entropy'] - c['chosen_entropy'])}"
+                for n in names
+            ),
+            number(c["excess_forward_kl"]["InfoPO"], False),
+            number(c["excess_forward_kl"]["reverse KL"], False),
+            number(c["largest_cost"], False),
+        ]
+        for c in results["gaussian"]
+    ]
+    finite = [
+        [
+            c["reference"],
+            c["labels"],
+            f"{c['mode']:g}",
+            number(c["lambda"], places=3),
+            number(c["total_variation_from_chosen"], False, 3),
+            number(c["entropy"] - c["chosen_entropy"], places=3),
+            number(c["kl_chosen_policy"], False, 3),
+            number(c["kl_policy_chosen"], False, 3),
+        ]
+        for c in results["finite"]
+    ]
+    forgotten = [
+        [f"{row['delta']:.0e}", *(number(row[n], False) for n in names)] for row in results["forgotten_mode"]
+    ]
+    random = [
+        [
+            name,
+            str(r["spaces"]),
+            f"{r['mean_entropy_change']:+.3f} ± {r['standard_error']:.3f}",
+            f"{r['share_with_less_entropy']:.2f}",
+        ]
+        for name, r in results["random"].items()
+    ]
+    return {
+        "gaussian": table(
+            ["π_ref", "p_l", "a", *names, "excess, InfoPO", "excess, reverse KL", "c"], gaussians
+        ),
+        "finite": table(
+            ["π_ref", "p_l", "a", "λ", "TV(π, p_w)", "H(π) - H(p_w)", "KL(p_w‖π)", "KL(π‖p_w)"], finite
+        ),
+        "forgotten mode": table(["δ", *names], forgotten),
+        "random": table(["labels", "spaces", "H(π) - H(p_w)", "share below 0"], random),
+    }
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Chosen law, Gaussian fits and the unrestricted minimiser, one panel each way of labelling, widest modes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mode = max(c["mode"] for c in results["gaussian"])
+    figure, grid = plt.subplots(len(REFERENCES), len(LABELS), figsize=(13, 8))
+    for (reference_law, labels), axis in zip(itertools.product(REFERENCES, LABELS), grid.flat, strict=True):
+        w = world(reference_law, labels, mode, results["cells"])
+        width = w.y[1] - w.y[0]
+        axis.fill_between(w.y, w.chosen / width, color="0.85", label="p_w")
+        axis.plot(w.y, w.rejected / width, "k:", label="p_l")
+        axis.plot(w.y, infopo_minimiser(w)[0] / width, color="tab:green", label="InfoPO, any policy")
+        (case,) = [
+            c
+            for c in results["gaussian"]
+            if (c["reference"], c["labels"], c["mode"]) == (reference_law, labels, mode)
+        ]
+        for name, colour in (("forward KL", "tab:blue"), ("InfoPO", "tab:orange"), ("reverse KL", "tab:red")):
+            fit = case["fits"][name]
+            density = np.exp(gaussian(np.array([fit["m"], fit["log_s"]]), w.y)) / width
+            style = "--" if name == "InfoPO" else "-"
+            axis.plot(w.y, density, style, color=colour, label=f"{name}, Gaussian policy")
+        axis.set_title(f"π_ref: {reference_law}; p_l: {labels}")
+        axis.set_xlim(-6, 6)
+    for axis in grid[-1]:
+        axis.set_xlabel("response y")
+    grid[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="a small grid, for tests")
+    options = parser.parse_args(arguments)
+    results = measure((1.5,), 201, 20) if options.tiny else measure((1.0, 2.0, 3.0), 1601, 1000)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(options.out / "results.json", results)
+    plot(results, options.out / "plot.png")
+    fill_file(options.out / "README.md", tables(results))
+
+
+if __name__ == "__main__":
+    main()

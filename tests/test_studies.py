@@ -1,0 +1,91 @@
+"""The studies' scripts run, and the numbers in their READMEs are those of their results."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+STUDIES = Path(__file__).resolve().parents[1] / "studies"
+every_study = pytest.mark.parametrize("name", sorted(p.parent.name for p in STUDIES.glob("*/run.py")))
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"study_{name}", STUDIES / name / "run.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def text(name: str) -> str:
+    return (STUDIES / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_studies() -> None:
+    assert len(list(STUDIES.glob("*/run.py"))) >= 2
+
+
+@every_study
+def test_tables_are_those_of_the_results(name: str) -> None:
+    study = script(name)
+    results = json.loads((STUDIES / name / "results.json").read_text(encoding="utf-8"))
+    readme = sys.modules["readme"]
+    assert readme.fill(text(name), study.tables(results)) == text(name)
+
+
+@every_study
+def test_numbers_in_the_prose_stand_in_a_table(name: str) -> None:
+    """All with a decimal point, except those that are defined and not measured."""
+    defined = {"4.1", "1.18", "0.5", "0.693"}  # the theorem, 10 log(9/8), a setting, log 2
+    whole = text(name)
+    tables = "".join(re.findall(r"<!-- table: .*?<!-- end of table -->", whole, flags=re.DOTALL))
+    prose = re.sub(r"<!-- table: .*?<!-- end of table -->", "", whole, flags=re.DOTALL)
+    number = r"(?<![\w.])\d+\.\d+(?:e[+-]\d+)?"
+    assert set(re.findall(number, prose)) - set(re.findall(number, tables)) <= defined
+
+
+@every_study
+def test_script_runs_with_small_settings(name: str, tmp_path: Path) -> None:
+    study = script(name)
+    (tmp_path / "README.md").write_text(text(name), encoding="utf-8")
+    study.main(["--tiny", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {"created", "packages", "seed", "hardware"} <= results["environment"].keys()
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    filled = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert all(f"\n{table}\n" in filled for table in study.tables(results).values())
+
+
+def test_a_table_without_a_place_is_refused() -> None:
+    script("01_estimators")
+    with pytest.raises(ValueError, match="no place for table 'missing'"):
+        sys.modules["readme"].fill("text", {"missing": "| a |"})
+
+
+def test_law_of_the_estimators_study_is_that_of_its_samples() -> None:
+    """Var of NWJ at n = 64 from 4,000 repetitions at I = 0.5, where 20 dimensions have a fourth moment: within 10 %."""
+    import torch
+
+    study = script("01_estimators")
+    values = study.estimates(0.5, 64, 4000, torch.Generator().manual_seed(1))
+    assert values["NWJ"].var().item() == pytest.approx(study.nwj_variance(0.5, 64), rel=0.1)
+    assert values["NWJ"].mean().item() == pytest.approx(0.5, abs=0.015)
+    assert values["InfoNCE"].max() <= torch.log(torch.tensor(64.0))
+
+
+@pytest.mark.parametrize("labels", ["reference", "complement", "graded"])
+def test_laws_of_the_mode_seeking_study_are_laws_and_graded_pairs_add_up(labels: str) -> None:
+    study = script("02_mode_seeking")
+    for reference in study.REFERENCES:
+        w = study.world(reference, labels, 2.0, 801)
+        for law in (w.reference, w.chosen, w.rejected):
+            assert law.sum() == pytest.approx(1, abs=1e-9)
+            assert law.min() >= 0
+        if labels == "graded":
+            assert abs(w.chosen + w.rejected - 2 * w.reference).max() < 1e-15
