@@ -29,7 +29,11 @@ def edge_values(parameter: Parameter) -> tuple[list[Any], list[Any]]:
         "> 0": ([tiny, 1, 1e300], [0, 0.0, -tiny, -1]),
         ">= 0": ([0, 0.0, -0.0, 1e300], [-tiny, -1]),
         "in [0, 0.5)": ([0, 0.0, math.nextafter(0.5, 0)], [0.5, 1, -tiny]),
+        "in (0, 0.5)": ([tiny, 0.25, math.nextafter(0.5, 0)], [0, 0.5, -tiny]),
+        "in [0, 1)": ([0, 0.0, math.nextafter(1, 0)], [1, 1.0, -tiny]),
+        "in (0, 1)": ([tiny, math.nextafter(1, 0)], [0, 1, -tiny]),
         "(true or false)": ([True, False], []),
+        "among forward_kl, js, alpha": (["forward_kl", "js", "alpha"], ["", "reverse_kl", "JS"]),
     }[parameter.domain]
 
 
@@ -73,9 +77,9 @@ def test_every_source_is_named_in_the_functions_docstring(name: str) -> None:
 
 def test_only_infopo_needs_one_side_of_the_reference() -> None:
     """Half of DPO's reference pass: what the method claims (ARCHITECTURE §1)."""
-    assert OBJECTIVES["infopo"].reference == {"rejected"}
+    assert {n for n, o in OBJECTIVES.items() if o.reference == {"rejected"}} == {"infopo"}
     assert not OBJECTIVES["infopo"].pairs
-    assert {n for n, o in OBJECTIVES.items() if not o.reference} == {"simpo", "sft"}
+    assert {n for n, o in OBJECTIVES.items() if not o.reference} == {"simpo", "sft", "cpo", "slic", "orpo"}
 
 
 def test_the_catalog_imports_no_torch() -> None:
@@ -111,7 +115,8 @@ def test_values_of_another_type_are_refused(name: str, key: str, value: Any) -> 
     parameter = OBJECTIVES[name].parameters[key]
     problem = parameter.problem(value)
     assert problem
-    assert problem.startswith(f"expected {parameter.kind.__name__} ")
+    if not isinstance(value, parameter.kind):
+        assert problem.startswith(f"expected {parameter.kind.__name__} ")
     assert repr(value) in problem
 
 

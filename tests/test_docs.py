@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infopo import catalog, config, objectives
+from infopo import catalog, config, estimators, objectives
 
 ROOT = Path(__file__).parents[1]
 RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -75,8 +75,32 @@ def test_every_objective_has_its_row_of_equations():
     assert [name for name in objectives.FUNCTIONS if f"| `{name}` |" not in EQUATIONS] == []
 
 
+def test_every_estimator_has_its_row_of_equations():
+    own = [n for n, f in vars(estimators).items() if getattr(f, "__module__", "") == estimators.__name__]
+    public = [
+        n for n in own if n[0].islower() and not n.startswith(("power", "interpolated_", "log_mixture"))
+    ]
+    assert len(public) > 9
+    assert [
+        name for name in public if f"| `{name}` |" not in EQUATIONS.split("## Bounds on their own")[1]
+    ] == []
+
+
+def test_page_on_objectives_is_the_catalog():
+    """Title, bound, needs and source of each, in the catalog's order; when to use it is prose."""
+    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"^\| `\w+` \| ", line)]
+    expected = []
+    for name, o in catalog.OBJECTIVES.items():
+        reference = ["no reference", "reference of rejected", "reference of both"][len(o.reference)]
+        data = "pairs" if o.pairs else "unpaired will do" if len(o.sides) == 2 else "chosen responses"
+        expected.append([f"`{name}`", o.title, o.bound or "-", f"{data}; {reference}", o.source])
+    assert [[*row[:4], row[5]] for row in rows] == expected
+    assert all(row[4] for row in rows)
+
+
 def test_every_test_named_beside_an_equation_exists():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", EQUATIONS)
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", EQUATIONS)
     assert named
     missing = [
         f"{file}::{test}"

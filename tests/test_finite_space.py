@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from torch import Tensor
 
-from infopo.objectives import LossTerms, infopo, sft
+from infopo.objectives import LossTerms, infopo, js, sft
 from infopo.records import ResponseLogps, Role
 
 Law = NDArray[np.float64]
@@ -305,3 +305,60 @@ def test_infopo_is_a_lower_bound_on_the_divergence_of_chosen_from_rejected(beta:
     for size in (1e-2, 1.0, 1.0, 1.0):
         assert bound(best + size / beta * draw.standard_normal(6)) < kl(chosen, rejected)
         assert bound(size / beta * draw.standard_normal(6)) < kl(chosen, rejected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_infopo_is_a_forward_kl_and_a_linear_cost(seed: int) -> None:
+    """E_l[π/π_ref] = E_π[p_l/π_ref], so L = H(p_w) + KL(p_w‖π) + E_π[p_l/π_ref], whatever the policy is.
+
+    With a cost between 0 and c = max p_l/π_ref, the minimiser is within c nats of the best in forward KL.
+    """
+    chosen, rejected, reference = random_laws(seed, 7)
+    policy = np.random.default_rng(seed).dirichlet(np.ones(7))
+    logps = one_response_per_outcome(torch.from_numpy(np.log(policy)), reference)
+    loss = population_loss(infopo(logps, cap=NO_CAP), chosen, rejected).item()
+    entropy = -float(chosen @ np.log(chosen))
+    assert loss == pytest.approx(
+        entropy + kl(chosen, policy) + float(policy @ (rejected / reference)), abs=1e-12
+    )
+    assert kl(chosen, closed_form(chosen, rejected, reference)[0]) <= float((rejected / reference).max())
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_a_free_critic_under_js_reaches_the_log_ratio(beta: float) -> None:
+    """Without Σπ = 1 each response's loss -p_w log σ(f) - p_l log σ(-f) is least at f = log p_w/p_l."""
+    chosen, rejected, reference = random_laws(7, 6)
+    theta = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logps = one_response_per_outcome(theta + torch.from_numpy(np.log(reference)), reference)
+        value = population_loss(js(logps, beta=beta), chosen, rejected)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    assert_same(beta * theta.detach().numpy(), np.log(chosen / rejected), 1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_a_normalised_policy_under_js_reaches_its_own_lagrange_solution(beta: float) -> None:
+    """∂L/∂log π + λ π = 0 is β (p_w σ(-f) - p_l σ(f)) = λ π, f = β log r; summed over y it gives λ.
+
+    That is another policy than InfoPO's, where β (p_w - p_l e^f) = λ π.
+    """
+    chosen, rejected, reference = random_laws(8, 6)
+
+    def loss(log_policy: Tensor) -> Tensor:
+        return population_loss(
+            js(one_response_per_outcome(log_policy, reference), beta=beta), chosen, rejected
+        )
+
+    policy = minimised(loss, 6)
+    ratio = (policy / reference) ** beta
+    pull = (chosen - rejected * ratio) / (1 + ratio)
+    assert_same(pull, pull.sum() * policy, 1e-6)
+    assert np.abs(policy - infopo_minimiser(chosen, rejected, reference, beta)).max() > 1e-2

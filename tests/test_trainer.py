@@ -924,7 +924,7 @@ def test_contradictions_are_listed_together(tmp_path: Path) -> None:
             output_dir=str(tmp_path),
             use_cpu=True,
             objective="dpo",
-            loss_type=["sigmoid", "apo_zero"],
+            loss_type=["sigmoid", "sppo_hard"],
             loss_weights=[1.0],
             on_bad_row="drop",
             reference="live",
@@ -935,7 +935,7 @@ def test_contradictions_are_listed_together(tmp_path: Path) -> None:
             logging_nan_inf_filter=True,
         )
     text = str(caught.value)
-    for name in ("give one of the two", "'apo_zero'", "loss_weights", "on_bad_row", "precompute_ref_log_probs",
+    for name in ("give one of the two", "'sppo_hard'", "loss_weights", "on_bad_row", "precompute_ref_log_probs",
                  "reference_sides", "max_length", "max_tokens_per_forward", "logging_nan_inf_filter"):  # fmt: skip
         assert name in text
     assert len(caught.value.problems) == 9

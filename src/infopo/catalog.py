@@ -7,7 +7,7 @@ tables against the functions in `objectives.py`.
 import difflib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infopo.errors import RecipeError
@@ -56,7 +56,18 @@ def _flag(default: bool, help: str) -> Parameter:
     return Parameter(default, bool, "(true or false)", lambda v: True, help)
 
 
+def _choice(default: str, choices: tuple[str, ...], help: str) -> Parameter:
+    return Parameter(default, str, f"among {', '.join(choices)}", lambda v: v in choices, help)
+
+
+def _share(default: float, domain: str, admits: Callable[[Any], bool], help: str) -> Parameter:
+    return Parameter(default, float, domain, admits, help)
+
+
 _LENGTH_NORMALIZED = "Divide each log-prob by the response's number of tokens."
+_CRITIC = "Scale of the log-ratio critic."
+_CAP = "Log-ratio beyond which exp() goes on linearly (nats)."
+_STRENGTH = "Strength of the pull towards the reference."
 _NLL_WEIGHT = _at_least_zero(
     0.0, "Weight of the added negative log-likelihood of chosen responses, a token mean."
 )
@@ -81,6 +92,8 @@ class Objective:
         pairs: Whether it needs a chosen and a rejected response of the same prompt.
         sides: Sides whose policy log-probs it uses; data must hold at least one of them.
         source: Where it was published.
+        bound: The divergence of p_w from p_l that minus the loss bounds from below, up to stated constants and factors,
+            and its maximum; empty where the loss is no such bound.
         trl_loss_type: Name in TRL's `DPOConfig.loss_type`, where there is one.
     """
 
@@ -91,6 +104,7 @@ class Objective:
     pairs: bool
     sides: frozenset[str]
     source: str
+    bound: str = ""
     trl_loss_type: str | None = None
 
 
@@ -106,18 +120,91 @@ OBJECTIVES: Mapping[str, Objective] = {
         parameters={
             "beta": _positive(1.0, "Scale of the log-ratio critic; 1 is the paper's loss."),
             "length_normalized": _flag(False, _LENGTH_NORMALIZED),
-            "cap": _at_least_zero(5.0, "Log-ratio beyond which exp() goes on linearly (nats)."),
+            "cap": _at_least_zero(5.0, _CAP),
         },
         reference=_REJECTED,
         pairs=False,
         sides=_BOTH,
         source="Xiao et al. 2025, arXiv 2505.08507",
+        bound="KL(p_w‖p_l), no maximum",
+    ),
+    "infonce": Objective(
+        title="InfoNCE",
+        formula="-log(r(w)^β / (r(w)^β + Σ_l r(l)^β)), all rejected responses of the prompt",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+        },
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="van den Oord et al. 2018, arXiv 1807.03748, eq. 4",
+        bound="KL(p_w‖p_l), at most log(1 + K) with K rejected responses",
+    ),
+    "interpolated": Objective(
+        title="Interpolated",
+        formula="log(α m₀ + 1-α) - β log r(w) + r(l)^β/(α m + 1-α), m₀, m: means of r^β over the prompt",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "alpha": _share(
+                0.5, "in [0, 1)", lambda v: 0 <= v < 1, "0 is InfoPO; towards 1, InfoNCE over the prompt."
+            ),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+            "cap": _at_least_zero(5.0, _CAP),
+        },
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Poole et al. 2019, arXiv 1905.06922, section 2.4",
+        bound="KL(p_w‖p_l), at most 1 + log(M/α) with M rejected responses",
+    ),
+    "js": Objective(
+        title="JS (MIO)",
+        formula="-log σ(β log r(w)) - log σ(-β log r(l))",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+        },
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="Lv et al. 2025 (MIO), arXiv 2506.22578; bound: Nowozin et al. 2016, arXiv 1606.00709",
+        bound="2 JS(p_w, p_l), at most 2 log 2",
+        trl_loss_type="bco_pair",
+    ),
+    "chi2": Objective(
+        title="χ²",
+        formula="-2 (r(w)^β - 1) + r(l)^2β - 1",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+            "cap": _at_least_zero(5.0, _CAP),
+        },
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="Nowozin et al. 2016, arXiv 1606.00709, tables 1 and 2",
+        bound="χ²(p_w‖p_l), no maximum",
+    ),
+    "hellinger": Objective(
+        title="Hellinger",
+        formula="r(w)^(-β/2) - 1 + r(l)^(β/2) - 1",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+            "cap": _at_least_zero(5.0, _CAP),
+        },
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="Nowozin et al. 2016, arXiv 1606.00709, tables 1 and 2",
+        bound="H²(p_w, p_l), at most 2",
     ),
     "dpo": Objective(
         title="DPO",
         formula="-(1-ε) log σ(β (log r(w) - log r(l))) - ε log σ(-β (log r(w) - log r(l))) + a NLL(w)",
         parameters={
-            "beta": _positive(0.1, "Strength of the pull towards the reference."),
+            "beta": _positive(0.1, _STRENGTH),
             "label_smoothing": _LABEL_SMOOTHING,
             "nll_weight": _NLL_WEIGHT,
         },
@@ -163,6 +250,24 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
     ),
+    "fdpo": Objective(
+        title="f-DPO",
+        formula="-log σ(β (φ'(r(w)) - φ'(r(l)))), φ the divergence's generator",
+        parameters={
+            "beta": _positive(0.1, _STRENGTH),
+            "divergence": _choice(
+                "js", ("forward_kl", "js", "alpha"), "Divergence from the reference (reverse KL is DPO)."
+            ),
+            "alpha": _share(
+                0.5, "in (0, 1)", lambda v: 0 < v < 1, "α of the α-divergence; the others ignore it."
+            ),
+            "cap": _at_least_zero(20.0, _CAP),
+        },
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Wang et al. 2023, arXiv 2309.16240, table 1",
+    ),
     "sft": Objective(
         title="SFT on chosen",
         formula="-log π_θ(w)",
@@ -176,6 +281,131 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_CHOSEN,
         source="maximum likelihood of the chosen responses",
         trl_loss_type="sft",
+    ),
+    "cpo": Objective(
+        title="CPO",
+        formula="-(1-ε) log σ(β (log π_θ(w) - log π_θ(l))) - ε log σ(β (log π_θ(l) - log π_θ(w))) + a NLL(w)",
+        parameters={
+            "beta": _positive(0.1, "Scale of the log-prob margin."),
+            "label_smoothing": _LABEL_SMOOTHING,
+            "nll_weight": replace(_NLL_WEIGHT, default=1.0),
+        },
+        reference=_NONE,
+        pairs=True,
+        sides=_BOTH,
+        source="Xu et al. 2024, arXiv 2401.08417",
+    ),
+    "slic": Objective(
+        title="SLiC-HF",
+        formula="max(0, 1 - β (log π_θ(w) - log π_θ(l))) + a NLL(w)",
+        parameters={
+            "beta": _positive(1.0, "Inverse of the margin in nats."),
+            "nll_weight": _NLL_WEIGHT,
+        },
+        reference=_NONE,
+        pairs=True,
+        sides=_BOTH,
+        source="Zhao et al. 2023, arXiv 2305.10425",
+    ),
+    "orpo": Objective(
+        title="ORPO",
+        formula="NLL(w) - β log σ(log odds(w) - log odds(l)), odds = p/(1-p), p = π_θ(y)^(1/|y|)",
+        parameters={"beta": _positive(0.1, "The paper's λ: weight of the odds ratio.")},
+        reference=_NONE,
+        pairs=True,
+        sides=_BOTH,
+        source="Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7",
+    ),
+    "rdpo": Objective(
+        title="R-DPO",
+        formula="-log σ(β (log r(w) - log r(l)) + α (|w| - |l|))",
+        parameters={
+            "beta": _positive(0.1, _STRENGTH),
+            "alpha": _at_least_zero(0.01, "Reward taken off a token."),
+        },
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Park et al. 2024, arXiv 2403.19159",
+    ),
+    "dpop": Objective(
+        title="DPOP",
+        formula="-log σ(β (log r(w) - log r(l) - λ max(0, -log r(w))))",
+        parameters={
+            "beta": _positive(0.3, _STRENGTH),
+            "penalty": _at_least_zero(50.0, "The paper's λ: weight of a chosen response's fall."),
+        },
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Pal et al. 2024 (Smaug), arXiv 2402.13228, eq. 3",
+    ),
+    "nca": Objective(
+        title="NCA",
+        formula="-log σ(β log r(w)) - log σ(-β log r(w))/2 - log σ(-β log r(l))/2",
+        parameters={"beta": _positive(0.1, _STRENGTH)},
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Chen et al. 2024, arXiv 2402.05369",
+        trl_loss_type="nca_pair",
+    ),
+    "exo": Objective(
+        title="EXO",
+        formula="q log(q/(1-ε)) + (1-q) log((1-q)/ε), q = σ(β (log r(w) - log r(l)))",
+        parameters={
+            "beta": _positive(0.1, _STRENGTH),
+            "label_smoothing": replace(
+                _LABEL_SMOOTHING, default=1e-3, domain="in (0, 0.5)", admits=lambda v: 0 < v < 0.5
+            ),
+        },
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Ji et al. 2024, arXiv 2402.00856, eq. 16",
+        trl_loss_type="exo_pair",
+    ),
+    "apo_zero": Objective(
+        title="APO-zero",
+        formula="1 - σ(β log r(w)) + σ(β log r(l))",
+        parameters={"beta": _positive(0.1, _STRENGTH)},
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7",
+        trl_loss_type="apo_zero",
+    ),
+    "apo_down": Objective(
+        title="APO-down",
+        formula="σ(β log r(w)) + 1 - σ(β (log r(w) - log r(l)))",
+        parameters={"beta": _positive(0.1, _STRENGTH)},
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8",
+        trl_loss_type="apo_down",
+    ),
+    "cal_dpo": Objective(
+        title="Cal-DPO",
+        formula="-log σ(log r(w) - log r(l)) + (log r(w) - 1/(2β))² + (log r(l) + 1/(2β))²",
+        parameters={"beta": _positive(0.1, "Inverse of twice the calibrated log-ratio (1/nats).")},
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Xiao et al. 2024, arXiv 2412.14516",
+    ),
+    "robust_dpo": Objective(
+        title="Robust DPO",
+        formula="(-(1-ε) log σ(β (log r(w) - log r(l))) + ε log σ(β (log r(l) - log r(w)))) / (1 - 2ε)",
+        parameters={
+            "beta": _positive(0.1, _STRENGTH),
+            "label_smoothing": _LABEL_SMOOTHING,
+        },
+        reference=_BOTH,
+        pairs=True,
+        sides=_BOTH,
+        source="Chowdhury et al. 2024, arXiv 2403.00409",
+        trl_loss_type="robust",
     ),
 }
 """All objectives by the name that recipes use."""

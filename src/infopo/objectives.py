@@ -1,10 +1,14 @@
 """Losses: pure functions of `ResponseLogps`. Every equation of the paper that trains a model is in this file.
 
+InfoPO and its family (one bound each, f = β log r for the critic, see `estimators.py`), then what the paper compares
+with. Further losses to compare with are in `baselines.py`; `FUNCTIONS` names all.
+
 Notation: π = policy, r = π/π_ref, w = chosen, l = rejected, |y| = number of tokens. Each function returns loss
 terms; the trainer divides each by its count in the whole optimizer step (see `LossTerm`). The functions know no
 model, device, rank or configuration. Names, parameters and needs stand in `catalog.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,10 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from infopo import baselines
 from infopo.catalog import complete_parameters
+from infopo.estimators import DIVERGENCES, log_mixture
 from infopo.records import LossTerm, ResponseLogps
+from infopo.records import LossTerms as LossTerms  # part of this module's interface
 
-LossTerms = list[LossTerm]
 LossFunction = Callable[[ResponseLogps], LossTerms]
 
 
@@ -51,6 +57,116 @@ def infopo(
     ]
 
 
+def infonce(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
+    """InfoNCE: a chosen response against all K rejected ones of its prompt; DPO where K = 1.
+
+        L = E_w[-log(e^f(w) / (e^f(w) + Σ_l e^f(l)))],   f = β log r
+
+    log(1 + K) - L ≤ KL(p_w‖p_l), and at most log(1 + K). At π = π_ref the gradient is K/(1 + K) of InfoPO's.
+    A chosen response whose prompt has no rejected one gives 0.
+
+    References:
+        van den Oord, Li, Vinyals, 2018, arXiv 1807.03748, eq. 4.
+    """
+    critic = _critic(logps, beta, length_normalized)
+    chosen, rejected = logps.chosen, logps.rejected
+    stranger = logps.example[chosen][:, None] != logps.example[rejected]
+    negatives = critic[rejected].expand(len(chosen), -1).masked_fill(stranger, -math.inf)
+    candidates = torch.cat([critic[chosen][:, None], negatives], dim=1)
+    return [LossTerm(candidates.logsumexp(dim=1) - critic[chosen], per="chosen", name="preference")]
+
+
+def interpolated(
+    logps: ResponseLogps,
+    *,
+    beta: float = 1.0,
+    alpha: float = 0.5,
+    length_normalized: bool = False,
+    cap: float = 5.0,
+) -> LossTerms:
+    """I_α, between InfoPO (α = 0) and InfoNCE (α → 1): the interpolated bound over the M rejected of a prompt.
+
+        L = E_pairs[log a₀ - f(w)] + E_l[e^f(l) / a],   f = β log r,
+        a₀ = α (e^f(w) + Σ_{l' ≠ l} e^f(l'))/M + 1 - α,   a = α Σ_l' e^f(l')/M + 1 - α
+
+    1 - L ≤ KL(p_w‖p_l), and at most 1 + log(M/α). With M = 1, the critic has no other response to be compared with:
+    what is left is InfoPO with a critic held below log(1/α). At π = π_ref the gradient is 1 - α/M of InfoPO's.
+    Beyond `cap` nats the exponential in a numerator goes on linearly.
+
+    References:
+        Poole et al., 2019, arXiv 1905.06922, section 2.4 (nonlinearly interpolated lower bounds, q = 1).
+    """
+    critic = _critic(logps, beta, length_normalized)
+    rejected = logps.rejected
+    scores, owner = critic[rejected], logps.example[rejected]
+    first, second = logps.pairs.unbind(1)
+    left_out = (logps.example[first][:, None] != owner) | (second[:, None] == rejected)
+    others = scores.expand(len(first), -1).masked_fill(left_out, -math.inf)
+    same = owner[:, None] == owner
+    size = same.sum(dim=1).to(critic.dtype)  # M, of each rejected response
+    size_of_pair = (logps.example[first][:, None] == owner).sum(dim=1).to(critic.dtype)
+    log_mean_0 = torch.cat([critic[first][:, None], others], dim=1).logsumexp(dim=1) - size_of_pair.log()
+    log_mean = scores.expand(len(rejected), -1).masked_fill(~same, -math.inf).logsumexp(dim=1) - size.log()
+    return [
+        LossTerm(log_mixture(log_mean_0, alpha) - critic[first], per="pair", name="preference"),
+        LossTerm(
+            capped_exp(scores, cap) * torch.exp(-log_mixture(log_mean, alpha)),
+            per="rejected",
+            name="rejected",
+        ),
+    ]
+
+
+def js(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
+    """Jensen-Shannon: each response classified by itself, chosen against rejected. The objective of MIO.
+
+        L = E_w[-log σ(f)] + E_l[-log σ(-f)],   f = β log r
+
+    log 2 - L/2 ≤ JS(p_w, p_l) ≤ log 2, the mutual information with a balanced label. Both pushes are at most β, so
+    nothing needs a cap. At π = π_ref the gradient is 1/2 of InfoPO's. TRL's `bco_pair`.
+
+    References:
+        Lv et al., 2025 (MIO), arXiv 2506.22578. Bound: Nowozin et al., 2016, arXiv 1606.00709.
+    """
+    critic = _critic(logps, beta, length_normalized)
+    return [
+        LossTerm(-F.logsigmoid(critic[logps.chosen]), per="chosen", name="chosen"),
+        LossTerm(-F.logsigmoid(-critic[logps.rejected]), per="rejected", name="rejected"),
+    ]
+
+
+def chi2(
+    logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False, cap: float = 5.0
+) -> LossTerms:
+    """Pearson's χ²: the push on a chosen response grows with its ratio, too.
+
+        L = E_w[-2 (r^β - 1)] + E_l[r^2β - 1]
+
+    -L ≤ χ²(p_w‖p_l). At π = π_ref the gradient is 2 times InfoPO's. Beyond `cap` nats of β log r, both exponentials
+    go on linearly.
+
+    References:
+        Nowozin et al., 2016, arXiv 1606.00709, tables 1 and 2.
+    """
+    return _f_divergence("chi2", logps, _critic(logps, beta, length_normalized), cap)
+
+
+def hellinger(
+    logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False, cap: float = 5.0
+) -> LossTerms:
+    """Squared Hellinger: the push on a chosen response fades as its ratio grows.
+
+        L = E_w[r^(-β/2) - 1] + E_l[r^(β/2) - 1]
+
+    -L ≤ H²(p_w, p_l) ≤ 2. At π = π_ref the gradient is 1/2 of InfoPO's. Beyond `cap` nats of |β log r|, both
+    exponentials go on linearly.
+
+    References:
+        Nowozin et al., 2016, arXiv 1606.00709, tables 1 and 2.
+    """
+    return _f_divergence("hellinger", logps, _critic(logps, beta, length_normalized), cap)
+
+
 def dpo(
     logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 0.0
 ) -> LossTerms:
@@ -62,7 +178,7 @@ def dpo(
         Rafailov et al., 2023, arXiv 2305.18290, eq. 7. Label smoothing: Mitchell, 2023, "A note on DPO with noisy
         preferences", eq. 3. Likelihood term (as a token mean over the step): Pang et al., 2024, arXiv 2404.19733.
     """
-    logits = beta * _margin(logps.policy - logps.reference, logps)
+    logits = beta * logps.margins(logps.policy - logps.reference)
     values = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
     terms = [LossTerm(values, per="pair", name="preference")]
     if nll_weight:
@@ -83,7 +199,7 @@ def ipo(logps: ResponseLogps, *, beta: float = 0.1, length_normalized: bool = Tr
     log_ratio = logps.policy - logps.reference
     if length_normalized:
         log_ratio = log_ratio / logps.length
-    return [LossTerm((_margin(log_ratio, logps) - 1 / (2 * beta)) ** 2, per="pair", name="preference")]
+    return [LossTerm((logps.margins(log_ratio) - 1 / (2 * beta)) ** 2, per="pair", name="preference")]
 
 
 def hinge(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
@@ -96,7 +212,7 @@ def hinge(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     """
     return [
         LossTerm(
-            F.relu(1 - beta * _margin(logps.policy - logps.reference, logps)), per="pair", name="preference"
+            F.relu(1 - beta * logps.margins(logps.policy - logps.reference)), per="pair", name="preference"
         )
     ]
 
@@ -109,8 +225,35 @@ def simpo(logps: ResponseLogps, *, beta: float = 2.0, gamma: float = 0.5) -> Los
     References:
         Meng et al., 2024, arXiv 2405.14734, eq. 6.
     """
-    margin = beta * _margin(logps.policy / logps.length, logps)
+    margin = beta * logps.margins(logps.policy / logps.length)
     return [LossTerm(-F.logsigmoid(margin - gamma), per="pair", name="preference")]
+
+
+def fdpo(
+    logps: ResponseLogps,
+    *,
+    beta: float = 0.1,
+    divergence: str = "js",
+    alpha: float = 0.5,
+    cap: float = 20.0,
+) -> LossTerms:
+    """f-DPO: DPO with another divergence from the reference than reverse KL (with which it is DPO).
+
+        L = E_pairs[-log σ(β (φ'(r(w)) - φ'(r(l))))],
+        φ'(r) = 1 - 1/r (forward KL);   log(2r/(1 + r)) (JS);   (1 - r^-α)/α (α-divergence; forward KL at α = 1)
+
+    Beyond `cap` nats of -log r (or -α log r), 1/r goes on linearly (`capped_exp`). TRL's α is 1 - α here.
+
+    References:
+        Wang et al., 2023, arXiv 2309.16240, table 1.
+    """
+    log_ratio = logps.policy - logps.reference
+    if divergence == "js":
+        score = math.log(2) + F.logsigmoid(log_ratio)
+    else:
+        power = 1.0 if divergence == "forward_kl" else alpha
+        score = (1 - capped_exp(-power * log_ratio, cap)) / power
+    return [LossTerm(-F.logsigmoid(beta * logps.margins(score)), per="pair", name="preference")]
 
 
 def sft(logps: ResponseLogps, *, token_mean: bool = False) -> LossTerms:
@@ -132,18 +275,51 @@ def capped_exp(log_ratio: Float[Tensor, " items"], cap: float) -> Float[Tensor, 
     return torch.exp(log_ratio.clamp(max=cap)) * (1 + F.relu(log_ratio - cap))
 
 
-def _margin(scores: Float[Tensor, " responses"], logps: ResponseLogps) -> Float[Tensor, " pairs"]:
-    """score(w) - score(l) of every pair."""
-    return scores[logps.pairs[:, 0]] - scores[logps.pairs[:, 1]]
+def _f_divergence(
+    name: str, logps: ResponseLogps, critic: Float[Tensor, " responses"], cap: float
+) -> LossTerms:
+    """-E_w[φ'(e^f)] + E_l[φ*(φ'(e^f))]: minus the bound of a row of `estimators.DIVERGENCES`."""
+
+    def power(scores: Tensor, exponent: float) -> Tensor:
+        return capped_exp(exponent * scores, abs(exponent) * cap)
+
+    row = DIVERGENCES[name]
+    return [
+        LossTerm(-row.activation(critic[logps.chosen], power), per="chosen", name="chosen"),
+        LossTerm(row.conjugate(critic[logps.rejected], power), per="rejected", name="rejected"),
+    ]
+
+
+def _critic(logps: ResponseLogps, beta: float, length_normalized: bool) -> Float[Tensor, " responses"]:
+    """f = β log r, or β log r / |y|."""
+    critic = beta * (logps.policy - logps.reference)
+    return critic / logps.length if length_normalized else critic
 
 
 FUNCTIONS: Mapping[str, Callable[..., LossTerms]] = {
     "infopo": infopo,
+    "infonce": infonce,
+    "interpolated": interpolated,
+    "js": js,
+    "chi2": chi2,
+    "hellinger": hellinger,
     "dpo": dpo,
     "ipo": ipo,
     "hinge": hinge,
     "simpo": simpo,
+    "fdpo": fdpo,
     "sft": sft,
+    "cpo": baselines.cpo,
+    "slic": baselines.slic,
+    "orpo": baselines.orpo,
+    "rdpo": baselines.rdpo,
+    "dpop": baselines.dpop,
+    "nca": baselines.nca,
+    "exo": baselines.exo,
+    "apo_zero": baselines.apo_zero,
+    "apo_down": baselines.apo_down,
+    "cal_dpo": baselines.cal_dpo,
+    "robust_dpo": baselines.robust_dpo,
 }
 
 

@@ -199,6 +199,10 @@ class ResponseLogps:
             *(t.to(policy.device) for t in (chosen, rejected, pairs)),
         )
 
+    def margins(self, scores: Float[Tensor, " responses"]) -> Float[Tensor, " pairs"]:
+        """score(w) - score(l) of every pair."""
+        return scores[self.pairs[:, 0]] - scores[self.pairs[:, 1]]
+
 
 def sum_dtype(device: torch.device | str) -> torch.dtype:
     """Type in which log-probs are summed: float64, except on devices that have none (Apple's MPS)."""
@@ -241,3 +245,7 @@ class LossTerm:
     values: Float[Tensor, " items"]
     per: Per
     name: str = "loss"
+
+
+LossTerms = list[LossTerm]
+"""A loss: its summands."""

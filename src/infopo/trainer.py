@@ -594,7 +594,7 @@ class InfoPOTrainer(Trainer):
                 logps,
                 beta=parameters.get("beta", 1.0),
                 reference_sides=self.reference_sides,
-                length_normalized=name == "infopo" and parameters["length_normalized"],
+                length_normalized=bool(OBJECTIVES[name].bound) and parameters["length_normalized"],
                 cap=parameters.get("cap", 5.0),
             )
         )

@@ -14,7 +14,9 @@ Differences that are not parity, found in TRL 1.16:
 - `sigmoid` ignores `label_smoothing`. Conservative DPO (ours) is in TRL's `aot`, which sorts policy and
   reference margins over the batch before subtracting: on a batch of one pair nothing is sorted and the
   formulas agree.
-- `robust` with label smoothing is another loss (it is unbiased under label noise), which we do not have.
+- `exo_pair` is infinite at its default, label smoothing 0.
+- ORPO's likelihood term runs over prompt and response, ours over the response.
+- CPO's hinge has no reference: it is our `slic`.
 - `ipo` has the length-normalised form only.
 """
 
@@ -36,6 +38,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from infopo.objectives import loss_function
 from infopo.records import LossTerm, ResponseLogps, Role
@@ -132,6 +135,7 @@ def step_loss(terms: list[LossTerm], logps: ResponseLogps) -> Tensor:
     count = {
         "pair": len(logps.pairs),
         "chosen": len(logps.chosen),
+        "rejected": len(logps.rejected),
         "token": int(logps.length[logps.chosen].sum()),
     }
     return torch.stack([term.values.sum() / count[term.per] for term in terms]).sum()
@@ -178,8 +182,12 @@ def run_trl(
         (["ipo"], [1.0], "ipo", {}),
         (["hinge"], [1.0], "hinge", {}),
         (["sft"], [1.0], "sft", {"token_mean": True}),
+        (["nca_pair"], [1.0], "nca", {}),
+        (["bco_pair"], [1.0], "js", {}),
+        (["apo_zero"], [1.0], "apo_zero", {}),
+        (["apo_down"], [1.0], "apo_down", {}),
     ],
-    ids=["sigmoid", "sigmoid+sft", "ipo", "hinge", "sft"],
+    ids=["sigmoid", "sigmoid+sft", "ipo", "hinge", "sft", "nca_pair", "bco_pair", "apo_zero", "apo_down"],
 )
 def test_loss_and_gradient_are_those_of_trls_dpo_trainer(
     dpo_trainer: DPOTrainer,
@@ -208,6 +216,113 @@ def test_label_smoothing_is_that_of_trls_aot_on_a_single_pair(dpo_trainer: DPOTr
     assert_same_loss_and_gradient(theirs, dpo_trainer.model, ours, policy)
 
 
+def assert_same_as_pairwise_trainer(trainer: CPOTrainer, name: str, parameters: dict[str, Any]) -> None:
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
+    both = trainer.concatenated_inputs(batch, padding_value=trainer.pad_token_id)
+    logps, policy = our_logps(
+        both["concatenated_input_ids"],
+        both["concatenated_attention_mask"],
+        both["concatenated_labels"] != -100,
+    )
+    ours = step_loss(loss_function(name, parameters)(logps), logps)
+    assert_same_loss_and_gradient(theirs, trainer.model, ours, policy)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize(("loss_type", "name"), [("robust", "robust_dpo"), ("exo_pair", "exo")])
+def test_losses_under_label_noise_are_those_of_trls_dpo_trainer(
+    dpo_trainer: DPOTrainer, beta: float, loss_type: str, name: str
+) -> None:
+    batch = next(iter(dpo_trainer.get_train_dataloader()))
+    theirs = run_trl(dpo_trainer, batch, [loss_type], beta, label_smoothing=0.15)
+    logps, policy = our_logps(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    ours = step_loss(loss_function(name, {"beta": beta, "label_smoothing": 0.15})(logps), logps)
+    assert_same_loss_and_gradient(theirs, dpo_trainer.model, ours, policy)
+
+
+@pytest.mark.parametrize(
+    ("theirs_named", "parameters"),
+    [
+        ({"f_divergence_type": "forward_kl"}, {"divergence": "forward_kl"}),
+        ({"f_divergence_type": "js_divergence"}, {"divergence": "js"}),
+        (
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+            {"divergence": "alpha", "alpha": 0.3},
+        ),
+    ],
+    ids=["forward_kl", "js", "alpha"],
+)
+def test_f_dpo_is_trls_sigmoid_under_another_divergence(
+    dpo_trainer: DPOTrainer, theirs_named: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    """TRL's α is the exponent of t^(α-1): 1 - α here."""
+    batch = next(iter(dpo_trainer.get_train_dataloader()))
+    before = {name: getattr(dpo_trainer, name) for name in theirs_named}
+    try:
+        theirs = run_trl(dpo_trainer, batch, ["sigmoid"], 0.1, **theirs_named)
+    finally:
+        for setting, value in before.items():
+            setattr(dpo_trainer, setting, value)
+    logps, policy = our_logps(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    ours = step_loss(loss_function("fdpo", {"beta": 0.1, **parameters})(logps), logps)
+    assert_same_loss_and_gradient(theirs, dpo_trainer.model, ours, policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "parameters"),
+    [
+        ({"loss_type": "sigmoid", "cpo_alpha": 1.0, "beta": 0.3}, "cpo", {"beta": 0.3}),
+        (
+            {"loss_type": "sigmoid", "cpo_alpha": 0.4, "beta": 0.3, "label_smoothing": 0.1},
+            "cpo",
+            {"beta": 0.3, "nll_weight": 0.4, "label_smoothing": 0.1},
+        ),
+        (
+            {"loss_type": "hinge", "cpo_alpha": 0.5, "beta": 0.2},
+            "slic",
+            {"beta": 0.2, "nll_weight": 0.5},
+        ),
+    ],
+    ids=["cpo", "cpo-smoothed", "slic"],
+)
+def test_reference_free_losses_are_those_of_trls_cpo_trainer(
+    tmp_path: Path, settings: dict[str, Any], name: str, parameters: dict[str, Any]
+) -> None:
+    trainer = CPOTrainer(
+        model=copy.deepcopy(POLICY),
+        args=CPOConfig(output_dir=str(tmp_path), max_length=32, **settings, **COMMON),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer(),
+    )
+    assert_same_as_pairwise_trainer(trainer, name, parameters)
+
+
+def test_orpo_is_trls_but_for_the_prompts_likelihood(tmp_path: Path) -> None:
+    """The odds-ratio term is TRL's, value and gradient; its likelihood also counts the prompt's tokens."""
+    trainer = ORPOTrainer(
+        model=copy.deepcopy(POLICY),
+        args=ORPOConfig(output_dir=str(tmp_path), beta=0.2, max_length=32, **COMMON),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    chosen, rejected, *_, whole_row_nll = trainer.concatenated_forward(trainer.model, batch)
+    odds, *_ = trainer.odds_ratio_loss(chosen, rejected)
+    both = trainer.concatenated_inputs(batch, padding_value=0)
+    logps, policy = our_logps(
+        both["concatenated_input_ids"],
+        both["concatenated_attention_mask"],
+        both["concatenated_labels"] != -100,
+    )
+    preference, nll = loss_function("orpo", {"beta": 0.2})(logps)
+    assert_same_loss_and_gradient(-odds.mean(), trainer.model, preference.values.mean(), policy)
+    theirs, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
+    response_nll = float(nll.values.sum() / logps.length[logps.chosen].sum())
+    assert theirs.item() == pytest.approx(whole_row_nll.item() - odds.mean().item(), rel=1e-5)
+    assert abs(whole_row_nll.item() - response_nll) > 0.1
+
+
 @pytest.mark.parametrize(("beta", "gamma"), [(2.0, 0.5), (10.0, 3.0)])
 def test_simpo_is_that_of_trls_cpo_trainer(tmp_path: Path, beta: float, gamma: float) -> None:
     """`loss_type="simpo"`, `cpo_alpha=0`: it subtracts γ/β before it multiplies by β, so its γ is ours."""
@@ -225,16 +340,7 @@ def test_simpo_is_that_of_trls_cpo_trainer(tmp_path: Path, beta: float, gamma: f
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer(),
     )
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
-    both = trainer.concatenated_inputs(batch, padding_value=trainer.pad_token_id)
-    logps, policy = our_logps(
-        both["concatenated_input_ids"],
-        both["concatenated_attention_mask"],
-        both["concatenated_labels"] != -100,
-    )
-    ours = step_loss(loss_function("simpo", {"beta": beta, "gamma": gamma})(logps), logps)
-    assert_same_loss_and_gradient(theirs, trainer.model, ours, policy)
+    assert_same_as_pairwise_trainer(trainer, "simpo", {"beta": beta, "gamma": gamma})
 
 
 def test_the_batch_tells_the_losses_apart(dpo_trainer: DPOTrainer) -> None:
