@@ -6,6 +6,7 @@ python studies/01_estimators/run.py --out elsewhere --tiny
 
 import argparse
 import math
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,7 +150,9 @@ def measure(setting: Setting) -> dict[str, Any]:
             rows.append(row)
         print(f"I = {information}: done", flush=True)
     return {
-        "environment": environment(seed=setting.seed, packages=("torch", "numpy")),
+        "environment": environment(
+            seed=setting.seed, packages=("torch", "numpy"), extra={"platform": platform.system()}
+        ),
         "dimensions": DIMENSIONS,
         "rows": rows,
     }
