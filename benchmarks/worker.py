@@ -113,7 +113,7 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
         return _Watched(
             model=policy,
             ref_model=reference,
-            args=InfoPOConfig(**common),
+            args=InfoPOConfig(**common, reference_store="off"),  # an earlier run's values would be found
             train_dataset=ExampleDataset.from_examples(examples),
             processing_class=tokenizer,
         )
@@ -372,7 +372,8 @@ def end_to_end(job: Job, line: Line) -> None:
     common = settings(job, job["output"]) | {"per_device_train_batch_size": job["batch"]}
     data = load_dataset("json", data_files=job["data"], split="train", cache_dir=job["cache"])
     if job["variant"].startswith("infopo"):
-        trainer: Any = InfoPOTrainer(model=job["folder"], args=InfoPOConfig(**common), train_dataset=data)
+        ours = InfoPOConfig(**common, reference_store="off")
+        trainer: Any = InfoPOTrainer(model=job["folder"], args=ours, train_dataset=data)
     else:
         common["precompute_ref_log_probs"] = job["variant"] == "trl_precomputed"
         trainer = DPOTrainer(model=job["folder"], args=DPOConfig(**common), train_dataset=data)
