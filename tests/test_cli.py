@@ -84,7 +84,7 @@ def test_help_and_version_load_no_torch(argument: str, tmp_path: Path):
     assert done.stdout.startswith("usage: infopo" if argument == "--help" else "infopo 0.")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "check"])
+@pytest.mark.parametrize("command", ["demo", "train", "check", "reference"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -267,10 +267,11 @@ def test_the_lab_recipe_trains_without_network(tmp_path: Path):
     done = infopo("train", LAB, "output_dir=run", cwd=tmp_path, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr.decode()
     printed = done.stdout.decode()
-    assert (
-        "lab:verified: 600 rows, 600 used, 0 skipped\nlab:verified: 200 rows, 200 used, 0 skipped\n"
-        in printed
-    )
+    for rows in (600, 200):
+        assert (
+            f"lab:verified: {rows} rows, {rows} used, 0 skipped\n  shape: conversational (detected)"
+            in printed
+        )
     assert printed.endswith("run: model, metrics.jsonl, recipe.yaml and environment.json written\n")
     assert b"Warning" not in done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").num_parameters() > 300_000

@@ -573,9 +573,7 @@ def test_counts_on_the_whole_of_hh_harmless(shared_data: Path):
     assert len(transcripts) == len(rows)
 
 
-@pytest.mark.parametrize(
-    "file", ["gsm8k/test.jsonl.gz", "mbpp/sanitized-mbpp.json", "llamafactory/dpo_en_demo.json.gz"]
-)
+@pytest.mark.parametrize("file", ["gsm8k/test.jsonl.gz", "mbpp/sanitized-mbpp.json", "svamp/SVAMP.json"])
 def test_real_files_of_other_shapes_are_refused_by_name(shared_data: Path, file: str):
     with pytest.raises(DataError, match="none of its"):
         read(shared_data / file, skip=True)

@@ -178,11 +178,13 @@ class InfoPOTrainer(Trainer):
                 "torch.nn.DataParallel is not supported, and one process sees several GPUs: start with "
                 "`accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
             )
-        if args.max_tokens_per_forward and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UnsupportedArgumentError(
-                "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
-                "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
-            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if args.max_tokens_per_forward:
+                raise UnsupportedArgumentError(
+                    "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
+                    "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
+                )
+            self.data_collator = data_collator or PreferenceCollator()
         per_pass = self.args.train_batch_size * self.args.world_size
         if (
             args.dataloader_drop_last
