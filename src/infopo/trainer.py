@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | ExampleDataset
 MAX_STEP_0_LOG_RATIO = 1e-3
 CPU_TOKENS_PER_FORWARD = 2048
-"""Where no limit is given; benchmarks/README.md says what it saves and that it costs no time."""
+"""Where no limit is given; benchmarks/LOG.md says what it saves, and that it costs no time."""
 SELF_TEST_TOKENS = 256
 
 

@@ -29,6 +29,8 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
     inputs = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
+        # Taken for a finished mask, and ignored; without one, a model looks at position ids and waits for the device.
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
         "use_cache": False,
         "forest": ForestLayout(batch),
     }
