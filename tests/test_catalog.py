@@ -31,6 +31,7 @@ def edge_values(parameter: Parameter) -> tuple[list[Any], list[Any]]:
         "in [0, 0.5)": ([0, 0.0, math.nextafter(0.5, 0)], [0.5, 1, -tiny]),
         "in (0, 0.5)": ([tiny, 0.25, math.nextafter(0.5, 0)], [0, 0.5, -tiny]),
         "in [0, 1)": ([0, 0.0, math.nextafter(1, 0)], [1, 1.0, -tiny]),
+        "in (0, 1]": ([tiny, 1, 1.0], [0, math.nextafter(1, 2), -tiny]),
         "in (0, 1)": ([tiny, math.nextafter(1, 0)], [0, 1, -tiny]),
         "(true or false)": ([True, False], []),
         "among forward_kl, js, alpha": (["forward_kl", "js", "alpha"], ["", "reverse_kl", "JS"]),

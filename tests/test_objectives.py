@@ -18,7 +18,7 @@ from torch import Tensor
 from infopo import estimators
 from infopo.catalog import OBJECTIVES, complete_parameters
 from infopo.errors import RecipeError
-from infopo.objectives import FUNCTIONS, LossFunction, capped_exp, loss_function
+from infopo.objectives import FUNCTIONS, LossFunction, capped_exp, loss_function, step_statistic
 from infopo.records import LossTerm, ResponseLogps, Role
 
 CHOSEN, REJECTED, KL = int(Role.CHOSEN), int(Role.REJECTED), int(Role.KL)
@@ -89,6 +89,17 @@ CASES = [
     Case("hellinger", {"beta": 2.0}, 2.375),
     Case("hellinger", {"length_normalized": True}, (2 ** (1 / 3) + 1.5 * math.sqrt(2) - 3.5) / 2),
     Case("hellinger", {"cap": B}, (math.sqrt(2) * (2.5 + B) - 3.5) / 2),
+    Case("dv", {}, LOG9 - 2 * B),
+    Case("dv", {"beta": 2.0}, math.log(65 / 8)),
+    Case("dv", {"length_normalized": True}, math.log(5 / 4) - 2 / 3 * B),
+    Case("smile", {}, LOG9 - 2 * B),
+    Case("smile", {"tau": B}, math.log(5 / 4)),
+    Case("smile", {"beta": 2.0}, math.log(65 / 8)),
+    Case("smile", {"length_normalized": True}, math.log(5 / 4) - 2 / 3 * B),
+    Case("mine", {}, LOG9 - 2 * B),
+    Case("mine", {"beta": 2.0, "rate": 0.5}, math.log(65 / 8)),
+    Case("mine", {"length_normalized": True}, math.log(5 / 4) - 2 / 3 * B),
+    Case("mine", {"cap": 0.0}, math.log(3) - 7 / 18),
     Case("dpo", {}, (math.log1p(2**0.4) + math.log1p(2**-0.3)) / 2),
     Case("dpo", {"beta": 1.0}, (math.log(17) + math.log(9) - 3 * B) / 2),
     Case("dpo", {"beta": 1.0, "label_smoothing": 0.25}, (math.log(17) + math.log(9) - 3.25 * B) / 2),
@@ -202,6 +213,12 @@ def sums(loss: LossFunction, logps: ResponseLogps) -> dict[str, Tensor]:
     return {term.name: term.values.sum() for term in loss(logps)}
 
 
+def of_the_step(case: Case, logps: ResponseLogps) -> ResponseLogps:
+    """The batch as a trainer would hand it over: with the statistic of the whole step, where there is one."""
+    statistic = step_statistic(case.name, case.parameters)
+    return replace(logps, statistic=statistic.of(logps)) if statistic else logps
+
+
 def gradient(value: Tensor, logps: ResponseLogps) -> Tensor:
     (grad,) = torch.autograd.grad(value, logps.policy)
     return grad
@@ -264,6 +281,10 @@ def test_golden_values(case: Case) -> None:
     Hellinger: r(w)^(-β/2) - 1 + r(l)^(β/2) - 1:
         β=1: 1, -1/2; 1, 2^-½ - 1. β=2: 3, -3/4; 3, -1/2. A token: 2^(1/3) - 1, -1/2; √2 - 1, 2^-½ - 1.
         cap=b, beyond b/2 in the exponent: √2 (1 + b/2) - 1, -1/2; √2 (1 + b/2) - 1, 2^-½ - 1.
+    DV, E_w[-f] + log E_l[e^f], and MINE, whose m is the batch's mean where nobody has kept one:
+        β=1: 0 + log((4 + 1/2)/2). β=2: log((16 + 1/4)/2). A token: -(-2b/3 + 2b)/2 + log((2 + 1/2)/2).
+        SMILE, τ=b: 4 becomes 2. MINE, cap=0, log m = log 9/4: e^f/m = 16/9 becomes 1 + log 16/9, 2/9 stays:
+        log 9/4 + (1 + log 16/9 + 2/9)/2 - 1 = log 3 - 7/18.
     f-DPO at β=1:
         JS: 2r/(1+r) = 2/5, 8/5 and 8/5, 2/3: margins -2b, log 12/5. Forward KL: 1 - 1/r = -3, 3/4 and 3/4, -1.
         cap=b: 1/r(w) = 4 becomes 2(1 + b). α=1/2: 2(1 - r^-½) = -2, 1 and 1, 2 - 2√2.
@@ -293,7 +314,7 @@ def test_every_objective_and_every_parameter_has_a_golden_value() -> None:
 @every_case
 @pytest.mark.parametrize(("chosen", "rejected"), [(1, 1), (2, 3)])
 def test_gradient_is_the_derivative_of_the_value(case: Case, chosen: int, rejected: int) -> None:
-    logps = random_batch(seed=0, chosen=chosen, rejected=rejected)
+    logps = of_the_step(case, random_batch(seed=0, chosen=chosen, rejected=rejected))
     assert torch.autograd.gradcheck(
         lambda policy: step_loss(case.loss, replace(logps, policy=policy)), logps.policy
     )
@@ -496,6 +517,9 @@ def test_members_of_the_family_are_minus_their_bounds(
         "js": 2 * (math.log(2) - estimators.jensen_shannon(joint, marginal)),
         "chi2": -estimators.pearson_chi2(joint, marginal),
         "hellinger": -estimators.squared_hellinger(joint, marginal),
+        "dv": -estimators.donsker_varadhan(joint, marginal),
+        "smile": -estimators.smile(joint, marginal, tau=5.0),
+        "mine": -estimators.mine(joint, marginal)[0],
     }
     assert set(expected) == {name for name, objective in OBJECTIVES.items() if objective.bound}
     for name, value in expected.items():
@@ -508,6 +532,9 @@ SLOPES: dict[str, Callable[[int], float]] = {
     "js": lambda k: 0.5,
     "chi2": lambda k: 2.0,
     "hellinger": lambda k: 0.5,
+    "dv": lambda k: 1.0,
+    "smile": lambda k: 1.0,
+    "mine": lambda k: 1.0,
 }
 """Gradient at π = π_ref relative to InfoPO's, with K rejected responses a prompt (docstrings of `objectives.py`)."""
 
@@ -533,6 +560,47 @@ def test_interpolated_at_alpha_0_is_infopo() -> None:
     infopos = step_loss(loss_function("infopo", {"cap": 0.3}), logps)
     assert_close(ours.detach(), infopos.detach() + logps.reference[logps.chosen].mean())
     assert_close(gradient(ours, logps), gradient(infopos, logps))
+
+
+def test_smile_whose_tau_no_score_reaches_is_donsker_varadhan() -> None:
+    logps = random_batch(seed=5, examples=4, rejected=2)
+    for tau, is_same in ((50.0, True), (0.3, False)):
+        smile = step_loss(loss_function("smile", {"tau": tau}), logps)
+        dv = step_loss(loss_function("dv"), logps)
+        assert torch.equal(smile, dv) == is_same
+        assert torch.equal(gradient(smile, logps), gradient(dv, logps)) == is_same
+
+
+def test_mines_gradient_is_that_of_its_estimator() -> None:
+    """m of the steps before, and this step's own mean at 1/4 of the weight."""
+    logps = random_batch(seed=7, examples=4, rejected=2)
+    before = torch.tensor(0.7, dtype=F64)
+    statistic = step_statistic("mine", {"rate": 0.25})
+    assert statistic is not None
+    now = statistic.averaged(before, statistic.of(logps))
+    f = logps.policy - logps.reference
+    estimate, expected = estimators.mine(f[logps.chosen], f[logps.rejected], before, rate=0.25)
+    assert_close(now, expected)
+    loss = step_loss(loss_function("mine"), replace(logps, statistic=now))
+    assert_close(gradient(loss, logps), -gradient(estimate, logps))
+    # The value is a bound at any m, so it lies above minus DV's, which it touches at the step's own mean.
+    assert float(loss.detach()) > float(-estimate.detach())
+
+
+def test_donsker_varadhan_does_not_see_a_shift_of_the_critic_and_infopo_does() -> None:
+    logps = random_batch(seed=8)
+    shifted = replace(logps, policy=(logps.policy + 1.5).detach().requires_grad_())
+    for name, sees in (("dv", False), ("infopo", True)):
+        losses = [gradient(step_loss(loss_function(name), each), each) for each in (logps, shifted)]
+        assert torch.allclose(*losses) != sees
+
+
+@pytest.mark.parametrize("name", ["dv", "smile", "mine"])
+def test_a_batch_whose_step_holds_no_rejected_response_only_pulls_chosen_up(name: str) -> None:
+    logps = batch((0, CHOSEN, -1.0, -2.0, 3), (1, CHOSEN, -3.0, -2.0, 2))
+    terms = loss_function(name)(logps)
+    loss = torch.stack([term.values.sum() for term in terms]).sum() / 2
+    assert_close(gradient(loss, logps), torch.tensor([-0.5, -0.5], dtype=F64))
 
 
 def test_f_dpo_near_reverse_kl_is_dpo() -> None:
@@ -663,10 +731,12 @@ def test_order_of_responses_does_not_matter(case: Case) -> None:
 
 @every_case
 def test_examples_add_up(case: Case) -> None:
-    """Σ values over a batch is the sum over its parts: an example's value knows nothing of the others."""
-    logps = random_batch(seed=6, examples=4, chosen=2, rejected=3)
+    """Σ values over a batch is the sum over its parts: an example's value knows no more of the others than the step's
+    statistic."""
+    logps = of_the_step(case, random_batch(seed=6, examples=4, chosen=2, rejected=3))
     whole = sums(case.loss, logps)
-    parts = [sums(case.loss, rebuilt(logps, torch.nonzero(logps.example == i)[:, 0])) for i in range(4)]
+    examples = [rebuilt(logps, torch.nonzero(logps.example == i)[:, 0]) for i in range(4)]
+    parts = [sums(case.loss, replace(example, statistic=logps.statistic)) for example in examples]
     for name, value in whole.items():
         assert_close(sum(part[name] for part in parts).detach(), value.detach())
 

@@ -93,7 +93,9 @@ class Objective:
         sides: Sides whose policy log-probs it uses; data must hold at least one of them.
         source: Where it was published.
         bound: The divergence of p_w from p_l that minus the loss bounds from below, up to stated constants and factors,
-            and its maximum; empty where the loss is no such bound.
+            and its maximum; empty where the loss has none to do with. SMILE, alone, estimates it from either side.
+        statistic: The number of the whole optimizer step that couples its examples, a key of `STEP_STATISTICS`; empty
+            where the loss of a step is a sum over examples.
         trl_loss_type: Name in TRL's `DPOConfig.loss_type`, where there is one.
     """
 
@@ -105,8 +107,15 @@ class Objective:
     sides: frozenset[str]
     source: str
     bound: str = ""
+    statistic: str = ""
     trl_loss_type: str | None = None
 
+
+STEP_STATISTICS: Mapping[str, str] = {
+    "log_mean": "log of the mean of e^f over the rejected responses of the step",
+    "moving_log_mean": "log of a moving average, over steps, of the mean of e^f over rejected responses",
+}
+"""What an objective may need to know of the whole optimizer step, in words."""
 
 _BOTH = frozenset({"chosen", "rejected"})
 _REJECTED = frozenset({"rejected"})
@@ -199,6 +208,51 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="Nowozin et al. 2016, arXiv 1606.00709, tables 1 and 2",
         bound="H²(p_w, p_l), at most 2",
+    ),
+    "dv": Objective(
+        title="Donsker-Varadhan",
+        formula="-β log r(w) + log E_l[r(l)^β], E_l over the whole step",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+        },
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="Belghazi et al. 2018, arXiv 1801.04062, theorem 1",
+        bound="KL(p_w‖p_l), no maximum; biased upwards in a finite step",
+        statistic="log_mean",
+    ),
+    "smile": Objective(
+        title="SMILE",
+        formula="-β log r(w) + log E_l[clip(r(l)^β, e^-τ, e^τ)], E_l over the whole step",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "tau": _positive(5.0, "Rejected responses whose critic is beyond ±τ are not pushed on (nats)."),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+        },
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="Song, Ermon 2020, arXiv 1910.06222, section 4.2",
+        bound="KL(p_w‖p_l) from either side, at most E_w[f] + τ",
+        statistic="log_mean",
+    ),
+    "mine": Objective(
+        title="MINE",
+        formula="-β log r(w) + log m + r(l)^β/m - 1, m a moving average of E_l[r(l)^β]",
+        parameters={
+            "beta": _positive(1.0, _CRITIC),
+            "rate": _share(0.01, "in (0, 1]", lambda v: 0 < v <= 1, "Weight of a new step in m; 1 is DV."),
+            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
+            "cap": _at_least_zero(5.0, "β log r(l) - log m beyond which exp() goes on linearly (nats)."),
+        },
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="Belghazi et al. 2018, arXiv 1801.04062, section 3.2; value: Poole et al. 2019, arXiv 1905.06922",
+        bound="KL(p_w‖p_l), no maximum",
+        statistic="moving_log_mean",
     ),
     "dpo": Objective(
         title="DPO",

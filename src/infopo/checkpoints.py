@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from infopo.errors import CheckpointError
 from infopo.runs import fsync_path, fsync_tree, write_json_atomic
 
 IDENTITY = "infopo_state.json"
+AVERAGES = "moving_averages"
 STATE = "trainer_state.json"
 STAGING = ".staging"
 
@@ -37,9 +39,34 @@ def last(output_dir: str) -> str | None:
     return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
 
 
-def write_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Notes which reference, objective and data the checkpoint was made with."""
-    write_json_atomic(checkpoint / IDENTITY, identity)
+def write_identity(checkpoint: Path, identity: dict[str, Any], averages: Sequence[float]) -> None:
+    """Notes which reference, objective and data the checkpoint was made with, and what the objectives average.
+
+    Args:
+        checkpoint: Its folder.
+        identity: What a run that resumes must have in common.
+        averages: Logarithm of each objective's moving average (nats), NaN where it keeps none. Exact: a float is
+            written with all its digits.
+    """
+    kept = [None if math.isnan(average) else average for average in averages]
+    write_json_atomic(checkpoint / IDENTITY, {**identity, AVERAGES: kept})
+
+
+def read_averages(checkpoint: Path) -> list[float]:
+    """The moving averages of the checkpoint's objectives (nats), NaN where there is none.
+
+    Of a checkpoint whose identity has been checked.
+
+    Raises:
+        CheckpointError: They are not there, or are no numbers.
+    """
+    saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
+    averages = saved.get(AVERAGES)
+    if not isinstance(averages, list) or len(averages) != len(saved["objective"]):
+        raise CheckpointError(f"{checkpoint / IDENTITY}: expected one entry of {AVERAGES} an objective")
+    if not all(average is None or isinstance(average, int | float) for average in averages):
+        raise CheckpointError(f"{checkpoint / IDENTITY}: {AVERAGES} holds something that is no number")
+    return [math.nan if average is None else float(average) for average in averages]
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:

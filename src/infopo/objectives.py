@@ -1,7 +1,8 @@
 """Losses: pure functions of `ResponseLogps`. Every equation of the paper that trains a model is in this file.
 
 InfoPO and its family (one bound each, f = β log r for the critic, see `estimators.py`), then what the paper compares
-with. Further losses to compare with are in `baselines.py`; `FUNCTIONS` names all.
+with. Further losses to compare with are in `baselines.py`; `FUNCTIONS` names all. Of the losses that couple the
+examples of a step, `step_statistic` says by what.
 
 Notation: π = policy, r = π/π_ref, w = chosen, l = rejected, |y| = number of tokens. Each function returns loss
 terms; the trainer divides each by its count in the whole optimizer step (see `LossTerm`). The functions know no
@@ -19,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from infopo import baselines
-from infopo.catalog import complete_parameters
+from infopo.catalog import OBJECTIVES, complete_parameters
+from infopo.coupling import StepStatistic
 from infopo.estimators import DIVERGENCES, log_mixture
-from infopo.records import LossTerm, ResponseLogps
+from infopo.records import LossTerm, ResponseLogps, Role
 from infopo.records import LossTerms as LossTerms  # part of this module's interface
 
 LossFunction = Callable[[ResponseLogps], LossTerms]
@@ -167,6 +169,66 @@ def hellinger(
     return _f_divergence("hellinger", logps, _critic(logps, beta, length_normalized), cap)
 
 
+def dv(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
+    """Donsker-Varadhan: InfoPO whose rejected term does not see a constant shift of the critic.
+
+        L = E_w[-f] + log E_l[e^f],   f = β log r
+
+    -L ≤ KL(p_w‖p_l) where E_l is exact; here it is the mean over the rejected responses of the whole optimizer step,
+    and -L is biased upwards. At π = π_ref the gradient is InfoPO's. Chosen and rejected responses need not be paired.
+
+    With M = E_l[e^f] a constant, each rejected response has the value log M + e^f/M - 1: over the step these have the
+    mean log M, and the gradient of log E_l[e^f]. e^f/M is at most the number of rejected responses: no cap is needed.
+
+    References:
+        Donsker, Varadhan, 1983. Belghazi et al., 2018, arXiv 1801.04062, theorem 1.
+    """
+    statistic = _log_mean(beta, length_normalized)
+    return _tangent_terms(logps, statistic, _critic(logps, beta, length_normalized), math.inf)
+
+
+def smile(
+    logps: ResponseLogps, *, beta: float = 1.0, tau: float = 5.0, length_normalized: bool = False
+) -> LossTerms:
+    """SMILE: Donsker-Varadhan with the critic of rejected responses clipped to ±τ nats inside the logarithm.
+
+        L = E_w[-f] + log E_l[clip(e^f, e^-τ, e^τ)],   f = β log r
+
+    -L may lie on either side of KL(p_w‖p_l). A rejected response beyond ±τ is not pushed on, but counts in the mean,
+    over the whole optimizer step, that the others are divided by. As τ → ∞ it is `dv`, whose remarks hold.
+
+    References:
+        Song, Ermon, 2020, arXiv 1910.06222, section 4.2.
+    """
+    statistic = _log_mean(beta, length_normalized, tau=tau)
+    return _tangent_terms(logps, statistic, _critic(logps, beta, length_normalized), math.inf)
+
+
+def mine(
+    logps: ResponseLogps,
+    *,
+    beta: float = 1.0,
+    rate: float = 0.01,
+    length_normalized: bool = False,
+    cap: float = 5.0,
+) -> LossTerms:
+    """MINE: Donsker-Varadhan whose gradient divides by a moving average of E_l[e^f], not by this step's mean.
+
+        L = E_w[-f] + log m + E_l[e^f/m] - 1,   m ← (1 - rate) m + rate E_l[e^f],   f = β log r
+
+    m holds this step's mean too, and starts with the first step's; `rate` is used by whoever keeps m (the trainer). -L
+    is a lower bound on KL(p_w‖p_l), unbiased for an m that is given. It is DV's value at rate = 1, or where
+    m is the step's mean (a batch without a trainer, and evaluation). Beyond `cap` nats of f - log m, exp() goes on
+    linearly.
+
+    References:
+        Belghazi et al., 2018, arXiv 1801.04062, section 3.2. The value, of which this is the gradient: Poole et al.,
+        2019, arXiv 1905.06922, section 2.2 (unnormalized lower bounds, with m as the baseline).
+    """
+    statistic = _log_mean(beta, length_normalized, rate=rate)
+    return _tangent_terms(logps, statistic, _critic(logps, beta, length_normalized), cap)
+
+
 def dpo(
     logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 0.0
 ) -> LossTerms:
@@ -296,6 +358,29 @@ def _critic(logps: ResponseLogps, beta: float, length_normalized: bool) -> Float
     return critic / logps.length if length_normalized else critic
 
 
+def _log_mean(
+    beta: float, length_normalized: bool, *, tau: float = math.inf, rate: float = 1.0
+) -> StepStatistic:
+    """log E_l[e^f] over the rejected responses, f clipped to ±τ."""
+
+    def scores(logps: ResponseLogps) -> Tensor:
+        return _critic(logps, beta, length_normalized)[logps.rejected].clamp(-tau, tau)
+
+    return StepStatistic(Role.REJECTED, scores, "log_mean", rate)
+
+
+def _tangent_terms(
+    logps: ResponseLogps, statistic: StepStatistic, critic: Float[Tensor, " responses"], cap: float
+) -> LossTerms:
+    """E_w[-f] + E_l[log m + e^s/m - 1]: the tangent of log E_l[e^s] at m, which it touches where m = E_l[e^s]."""
+    log_mean = statistic.of(logps)
+    values = log_mean + capped_exp(statistic.scores(logps) - log_mean, cap) - 1
+    return [
+        LossTerm(-critic[logps.chosen], per="chosen", name="chosen"),
+        LossTerm(values, per="rejected", name="rejected"),
+    ]
+
+
 FUNCTIONS: Mapping[str, Callable[..., LossTerms]] = {
     "infopo": infopo,
     "infonce": infonce,
@@ -303,6 +388,9 @@ FUNCTIONS: Mapping[str, Callable[..., LossTerms]] = {
     "js": js,
     "chi2": chi2,
     "hellinger": hellinger,
+    "dv": dv,
+    "smile": smile,
+    "mine": mine,
     "dpo": dpo,
     "ipo": ipo,
     "hinge": hinge,
@@ -331,3 +419,20 @@ def loss_function(name: str, parameters: Mapping[str, Any] | None = None) -> Los
     """
     bound = complete_parameters(name, parameters or {})  # also refuses an unknown name
     return partial(FUNCTIONS[name], **bound)
+
+
+def step_statistic(name: str, parameters: Mapping[str, Any] | None = None) -> StepStatistic | None:
+    """The number of the whole optimizer step that couples the examples of objective `name`; None where none does.
+
+    Raises:
+        RecipeError: As `loss_function`.
+    """
+    bound = complete_parameters(name, parameters or {})
+    if not OBJECTIVES[name].statistic:
+        return None
+    return _log_mean(
+        bound["beta"],
+        bound["length_normalized"],
+        tau=bound.get("tau", math.inf),
+        rate=bound.get("rate", 1.0),
+    )

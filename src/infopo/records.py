@@ -168,6 +168,8 @@ class ResponseLogps:
         chosen: Indices of the chosen responses.
         rejected: Indices of the rejected responses.
         pairs: Every (chosen, rejected) couple of one example, as indices into the responses.
+        statistic: The number, of the whole optimizer step, that the objective's catalog row names (nats, without
+            gradient); None: this batch is all there is, and the objective takes the number from it.
     """
 
     policy: Float[Tensor, " responses"]
@@ -178,6 +180,7 @@ class ResponseLogps:
     chosen: Int[Tensor, " chosen"]
     rejected: Int[Tensor, " rejected"]
     pairs: Int[Tensor, "pairs 2"]
+    statistic: Float[Tensor, ""] | None = None
 
     @classmethod
     def of(

@@ -32,6 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from infopo import checkpoints, models
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import OBJECTIVES, REFERENCE_MODES
+from infopo.coupling import step_parts
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
@@ -51,8 +52,8 @@ from infopo.errors import (
 from infopo.logps import attention
 from infopo.logps.forward import path_of, prepare, response_logps, self_test, with_layout
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
-from infopo.objectives import LossTerms, loss_function
-from infopo.records import PER, PackedBatch, PreferenceExample, ResponseLogps, Role
+from infopo.objectives import LossTerms, loss_function, step_statistic
+from infopo.records import PER, PackedBatch, PreferenceExample, ResponseLogps, Role, sum_dtype
 from infopo.reference import (
     LiveReference,
     Reference,
@@ -147,6 +148,7 @@ class InfoPOTrainer(Trainer):
 
         self.mixture = args.mixture()
         self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
+        self._statistics = [step_statistic(n, p) for n, p, _ in self.mixture]
         self._encoder = Encoder(
             processing_class,
             max_length=args.max_length,
@@ -197,6 +199,9 @@ class InfoPOTrainer(Trainer):
             )
         self._metric_sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_record: list[tuple[PackedBatch, ResponseLogps, LossTerms]] = []
+        self._unseen_step: list[list[PackedBatch]] = []
+        self._step_values: list[Tensor | None] = [None] * len(self.mixture)
+        self._averages = self._no_averages()
         self._is_checked = False
         self._staging: str | None = None
         self._has_trained = False
@@ -465,6 +470,7 @@ class InfoPOTrainer(Trainer):
         counts = counts.to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
+        self._unseen_step = batches
         return batches, counts
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -475,9 +481,14 @@ class InfoPOTrainer(Trainer):
         Raises:
             CheckpointError: The checkpoint does not belong to this run.
         """
+        self._averages, self._step_values = self._no_averages(), [None] * len(self.mixture)
         if resume_from_checkpoint:
             resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
             self._has_trained = True
+            if any(statistic and statistic.rate < 1 for statistic in self._statistics):
+                saved = checkpoints.read_averages(Path(resume_from_checkpoint))
+                for average, value in zip(self._averages, saved, strict=True):
+                    average.fill_(value)
         self._metric_sums["train"], self._step_record = MetricSums(), []
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -498,6 +509,7 @@ class InfoPOTrainer(Trainer):
         self._has_trained = True
         if not self._is_checked:
             self._check_model(model, inputs[0].to(self.args.device))
+        self._look_ahead(model)
         loss = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs):
             is_last = number == len(inputs) - 1
@@ -506,6 +518,43 @@ class InfoPOTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._check_finite(loss)
         return loss
+
+    def _look_ahead(self, model: nn.Module) -> None:
+        """Before a step's first gradient: what its objectives must know of the whole step, by a pass without gradient.
+
+        Only responses that enter the statistics are run. Dropout is off: each statistic is one of the policy itself.
+        """
+        batches, self._unseen_step = self._unseen_step, []
+        roles = {statistic.role for statistic in self._statistics if statistic}
+        if not batches or not roles:
+            return
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            seen = [
+                self._logps(model, select(b, [i for i, r in enumerate(b.role.tolist()) if r in roles]))
+                for inputs in batches
+                for b in self._prepare_inputs(inputs)
+            ]
+        model.train(was_training)
+        self._step_values = self._statistics_of(seen)
+        for index, (statistic, now) in enumerate(zip(self._statistics, self._step_values, strict=True)):
+            if statistic and now is not None:
+                self._averages[index] = statistic.averaged(self._averages[index], now)
+                self._step_values[index] = self._averages[index]
+
+    def _statistics_of(self, seen: list[ResponseLogps]) -> list[Tensor | None]:
+        """Each objective's statistic over these batches of all ranks; None where it has none."""
+        needed = [statistic for statistic in self._statistics if statistic]
+        if not needed:
+            return [None] * len(self._statistics)
+        parts = self._gather(step_parts(needed, seen)).reshape(-1, len(needed), 2).unbind(1)
+        values = iter([statistic.combined(part) for statistic, part in zip(needed, parts, strict=True)])
+        return [next(values) if statistic else None for statistic in self._statistics]
+
+    def _no_averages(self) -> list[Tensor]:
+        dtype = sum_dtype(self.args.device)
+        return [torch.tensor(float("nan"), dtype=dtype, device=self.args.device) for _ in self.mixture]
 
     def compute_loss(
         self,
@@ -519,7 +568,7 @@ class InfoPOTrainer(Trainer):
         Σ_terms Σ values / count, with the counts of the whole step.
         """
         logps = self._logps(model, inputs)
-        terms = self._terms(logps)
+        terms = self._terms(logps, self._step_values)
         self._record_metrics("train", logps)
         detached = [replace(term, values=term.values.detach()) for term in terms]
         self._step_record.append((inputs, replace(logps, policy=logps.policy.detach()), detached))
@@ -535,11 +584,11 @@ class InfoPOTrainer(Trainer):
         reference = self.reference(batch) if self.reference_sides else batch.reference
         return with_layout(policy, reference, batch)
 
-    def _terms(self, logps: ResponseLogps) -> LossTerms:
+    def _terms(self, logps: ResponseLogps, step_values: list[Tensor | None]) -> LossTerms:
         return [
             replace(term, values=weight * term.values)
-            for function, weight in self._loss_functions
-            for term in function(logps)
+            for (function, weight), value in zip(self._loss_functions, step_values, strict=True)
+            for term in function(replace(logps, statistic=value))
         ]
 
     def _check_finite(self, loss: Tensor) -> None:
@@ -659,23 +708,30 @@ class InfoPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and metrics over the whole set: sums over counts, each example once, whatever batches and ranks."""
+        """Loss and metrics over the whole set: sums over counts, each example once, whatever batches and ranks.
+
+        Of an objective that couples examples, the statistic is that of the whole set (MINE's too, which then is DV).
+        """
         model = self._wrap_model(self.model, training=False)
         if len(self.accelerator._models) == 0 and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         losses = MetricSums()
+        seen: list[tuple[Tensor, ResponseLogps]] = []
         self._metric_sums["eval"] = MetricSums()  # an evaluation that was interrupted leaves half its sums
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in dataloader:
                 for batch in self._prepare_inputs(inputs):
                     logps = self._logps(model, batch)
-                    counts = batch.counts.tolist()
-                    for index, term in enumerate(self._terms(logps)):
-                        losses.add({f"{index}": (term.values.sum(), int(counts[PER.index(term.per)]))})
+                    seen.append((batch.counts, logps))
                     self._record_metrics("eval", logps)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        statistics = self._statistics_of([logps for _, logps in seen])
+        for numbers, logps in seen:
+            counts = numbers.tolist()
+            for index, term in enumerate(self._terms(logps, statistics)):
+                losses.add({f"{index}": (term.values.sum(), int(counts[PER.index(term.per)]))})
         metrics = {"loss": sum(losses.reduce(self._gather).values())}
         metrics |= self._metric_sums["eval"].reduce(self._gather)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -735,7 +791,11 @@ class InfoPOTrainer(Trainer):
             finally:
                 self._staging = None
             if self.args.should_save:
-                checkpoints.write_identity(staging / f"checkpoint-{self.state.global_step}", self._identity())
+                checkpoints.write_identity(
+                    staging / f"checkpoint-{self.state.global_step}",
+                    self._identity(),
+                    averages=[float(average) for average in self._averages],
+                )
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / f"checkpoint-{self.state.global_step}"))
 

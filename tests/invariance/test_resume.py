@@ -116,6 +116,10 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "infopo": {},
+    "mine, whose average goes on": {
+        "objective": {"name": "mine", "rate": 0.05},
+        "train__learning_rate": 1e-3,
+    },
     "dpo, grouped by length, accumulated": {
         "objective": {"name": "dpo"},
         "train__train_sampling_strategy": "group_by_length",
@@ -151,6 +155,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Any:
         ("infopo", [4]),
         ("infopo", [7, 11]),  # at the end of the first epoch, then in the second
         ("infopo", [2, 13]),  # before any checkpoint, then after the last step
+        ("mine, whose average goes on", [7]),
         ("dpo, grouped by length, accumulated", [11]),
         ("adapter, live reference", [10]),
     ],

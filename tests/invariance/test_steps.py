@@ -10,10 +10,13 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
+from infopo import estimators
 from infopo.arguments import InfoPOConfig
 from infopo.catalog import OBJECTIVES
 from infopo.data.examples import ExampleDataset
+from infopo.data.packing import pack
 from infopo.data.sampling import PaddedSampler
+from infopo.logps.forward import response_logps
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
@@ -93,6 +96,72 @@ def test_unpaired_data_train_infopo_and_an_uneven_last_step_weighs_its_own_rows(
     assert_same(a, b)
 
 
+@pytest.mark.parametrize("objective", ["dv", "smile", "mine"])
+def test_unpaired_data_train_what_couples_them_and_a_step_without_rejected_is_no_trouble(
+    tmp_path: Path, tokenizer: Any, objective: str
+) -> None:
+    """12 rows a step of 4, whole or in batches of 1; the first step holds chosen responses only."""
+    data = random_dataset(12, chosen=(1, 1, 1, 1, 0, 1), rejected=(0, 0, 0, 0, 1, 0))
+    settings = {"objective": objective, "train_sampling_strategy": "sequential"}
+    a = run(tmp_path, data, tokenizer, per_device_train_batch_size=4, **settings)
+    b = run(
+        tmp_path, data, tokenizer, per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings
+    )
+    assert_same(a, b)
+
+
+def first_scores(data: ExampleDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """log r of another policy than the reference, of chosen and of rejected responses."""
+    batch = pack(list(data))
+    with torch.no_grad():
+        f = response_logps(tiny_llama(), batch) - response_logps(tiny_llama(seed=1), batch)
+    return f[batch.chosen], f[batch.rejected]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
+def test_the_logged_loss_is_donsker_varadhan_of_the_whole_steps_scores(
+    tmp_path: Path, tokenizer: Any, batch_size: int, accumulation: int
+) -> None:
+    """The reference is another model, so that the scores are no zeros; evaluation likewise, over its set."""
+    data = random_dataset(8, chosen=(1, 2), rejected=(1, 3))
+    logs = Logs()
+    args = InfoPOConfig(
+        output_dir=str(tmp_path),
+        objective="dv",
+        objective_parameters={"beta": 0.5},
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=accumulation,
+        **{**PLAIN_SGD, "max_steps": 1},
+    )
+    trainer = InfoPOTrainer(
+        model=tiny_llama(),
+        ref_model=tiny_llama(seed=1),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[logs],
+    )
+    chosen, rejected = first_scores(data)
+    expected = -float(estimators.donsker_varadhan(0.5 * chosen, 0.5 * rejected))
+    assert abs(expected) > 0.1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+    losses = [record["loss"] for record in logs.records if "loss" in record]
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_mine_that_forgets_at_once_is_donsker_varadhan(tmp_path: Path, tokenizer: Any) -> None:
+    data = random_dataset(12)
+    dv = run(tmp_path, data, tokenizer, objective="dv", per_device_train_batch_size=4)
+    settings = {"objective": "mine", "per_device_train_batch_size": 4}
+    forgets = run(tmp_path, data, tokenizer, objective_parameters={"rate": 1.0, "cap": 50.0}, **settings)
+    remembers = run(tmp_path, data, tokenizer, objective_parameters={"rate": 0.1, "cap": 50.0}, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(dv[0], forgets[0], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(dv[0], remembers[0], strict=True))
+
+
 def test_checkpointing_activations_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
     data = random_dataset(12)
     plain = run(tmp_path, data, tokenizer, per_device_train_batch_size=4)
@@ -121,7 +190,7 @@ def test_absent_rows_fill_the_last_batch_and_no_row_comes_twice() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("objective", ["infopo", "dpo"])
+@pytest.mark.parametrize("objective", ["infopo", "dpo", "dv", "smile", "mine"])
 def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path, tokenizer: Any, objective: str) -> None:
     """21 rows on 2 ranks x 4: the last step leaves one rank short, and no row may count twice."""
     data = random_dataset(21, chosen=(1, 2), rejected=(1, 1, 3))

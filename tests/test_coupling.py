@@ -1,0 +1,97 @@
+"""Statistics of a step do not depend on how the step was cut, and an average over steps is what its formula says."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infopo.catalog import OBJECTIVES, STEP_STATISTICS
+from infopo.coupling import StepStatistic, step_parts
+from infopo.objectives import step_statistic
+from infopo.records import ResponseLogps, Role
+
+F64 = torch.float64
+
+
+def batch(scores: list[float]) -> ResponseLogps:
+    """Rejected responses with these log-ratios."""
+    number = len(scores)
+    return ResponseLogps.of(
+        policy=torch.tensor(scores, dtype=F64, requires_grad=True),
+        reference=torch.zeros(number, dtype=F64),
+        length=torch.ones(number, dtype=torch.int64),
+        role=torch.full((number,), int(Role.REJECTED)),
+        example=torch.arange(number),
+    )
+
+
+def log_mean(rate: float = 1.0) -> StepStatistic:
+    return StepStatistic(Role.REJECTED, lambda logps: logps.policy, "log_mean", rate)
+
+
+def positive_mean() -> StepStatistic:
+    return StepStatistic(Role.REJECTED, lambda logps: logps.policy, "positive_mean")
+
+
+@given(
+    pieces=st.lists(st.lists(st.floats(-700, 700), max_size=4), min_size=1, max_size=4).filter(
+        lambda pieces: any(pieces)
+    )
+)
+def test_how_a_step_is_cut_into_pieces_and_ranks_does_not_matter(pieces: list[list[float]]) -> None:
+    """Empty pieces included; scores whose e^s is beyond any float included."""
+    scores = [score for piece in pieces for score in piece]
+    for statistic in (log_mean(), positive_mean()):
+        whole = statistic.of(batch(scores))
+        ranks = [step_parts([statistic], [batch(piece), batch([])])[0] for piece in pieces]
+        cut = statistic.combined(torch.stack(ranks))
+        one_rank = statistic.combined(step_parts([statistic], [batch(piece) for piece in pieces]))
+        for value in (cut, one_rank):
+            torch.testing.assert_close(value, whole, rtol=1e-12, atol=1e-12)
+        assert not whole.requires_grad
+
+
+def test_statistics_by_hand() -> None:
+    """log((1 + 3)/2); the mean of -1 and 4, and of -4 and 1, which is held at 0."""
+    assert log_mean().of(batch([0.0, math.log(3)])).item() == pytest.approx(math.log(2))
+    assert positive_mean().of(batch([-1.0, 4.0])).item() == 1.5
+    assert positive_mean().of(batch([-4.0, 1.0])).item() == 0.0
+
+
+def test_what_the_trainer_found_for_the_step_goes_before_the_batch_itself() -> None:
+    logps = replace(batch([1.0, 2.0]), statistic=torch.tensor(0.25))
+    assert log_mean().of(logps).item() == 0.25
+    assert log_mean().of(logps).dtype == F64
+
+
+def test_an_average_over_steps() -> None:
+    """Means 1, 4, 2 at rate 1/2: 1, 2.5, 2.25. A step without a rejected response changes nothing."""
+    statistic, average = log_mean(rate=0.5), torch.tensor(math.nan, dtype=F64)
+    seen = []
+    for now in (math.nan, 0.0, math.log(4), math.nan, math.log(2)):
+        average = statistic.averaged(average, torch.tensor(now, dtype=F64))
+        seen.append(average.exp().item())
+    assert math.isnan(seen[0])
+    assert seen[1:] == pytest.approx([1.0, 2.5, 2.5, 2.25])
+
+
+def test_at_rate_1_each_step_stands_alone() -> None:
+    now = torch.tensor(0.3, dtype=F64)
+    assert torch.equal(log_mean(rate=1.0).averaged(torch.tensor(9.0, dtype=F64), now), now)
+
+
+def test_of_no_response_there_is_no_mean() -> None:
+    assert log_mean().of(batch([])).isnan()
+    assert positive_mean().of(batch([])).item() == 0.0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_has_a_statistic_if_its_catalog_row_names_one(name: str) -> None:
+    statistic, named = step_statistic(name), OBJECTIVES[name].statistic
+    assert (statistic is None) == (named == "")
+    if statistic:
+        assert named in STEP_STATISTICS
+        assert (statistic.rate < 1) == named.startswith("moving_")
