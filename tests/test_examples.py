@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import struct
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infopo.data.examples import ExampleDataset
+from infopo.errors import DataError
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample, Role
 
 token_lists = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
@@ -114,3 +116,32 @@ def test_only_integers_index_it():
         dataset["0"]
     with pytest.raises(TypeError):
         dataset[0.0]
+
+
+def example(prompt: int, responses: list[list[int]], row: int) -> PreferenceExample:
+    return PreferenceExample([prompt], responses[:1], responses[1:], f"a:{row}")
+
+
+def test_mismatched_responses_are_those_of_the_example_before_with_another_prompt() -> None:
+    """Prompts 5 6 6 7: the first takes from the last, and the second 6 does not take from the first."""
+    rows = [(5, [[11]]), (6, [[21, 22, 23], [24]]), (6, [[31]]), (7, [[41]])]
+    data = ExampleDataset.from_examples(example(p, r, i) for i, (p, r) in enumerate(rows))
+    mismatched = data.mismatched(max_length=None)
+    assert [list(e.kl_ids) for e in mismatched] == [[[41]], [[11]], [[11]], [[31]]]
+    assert [replace(e, kl_ids=()) for e in mismatched] == list(data)
+    assert [e.roles for e in mismatched][1] == [Role.CHOSEN, Role.REJECTED, Role.KL]
+    assert mismatched.mismatched(None) is mismatched
+    assert mismatched.content_hash() != data.content_hash()
+
+
+def test_mismatched_responses_are_cut_to_the_room_their_new_prompt_leaves() -> None:
+    rows = [example(5, [[21, 22, 23], [24]], 0), PreferenceExample([6, 6], [[31]], [], "a:1")]
+    mismatched = ExampleDataset.from_examples(rows).mismatched(max_length=4)
+    assert [list(e.kl_ids) for e in mismatched] == [[[31]], [[21, 22], [24]]]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_rows_of_one_prompt_have_no_mismatched_responses(number: int) -> None:
+    data = ExampleDataset.from_examples(example(5, [[i]], i) for i in range(number))
+    with pytest.raises(DataError, match=r"a:0.*same prompt"):
+        data.mismatched(None)

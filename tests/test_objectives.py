@@ -142,6 +142,9 @@ CASES = [
         {"beta": 1.0, "label_smoothing": 0.25},
         (math.log(4 / 51) + 16 * math.log(64 / 17)) / 34 + (8 * math.log(32 / 27) + math.log(4 / 9)) / 18,
     ),
+    Case("kto", {"beta": 1.0}, 8 / 15),
+    Case("kto", {"beta": 1.0, "desirable_weight": 2.0}, 47 / 60),
+    Case("kto", {"beta": 1.0, "undesirable_weight": 0.5}, 47 / 120),
     Case("apo_zero", {"beta": 1.0}, 16 / 15),
     Case("apo_down", {"beta": 1.0}, 157 / 153),
     Case("cal_dpo", {"beta": 1 / (2 * B)}, (LOG17 + LOG9 - 3 * B + 19 * B**2) / 2),
@@ -199,6 +202,7 @@ def count(term: LossTerm, logps: ResponseLogps) -> int:
         "pair": len(logps.pairs),
         "chosen": len(logps.chosen),
         "rejected": len(logps.rejected),
+        "response": len(logps.chosen) + len(logps.rejected),
         "token": int(logps.length[logps.chosen].sum()),
     }[term.per]
 
@@ -295,6 +299,7 @@ def test_golden_values(case: Case) -> None:
     DPOP: -log r(w) = 2b falls in pair 1 alone. β=1, λ=1/2: Δ - b = -5b: log 33. λ=50, β=0.3: 0.3 · 104b = 31.2b.
     NCA, f = -2b, 2b and 2b, -b: log 5 + ½ log 5/4 + ½ log 5, log 5/4 + ½ log 5 + ½ log 3/2.
     EXO, ε=1/4: q = 1/17, 8/9: (log 4/51 + 16 log 64/17)/17, (8 log 32/27 + log 4/9)/9.
+    KTO, z=0 without mismatched responses: 4/5, 1/5 and 4/5, 1/3: (λ_w + λ_l 17/15)/4.
     APO-zero: (4/5 + 1/5)/2 + (4/5 + 1/3)/2 = 16/15. APO-down: 1/5 + 16/17, 4/5 + 1/9: 157/153.
     Cal-DPO, target b: 9b² + 9b², b² + 0, beside DPO's terms.
     Robust DPO, ε=1/4: (3/4 log 17 - 1/4 (log 17 - 4b))/(1/2) = log 17 + 2b, and log 9 - 4.5b.
@@ -700,13 +705,15 @@ def test_pairs_in_the_catalog_says_whether_a_lone_response_counts(case: Case) ->
         assert not terms["preference"].values.any()
         assert len(terms["preference"].values) == (1 if case.name == "infonce" else 0)
         assert not gradient(terms["preference"].values.sum(), lone).any()
+    elif case.name == "kto":
+        assert [(len(term.values), term.per) for term in terms.values()] == [(2, "response")]
     else:
         assert set(terms) == set(objective.sides)
         assert all(len(term.values) == 1 and term.per in (name, "token") for name, term in terms.items())
 
 
-@every_case
-def test_kl_responses_are_in_no_loss(case: Case) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "kto"], ids=str)
+def test_kl_responses_are_in_no_loss_but_ktos(case: Case) -> None:
     logps = golden_batch()
     index = torch.tensor([0, 1, 2, 3, 0, 1])
     role = torch.tensor([CHOSEN, REJECTED, CHOSEN, REJECTED, KL, KL])
@@ -715,6 +722,20 @@ def test_kl_responses_are_in_no_loss(case: Case) -> None:
         torch.cat([logps.policy, more.policy[4:]]), more.reference, more.length, more.role, more.example
     )
     assert torch.equal(step_loss(case.loss, more), step_loss(case.loss, logps))
+
+
+def test_ktos_reference_point_is_the_mean_log_ratio_of_mismatched_responses_and_has_no_gradient() -> None:
+    """log r(y') = 3, -1: z = 1; log r(w) = 2, log r(l) = 0: σ(-1) each. With 1, -3 the mean is below 0: z = 0."""
+    for shift, expected in ((0.0, 1 / (1 + math.e)), (-2.0, (1 / (1 + math.e**2) + 0.5) / 2)):
+        logps = batch(
+            (0, CHOSEN, -1.0, -3.0, 2),
+            (1, REJECTED, -4.0, -4.0, 3),
+            (0, KL, -5.0 + shift, -8.0, 3),
+            (1, KL, -7.0 + shift, -6.0, 2),
+        )
+        value = step_loss(loss_function("kto", {"beta": 1.0}), logps)
+        assert_close(value.detach(), expected)
+        assert not gradient(value, logps)[2:].any()
 
 
 # --- invariances --------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_roles_pairs_and_counts_of_a_mixed_batch() -> None:
     assert batch.example.tolist() == [0, 0, 1]
     assert batch.length.tolist() == [2, 3, 1] == response_lengths(batch)
     assert (batch.chosen.tolist(), batch.rejected.tolist(), batch.pairs.tolist()) == ([0], [1, 2], [[0, 1]])
-    assert batch.counts.tolist() == [1, 1, 2, 2]  # pairs, chosen, rejected, tokens of chosen
+    assert batch.counts.tolist() == [1, 1, 2, 2, 3]  # pairs, chosen, rejected, tokens of chosen, both
     assert batch.row_ids == ("a.jsonl:1", "a.jsonl:2")
     assert batch.reference.isnan().tolist() == [True, True, False]
     assert batch.reference[2] == -1.5
@@ -67,7 +67,7 @@ def test_what_responses_begin_with_is_stored_once() -> None:
     assert batch.segment_parent[3:] == [-1, 3, 4, 5, 5, 4, 3]
     assert batch.leaf[2:] == [6, 7, 9, 8]
     assert batch.length.tolist()[2:] == [4, 5, 1, 3]
-    assert batch.counts.tolist() == [1 + 4, 1 + 2, 1 + 2, 2 + 4 + 5]
+    assert batch.counts.tolist() == [1 + 4, 1 + 2, 1 + 2, 2 + 4 + 5, 2 + 4]
 
 
 @pytest.mark.parametrize("responses", [[[7, 8], [7, 8]], [[7], [7, 8]], [[7, 8, 9], [7, 8]], [[7], [7], [7]]])

@@ -52,7 +52,7 @@ def packed_batch() -> PackedBatch:
         chosen=torch.tensor([0, 2]),
         rejected=torch.tensor([1]),
         pairs=torch.tensor([[0, 1]]),
-        counts=torch.tensor([1, 2, 1, 4]),
+        counts=torch.tensor([1, 2, 1, 4, 3]),
         reference=torch.tensor([-1.0, -2.0, float("nan")]),
         row_ids=("a.jsonl:1", "a.jsonl:2"),
     )

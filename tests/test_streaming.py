@@ -131,6 +131,14 @@ def test_the_reference_of_a_stream_is_live(tmp_path: Path):
     assert trainer_of(tmp_path, rows, reference="auto").ref_model is not None
 
 
+def test_mismatched_responses_are_not_drawn_from_a_stream(tmp_path: Path):
+    rows = Dataset.from_list(pairs(4)).to_iterable_dataset()
+    with pytest.raises(
+        RecipeError, match=r"KTO .*: responses to other prompts cannot be drawn from a stream"
+    ):
+        trainer_of(tmp_path, rows, objective="kto")
+
+
 def test_each_example_of_a_stream_is_judged_when_it_comes(tmp_path: Path):
     unpaired = [
         {"prompt": "1+1=", "chosen": ["2"], "rejected": ["3"]},

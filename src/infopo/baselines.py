@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from infopo.records import LossTerm, LossTerms, ResponseLogps
+from infopo.coupling import StepStatistic
+from infopo.records import LossTerm, LossTerms, ResponseLogps, Role
 
 
 def cpo(
@@ -134,6 +135,37 @@ def apo_zero(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
         LossTerm(torch.sigmoid(-score[logps.chosen]), per="chosen", name="chosen"),
         LossTerm(torch.sigmoid(score[logps.rejected]), per="rejected", name="rejected"),
     ]
+
+
+def kto(
+    logps: ResponseLogps,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> LossTerms:
+    """KTO: each response by itself, against a reference point z, which is the policy's KL from the reference.
+
+        L = E_{w, l}[λ_w σ(β (z - log r(w))), λ_l σ(β (log r(l) - z))],   z = max(0, E_kl[log r(y')])
+
+    One mean over chosen and rejected responses. y' are responses to other prompts; z, over the whole optimizer step,
+    has no gradient. The two sides need not be paired.
+
+    References:
+        Ethayarajh et al., 2024, arXiv 2402.01306, eq. 7, as TRL's `KTOTrainer` has it.
+    """
+    margin = beta * (logps.policy - logps.reference - MISMATCH_KL.of(logps))
+    values = [
+        desirable_weight * torch.sigmoid(-margin[logps.chosen]),
+        undesirable_weight * torch.sigmoid(margin[logps.rejected]),
+    ]
+    return [LossTerm(torch.cat(values), per="response", name="preference")]
+
+
+MISMATCH_KL = StepStatistic(
+    Role.KL, lambda logps: (logps.policy - logps.reference)[logps.role == Role.KL], "positive_mean"
+)
+"""max(0, E[log r(y')]) over responses y' to other prompts: KTO's estimate of KL(π‖π_ref), in nats."""
 
 
 def apo_down(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:

@@ -114,6 +114,7 @@ class Objective:
 STEP_STATISTICS: Mapping[str, str] = {
     "log_mean": "log of the mean of e^f over the rejected responses of the step",
     "moving_log_mean": "log of a moving average, over steps, of the mean of e^f over rejected responses",
+    "kl": "mean log-ratio of the step's prompts with responses to other prompts (role kl), at least 0",
 }
 """What an objective may need to know of the whole optimizer step, in words."""
 
@@ -418,6 +419,20 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="Ji et al. 2024, arXiv 2402.00856, eq. 16",
         trl_loss_type="exo_pair",
+    ),
+    "kto": Objective(
+        title="KTO",
+        formula="λ_w σ(β (z - log r(w))), λ_l σ(β (log r(l) - z)), z the KL of policy from reference, at least 0",
+        parameters={
+            "beta": _positive(0.1, _STRENGTH),
+            "desirable_weight": _at_least_zero(1.0, "λ_w, weight of chosen responses."),
+            "undesirable_weight": _at_least_zero(1.0, "λ_l, weight of rejected responses."),
+        },
+        reference=_BOTH,
+        pairs=False,
+        sides=_BOTH,
+        source="Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7",
+        statistic="kl",
     ),
     "apo_zero": Objective(
         title="APO-zero",

@@ -107,6 +107,7 @@ def non_finite_rows(batch: PackedBatch, logps: ResponseLogps, terms: list[LossTe
         "token": logps.chosen,
         "rejected": logps.rejected,
         "pair": logps.pairs[:, 0],
+        "response": torch.cat([logps.chosen, logps.rejected]),
     }
     bad = {int(e) for e in logps.example[~logps.policy.isfinite()].tolist()}
     for term in terms:

@@ -404,6 +404,7 @@ FUNCTIONS: Mapping[str, Callable[..., LossTerms]] = {
     "dpop": baselines.dpop,
     "nca": baselines.nca,
     "exo": baselines.exo,
+    "kto": baselines.kto,
     "apo_zero": baselines.apo_zero,
     "apo_down": baselines.apo_down,
     "cal_dpo": baselines.cal_dpo,
@@ -430,6 +431,8 @@ def step_statistic(name: str, parameters: Mapping[str, Any] | None = None) -> St
     bound = complete_parameters(name, parameters or {})
     if not OBJECTIVES[name].statistic:
         return None
+    if OBJECTIVES[name].statistic == "kl":
+        return baselines.MISMATCH_KL
     return _log_mean(
         bound["beta"],
         bound["length_normalized"],

@@ -29,8 +29,8 @@ class Role(IntEnum):
     """Mismatched response that estimates a KL term (KTO)."""
 
 
-Per = Literal["pair", "chosen", "rejected", "token"]
-"""What a loss term is averaged over: pairs, chosen responses, rejected responses, or tokens of chosen responses."""
+Per = Literal["pair", "chosen", "rejected", "token", "response"]
+"""What a loss term is averaged over: pairs, chosen, rejected, tokens of chosen, or chosen and rejected responses."""
 
 PER: tuple[Per, ...] = get_args(Per)
 """Order of the denominators where they stand in one tensor."""
@@ -67,6 +67,7 @@ class PreferenceExample:
         rejected_ids: Token ids of each rejected response.
         row_id: See `PreferenceRow`.
         reference: log π_ref of each response (nats), chosen first; NaN where not computed. None: not computed.
+        kl_ids: Token ids of responses to other prompts, of role `KL`; empty where no objective asks for them.
     """
 
     prompt_ids: Sequence[int]
@@ -74,11 +75,18 @@ class PreferenceExample:
     rejected_ids: Sequence[Sequence[int]]
     row_id: str
     reference: Sequence[float] | None = None
+    kl_ids: Sequence[Sequence[int]] = ()
 
     @property
     def response_ids(self) -> list[Sequence[int]]:
-        """All responses, chosen first: the order of `reference`."""
-        return [*self.chosen_ids, *self.rejected_ids]
+        """All responses, chosen first, then rejected, then mismatched: the order of `reference`."""
+        return [*self.chosen_ids, *self.rejected_ids, *self.kl_ids]
+
+    @property
+    def roles(self) -> list[Role]:
+        """`Role` of each of `response_ids`."""
+        sides = ((Role.CHOSEN, self.chosen_ids), (Role.REJECTED, self.rejected_ids), (Role.KL, self.kl_ids))
+        return [role for role, ids in sides for _ in ids]
 
 
 EMPTY_EXAMPLE = PreferenceExample(prompt_ids=(), chosen_ids=(), rejected_ids=(), row_id="")
@@ -104,7 +112,8 @@ class PackedBatch:
         chosen: Indices of the chosen responses.
         rejected: Indices of the rejected responses.
         pairs: Every (chosen, rejected) couple of the same example, as indices into the responses.
-        counts: Number of pairs, chosen responses, rejected responses, and tokens of chosen responses (order: `PER`).
+        counts: Number of pairs, chosen responses, rejected responses, tokens of chosen responses, and of chosen and
+            rejected responses together (order: `PER`).
         reference: log π_ref of each response (nats); NaN where not computed.
         row_ids: Name of each example's row.
     """
@@ -240,7 +249,7 @@ class LossTerm:
 
     Attributes:
         values: One value each pair, chosen or rejected response; with `per="token"`, one value a chosen response,
-            already summed over its tokens.
+            already summed over its tokens; with `per="response"`, those of chosen responses, then of rejected ones.
         per: The denominator.
         name: What the term is called in metrics, e.g. `chosen` or `rejected`.
     """

@@ -40,14 +40,14 @@ SECONDS_PER_SHARD = 30.0
 SPOT_CHECKS = 4
 """Stored responses that are computed anew before any is used."""
 
-_ROLE_OF = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED}
+_ROLE_OF = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED, "kl": Role.KL}
 
 
 class Reference(Protocol):
     """What a trainer needs of a reference.
 
     Attributes:
-        sides: Subset of {chosen, rejected} whose log-probs it gives.
+        sides: Subset of {chosen, rejected, kl} whose log-probs it gives.
     """
 
     sides: frozenset[str]
@@ -275,12 +275,12 @@ def _token_logps(
     parts = list[PreferenceExample]()
     for i in dict.fromkeys(owner.tolist()):
         example, start = dataset[i], int(dataset.response_offsets[i])
-        chosen, rejected = list[Sequence[int]](), list[Sequence[int]]()
+        sides: dict[Role, list[Sequence[int]]] = {role: [] for role in Role}
         for response, of in zip(responses, owner.tolist(), strict=True):
             if of == i:
-                side = chosen if dataset.roles[response] == Role.CHOSEN else rejected
-                side.append(example.response_ids[response - start])
-        parts.append(PreferenceExample(example.prompt_ids, chosen, rejected, example.row_id))
+                sides[Role(dataset.roles[response])].append(example.response_ids[response - start])
+        chosen, rejected, kl = sides.values()
+        parts.append(PreferenceExample(example.prompt_ids, chosen, rejected, example.row_id, kl_ids=kl))
     batch = pack(parts).to(device)
     tokens = PATHS[path_of(model)](model, batch).cpu()
     return [part.numpy() for part in tokens.split(response_lengths(batch))]
@@ -365,7 +365,7 @@ def _refuse_non_finite(values: dict[bytes, Tokens], work: _Work, dataset: Exampl
 
 def _row(dataset: ExampleDataset, response: int) -> str:
     example = int(np.searchsorted(dataset.response_offsets, response, side="right")) - 1
-    side = "chosen" if dataset.roles[response] == Role.CHOSEN else "rejected"
+    side = next(side for side, role in _ROLE_OF.items() if role == dataset.roles[response])
     return f"{dataset.row_ids[example]} ({side})"
 
 

@@ -149,6 +149,7 @@ class InfoPOTrainer(Trainer):
         self.mixture = args.mixture()
         self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
         self._statistics = [step_statistic(n, p) for n, p, _ in self.mixture]
+        self._mismatches = any(OBJECTIVES[name].statistic == "kl" for name, _, _ in self.mixture)
         self._encoder = Encoder(
             processing_class,
             max_length=args.max_length,
@@ -159,6 +160,11 @@ class InfoPOTrainer(Trainer):
         models_to_fit = [each for each in (policy, ref_model) if each is not None]
         train_examples: ExampleDataset | ExampleStream
         if isinstance(train_dataset, datasets.IterableDataset | ExampleStream):
+            if self._mismatches:
+                raise RecipeError(
+                    f"{self.objective_in_words()}: responses to other prompts cannot be drawn from a stream; load the "
+                    "rows into memory (data.streaming: false), or take another objective for unpaired data"
+                )
             train_examples = self._streamed(train_dataset, args, models_to_fit)
         else:
             train_examples = self._encode(train_dataset, "train_dataset", args)
@@ -229,9 +235,10 @@ class InfoPOTrainer(Trainer):
     @property
     def reference_sides(self) -> frozenset[str]:
         """Sides whose reference log-probs are computed."""
+        mismatched = frozenset({"kl"}) if self._mismatches else frozenset()
         if self.args.reference_sides == "both":
-            return frozenset({"chosen", "rejected"})
-        return frozenset().union(*(OBJECTIVES[name].reference for name, _, _ in self.mixture))
+            return mismatched | {"chosen", "rejected"}
+        return mismatched.union(*(OBJECTIVES[name].reference for name, _, _ in self.mixture))
 
     def _set_up_reference(self, ref_model: nn.Module | None, quantization_config: Any) -> None:
         """Decides where reference log-probs come from, and stores them in the datasets where they are precomputed."""
@@ -383,7 +390,7 @@ class InfoPOTrainer(Trainer):
                     name,
                 )
         self._check_pairs(dataset)
-        return dataset
+        return dataset.mismatched(self._encoder.max_length) if self._mismatches else dataset
 
     def _check_pairs(self, dataset: ExampleDataset) -> None:
         sides = {"chosen": _has(dataset, Role.CHOSEN), "rejected": _has(dataset, Role.REJECTED)}
@@ -465,7 +472,9 @@ class InfoPOTrainer(Trainer):
             num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = (
-            torch.stack([b.counts for batch in batches for b in batch]).sum(0) if batches else torch.zeros(4)
+            torch.stack([b.counts for batch in batches for b in batch]).sum(0)
+            if batches
+            else torch.zeros(len(PER))
         )
         counts = counts.to(device)
         if self.args.world_size > 1:
@@ -514,6 +523,8 @@ class InfoPOTrainer(Trainer):
         for number, batch in enumerate(inputs):
             is_last = number == len(inputs) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                if self._mismatches:  # their part is done: z has no gradient
+                    batch = _only(batch, {Role.CHOSEN, Role.REJECTED})
                 loss = loss + super().training_step(model, batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._check_finite(loss)
@@ -532,7 +543,7 @@ class InfoPOTrainer(Trainer):
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             seen = [
-                self._logps(model, select(b, [i for i, r in enumerate(b.role.tolist()) if r in roles]))
+                self._logps(model, _only(b, roles))
                 for inputs in batches
                 for b in self._prepare_inputs(inputs)
             ]
@@ -835,6 +846,11 @@ def _check_fit(model: nn.Module, *data: Any) -> None:
         for dataset in each.values() if isinstance(each, dict) else [each]:
             if isinstance(dataset, ExampleDataset):
                 models.check_fit(model, dataset.longest_row, dataset.largest_token_id)
+
+
+def _only(batch: PackedBatch, roles: set[Role]) -> PackedBatch:
+    """The batch with its responses of these roles. Waits for the device."""
+    return select(batch, [i for i, role in enumerate(batch.role.tolist()) if role in roles])
 
 
 def _row_tokens(batch: PackedBatch) -> int:

@@ -16,7 +16,9 @@ from infopo.catalog import OBJECTIVES
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.data.sampling import PaddedSampler
-from infopo.logps.forward import response_logps
+from infopo.logps.forward import response_logps, with_layout
+from infopo.objectives import loss_function
+from infopo.records import Role
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
@@ -96,7 +98,7 @@ def test_unpaired_data_train_infopo_and_an_uneven_last_step_weighs_its_own_rows(
     assert_same(a, b)
 
 
-@pytest.mark.parametrize("objective", ["dv", "smile", "mine"])
+@pytest.mark.parametrize("objective", ["dv", "smile", "mine", "kto"])
 def test_unpaired_data_train_what_couples_them_and_a_step_without_rejected_is_no_trouble(
     tmp_path: Path, tokenizer: Any, objective: str
 ) -> None:
@@ -152,6 +154,48 @@ def test_the_logged_loss_is_donsker_varadhan_of_the_whole_steps_scores(
     assert losses[0] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (1, 8)])
+@pytest.mark.parametrize("reference", ["live", "precompute"])
+def test_ktos_reference_point_is_that_of_the_whole_step(
+    tmp_path: Path, tokenizer: Any, batch_size: int, accumulation: int, reference: str
+) -> None:
+    """Weights after one step, and the loss in training and evaluation, by the definition."""
+    data = random_dataset(8, seed=1, chosen=(1, 0), rejected=(0, 1))
+    policy, other = tiny_llama(), tiny_llama(seed=5)
+    args = InfoPOConfig(
+        output_dir=str(tmp_path),
+        objective="kto",
+        objective_parameters={"beta": 0.3},
+        reference=reference,
+        reference_store="off",
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=accumulation,
+        **{**PLAIN_SGD, "max_steps": 1, "learning_rate": 1.0},
+    )
+    trainer = InfoPOTrainer(
+        model=tiny_llama(),
+        ref_model=tiny_llama(seed=5),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+    )
+    batch = pack(list(data.mismatched(None)))
+    with torch.no_grad():
+        reference_logps = response_logps(other, batch)
+    logps = with_layout(response_logps(policy, batch), reference_logps, batch)
+    z = (logps.policy - logps.reference)[logps.role == Role.KL].mean()
+    assert z > 0.1
+    loss = loss_function("kto", {"beta": 0.3})(logps)[0].values.sum() / 8
+    loss.backward()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for before, after in zip(policy.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(after, before - before.grad, rtol=0, atol=1e-5)
+
+
 def test_mine_that_forgets_at_once_is_donsker_varadhan(tmp_path: Path, tokenizer: Any) -> None:
     data = random_dataset(12)
     dv = run(tmp_path, data, tokenizer, objective="dv", per_device_train_batch_size=4)
@@ -190,7 +234,7 @@ def test_absent_rows_fill_the_last_batch_and_no_row_comes_twice() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("objective", ["infopo", "dpo", "dv", "smile", "mine"])
+@pytest.mark.parametrize("objective", ["infopo", "dpo", "dv", "smile", "mine", "kto"])
 def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path, tokenizer: Any, objective: str) -> None:
     """21 rows on 2 ranks x 4: the last step leaves one rank short, and no row may count twice."""
     data = random_dataset(21, chosen=(1, 2), rejected=(1, 1, 3))

@@ -36,12 +36,13 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from infopo.data.examples import ExampleDataset
 from infopo.objectives import loss_function
-from infopo.records import LossTerm, ResponseLogps, Role
+from infopo.records import LossTerm, PreferenceExample, ResponseLogps, Role
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of libraries under comparison are not ours
 
@@ -136,6 +137,7 @@ def step_loss(terms: list[LossTerm], logps: ResponseLogps) -> Tensor:
         "pair": len(logps.pairs),
         "chosen": len(logps.chosen),
         "rejected": len(logps.rejected),
+        "response": len(logps.chosen) + len(logps.rejected),
         "token": int(logps.length[logps.chosen].sum()),
     }
     return torch.stack([term.values.sum() / count[term.per] for term in terms]).sum()
@@ -321,6 +323,66 @@ def test_orpo_is_trls_but_for_the_prompts_likelihood(tmp_path: Path) -> None:
     response_nll = float(nll.values.sum() / logps.length[logps.chosen].sum())
     assert theirs.item() == pytest.approx(whole_row_nll.item() - odds.mean().item(), rel=1e-5)
     assert abs(whole_row_nll.item() - response_nll) > 0.1
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("seeds", [(0, 7), (7, 0)], ids=["z > 0", "z = 0"])
+def test_kto_is_that_of_trls_kto_trainer(tmp_path: Path, beta: float, seeds: tuple[int, int]) -> None:
+    """A whole dataset a batch: TRL's rotation is then ours, and its z that of the step."""
+    answers = [(row[side], side == "chosen") for row in ROWS for side in ("chosen", "rejected")]
+    prompts = [f"{row['prompt']} {word}" for row in ROWS for word in ("one", "two")]
+    rows = [
+        {"prompt": prompt, "completion": text, "label": label}
+        for prompt, (text, label) in zip(prompts, answers, strict=True)
+    ]
+    policy, reference = (tiny_llama(seed) for seed in seeds)
+    trainer = KTOTrainer(
+        model=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        args=KTOConfig(
+            output_dir=str(tmp_path),
+            beta=beta,
+            desirable_weight=1.5,
+            undesirable_weight=0.5,
+            **{**COMMON, "per_device_train_batch_size": len(rows)},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+
+    def rows_of(prefix: str) -> list[tuple[list[int], list[bool]]]:
+        names = (f"{prefix}input_ids", f"{prefix}attention_mask", f"{prefix}completion_mask")
+        return [
+            (ids[mask == 1].tolist(), score[mask == 1].bool().tolist())
+            for ids, mask, score in zip(*(batch[name] for name in names), strict=True)
+        ]
+
+    matched, mismatched = rows_of(""), rows_of("KL_")
+    roles = [Role.CHOSEN if label else Role.REJECTED for label in batch["label"]] + [Role.KL] * len(rows)
+    both = [*matched, *mismatched]
+    with torch.no_grad():
+        reference_logps = torch.stack([plain_logps(reference, *row) for row in both])
+    logps = ResponseLogps.of(
+        policy=torch.stack([plain_logps(policy, *row) for row in both]),
+        reference=reference_logps,
+        length=torch.tensor([sum(score) for _, score in both]),
+        role=torch.tensor(roles),
+        example=torch.arange(len(rows)).repeat(2),
+    )
+    z = (logps.policy - logps.reference)[logps.role == Role.KL].mean()
+    assert (z > 0.1) == (seeds == (0, 7))
+    parameters = {"beta": beta, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+    ours = step_loss(loss_function("kto", parameters)(logps), logps)
+    assert_same_loss_and_gradient(theirs, trainer.model, ours, policy)
+    # In the order of the dataset, which the loader shuffles, the couples are ours.
+    in_order = [trainer.train_dataset[i] for i in range(len(rows))]
+    data = ExampleDataset.from_examples(
+        PreferenceExample(row["prompt_ids"], [row["completion_ids"]], [], "") for row in in_order
+    )
+    ours_mismatched = [list(example.kl_ids) for example in data.mismatched(None)]
+    assert ours_mismatched == [[row["KL_completion_ids"]] for row in in_order]
 
 
 @pytest.mark.parametrize(("beta", "gamma"), [(2.0, 0.5), (10.0, 3.0)])

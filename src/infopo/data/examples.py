@@ -5,13 +5,16 @@ import hashlib
 import operator
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from infopo.errors import DataError
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample, Role
 
 
@@ -23,7 +26,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
 
     Attributes:
         response_offsets: (examples + 1,) first response of each example, and the number of responses at the end.
-        roles: (responses,) `Role` of each response; within an example, chosen come first.
+        roles: (responses,) `Role` of each response; within an example, chosen first, mismatched last.
         row_ids: Name of each example's row.
         reference: (responses,) float64 log π_ref of each response (nats), NaN where not computed; None: not computed.
     """
@@ -73,9 +76,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
             for ids in example.response_ids:
                 response_tokens.extend(ids)
                 token_offsets.append(len(response_tokens))
-            roles.extend(
-                [Role.CHOSEN] * len(example.chosen_ids) + [Role.REJECTED] * len(example.rejected_ids)
-            )
+            roles.extend(example.roles)
             response_offsets.append(len(roles))
             row_ids.append(example.row_id)
             has_reference |= example.reference is not None
@@ -107,13 +108,16 @@ class ExampleDataset(Dataset[PreferenceExample]):
             return EMPTY_EXAMPLE
         first, end = self.response_offsets[i : i + 2].tolist()
         responses = [self._response(j) for j in range(first, end)]
-        num_chosen = int(np.count_nonzero(self.roles[first:end] == Role.CHOSEN))
+        num_chosen, num_rejected = (
+            int(np.count_nonzero(self.roles[first:end] == role)) for role in (Role.CHOSEN, Role.REJECTED)
+        )
         return PreferenceExample(
             prompt_ids=self._prompt_tokens[self._prompt_offsets[i] : self._prompt_offsets[i + 1]].tolist(),
             chosen_ids=responses[:num_chosen],
-            rejected_ids=responses[num_chosen:],
+            rejected_ids=responses[num_chosen : num_chosen + num_rejected],
             row_id=self.row_ids[i],
             reference=None if self.reference is None else self.reference[first:end].tolist(),
+            kl_ids=tuple(responses[num_chosen + num_rejected :]),
         )
 
     def __iter__(self) -> Iterator[PreferenceExample]:
@@ -165,6 +169,45 @@ class ExampleDataset(Dataset[PreferenceExample]):
         other = copy.copy(self)
         other.reference = values.astype(np.float64)
         return other
+
+    def mismatched(self, max_length: int | None) -> "ExampleDataset":
+        """The same examples, each with the responses of another one to its prompt, of role `KL`.
+
+        They are those of the example before it (before the first: the last), or of the nearest one before that has
+        another prompt. Which is decided here, once, so that no batch size, order of training or rank changes it. A
+        dataset that has such responses comes back as it is. Reference log-probs are left behind.
+
+        Args:
+            max_length: Most tokens of a prompt with such a response, whose end is cut; None: no limit.
+
+        Raises:
+            DataError: All examples have the same prompt.
+        """
+        if (self.roles == Role.KL).any():
+            return self
+        donors = self._donors()
+
+        def complete(index: int) -> PreferenceExample:
+            example = self[index]
+            room = None if max_length is None else max(1, max_length - len(example.prompt_ids))
+            kl_ids = [ids[:room] for ids in self[donors[index]].response_ids]
+            return replace(example, kl_ids=kl_ids, reference=None)
+
+        return ExampleDataset.from_examples(complete(i) for i in range(len(self)))
+
+    def _donors(self) -> list[int]:
+        """Of each example, the nearest one before it, in a circle, that has another prompt."""
+        number = len(self)
+        prompts = [self._prompt_tokens[a:b].tobytes() for a, b in pairwise(self._prompt_offsets.tolist())]
+        first = next((i for i in range(number) if prompts[i] != prompts[i - 1]), None)
+        if first is None:
+            raise DataError(
+                "has the same prompt as all other rows: no response is one to another prompt", self.row_ids[0]
+            )
+        donors = [-1] * number
+        for i in (*range(first, number), *range(first)):
+            donors[i] = donors[i - 1] if prompts[i] == prompts[i - 1] else (i - 1) % number
+        return donors
 
     def content_hash(self) -> str:
         """SHA-256 of tokens and roles, which says whether two datasets are the same to a model.

@@ -50,7 +50,7 @@ def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
                 leaf_of[holders[0]] = branches[-1]
         leaf += [leaf_of[i] for i in range(len(responses))]
         owner += [index] * len(responses)
-        role += [Role.CHOSEN] * len(example.chosen_ids) + [Role.REJECTED] * len(example.rejected_ids)
+        role += example.roles
         reference += example.reference or [float("nan")] * len(example.response_ids)
 
     return _build(
@@ -194,7 +194,10 @@ def _build(
         chosen=chosen,
         rejected=rejected,
         pairs=pairs,
-        counts=torch.tensor([len(pairs), len(chosen), len(rejected), chosen_tokens], dtype=torch.int64),
+        counts=torch.tensor(
+            [len(pairs), len(chosen), len(rejected), chosen_tokens, len(chosen) + len(rejected)],
+            dtype=torch.int64,
+        ),
         reference=torch.tensor(list(reference), dtype=torch.float64),
         row_ids=tuple(row_ids),
     )
