@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was never stopped, and a checkpoint is whole or not there."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -192,6 +193,22 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path: Path, data: Path, u
     train(recipe, [f"output_dir={run_dir}", "train.resume_from_checkpoint=true"])
     assert final_weights(run_dir) == before
     assert records(run_dir) == records(uninterrupted("infopo"))
+
+
+def test_a_moving_average_comes_back_digit_for_digit(tmp_path: Path) -> None:
+    averages = [0.1 + 0.2, math.nan, -1e-300]
+    checkpoints.write_identity(tmp_path, {"objective": ["a", "b", "c"]}, averages)
+    back = checkpoints.read_averages(tmp_path)
+    assert [back[0], back[2]] == [averages[0], averages[2]]
+    assert math.isnan(back[1])
+
+
+@pytest.mark.parametrize("kept", [None, [], [0.5, 0.5], ["0.5"], {"0": 0.5}])
+def test_a_checkpoint_without_its_moving_average_is_refused_by_name(tmp_path: Path, kept: Any) -> None:
+    identity = {"objective": [["mine", {}, 1.0]], checkpoints.AVERAGES: kept}
+    (tmp_path / checkpoints.IDENTITY).write_text(json.dumps(identity))
+    with pytest.raises(CheckpointError, match=f"{checkpoints.IDENTITY}.*{checkpoints.AVERAGES}"):
+        checkpoints.read_averages(tmp_path)
 
 
 # ---- what may not be resumed ---------------------------------------------------------------------------------------
