@@ -1,5 +1,6 @@
 """One rank of `test_two_ranks_are_one_rank_with_twice_the_batch`; started by torch.distributed.run."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from infopo.lab.tokenizer import build_tokenizer
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
-out, objective = sys.argv[1:]
+out, objective, more = sys.argv[1:]
 torch.set_num_threads(1)
-settings = {**PLAIN_SGD, "num_train_epochs": 2, "per_device_train_batch_size": 4}
+settings = {**PLAIN_SGD, "num_train_epochs": 2, "per_device_train_batch_size": 4, **json.loads(more)}
 model = tiny_llama()
 trainer = InfoPOTrainer(
     model=model,
