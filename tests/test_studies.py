@@ -28,7 +28,7 @@ def text(name: str) -> str:
 
 
 def test_there_are_studies() -> None:
-    assert len(list(STUDIES.glob("*/run.py"))) >= 2
+    assert len(list(STUDIES.glob("*/run.py"))) >= 3
 
 
 @every_study
@@ -42,7 +42,8 @@ def test_tables_are_those_of_the_results(name: str) -> None:
 @every_study
 def test_numbers_in_the_prose_stand_in_a_table(name: str) -> None:
     """All with a decimal point, except those that are defined and not measured."""
-    defined = {"4.1", "1.18", "0.5", "0.693"}  # the theorem, 10 log(9/8), a setting, log 2
+    # The theorem, 10 log(9/8), a setting, log 2; a quantile's level, and β and the drift to compare at.
+    defined = {"4.1", "1.18", "0.5", "0.693", "97.5", "0.1"}
     whole = text(name)
     tables = "".join(re.findall(r"<!-- table: .*?<!-- end of table -->", whole, flags=re.DOTALL))
     prose = re.sub(r"<!-- table: .*?<!-- end of table -->", "", whole, flags=re.DOTALL)
@@ -89,3 +90,53 @@ def test_laws_of_the_mode_seeking_study_are_laws_and_graded_pairs_add_up(labels:
             assert law.min() >= 0
         if labels == "graded":
             assert abs(w.chosen + w.rejected - 2 * w.reference).max() < 1e-15
+
+
+def test_summaries_of_the_study_of_many_responses_are_those_of_its_runs() -> None:
+    study = script("03_many_responses")
+    results = json.loads((STUDIES / "03_many_responses" / "results.json").read_text(encoding="utf-8"))
+    lab, seeds = results["lab"], results["seeds"]
+    assert len(seeds) >= 5
+    measures = [name for name, value in lab["arms"][0].items() if isinstance(value, dict)]
+    assert study.summarise(study.ARMS, lab["runs"], results["size"]["rates"], measures) == lab["arms"]
+    parts = [{"start": lab["start"], "runs": [r for r in lab["runs"] if r["seed"] == seed]} for seed in seeds]
+    assert study.differences(parts, lab["arms"]) == lab["differences"]
+
+
+def test_equal_tokens_are_equal_within_a_few_percent() -> None:
+    study = script("03_many_responses")
+    results = json.loads((STUDIES / "03_many_responses" / "results.json").read_text(encoding="utf-8"))
+    tokens = {(a["data"], a["method"]): a["tokens"]["mean"] for a in results["lab"]["arms"]}
+    for data in (study.PROMPTS, study.EPOCHS):
+        assert tokens[data, "infopo"] == pytest.approx(tokens[study.LISTS, "infopo"], rel=0.05)
+    assert tokens[study.PAIRS, "dpo"] == pytest.approx(tokens[study.LISTS, "dpo"] / 4, rel=0.05)
+
+
+def test_accuracy_at_a_drift_lies_on_the_line_between_two_learning_rates() -> None:
+    study = script("03_many_responses")
+    runs = [{"kl": 0.05, "accuracy": 0.8}, {"kl": 0.25, "accuracy": 0.6}]
+    assert study.at_drift(runs, {"accuracy": 0.7}, 0.1) == pytest.approx(0.75)
+    assert study.at_drift(runs, {"accuracy": 0.7}, 0.025) == pytest.approx(0.75)
+    assert study.at_drift(runs, {"accuracy": 0.7}, 0.3) != study.at_drift(runs, {"accuracy": 0.7}, 0.3)  # NaN
+
+
+def test_real_data_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = script("03_many_responses")
+    monkeypatch.setattr(study, "SHARED", tmp_path)
+    for load, _ in study.REAL.values():
+        with pytest.raises(FileNotFoundError, match="beside the repository"):
+            load()
+
+
+def test_one_seed_gives_the_same_lists_twice_and_they_hold_right_and_wrong_responses() -> None:
+    from infopo.lab import solve, verify
+    from infopo.models import LAB_POLICY, load_policy, load_tokenizer
+
+    study = script("03_many_responses")
+    policy, tokenizer = load_policy(LAB_POLICY), load_tokenizer(LAB_POLICY)
+    rows, facts = study.make_lists(policy, tokenizer, 3, 5, "preference")
+    assert (rows, facts) == study.make_lists(policy, tokenizer, 3, 5, "preference")
+    for row in rows:
+        problem = solve(row["prompt"][0]["content"])
+        assert [verify(problem, text[0]["content"]) for text in row["chosen"]] == [True]
+        assert [verify(problem, text[0]["content"]) for text in row["rejected"]] == [False] * study.REJECTED
