@@ -81,6 +81,7 @@ COMPARED = tuple(
 """Method on lists, the same method on pairs, which pairs."""
 
 MBPP_ARMS = ((LISTS, "infopo"), (LISTS, "infonce"), (LISTS, "dpo"), (PAIRS, "infopo"), (PAIRS, "dpo"))
+LONGEST = 512  # bytes or tokens of a prompt with a response
 UNPAIRED_ARMS = tuple(("unpaired", method) for method in ("infopo", "kto") if method in OBJECTIVES)
 
 
@@ -129,7 +130,7 @@ def encode(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
     counts = DataCounts(on_bad_row="skip", source="rows")
     dataset = datasets.Dataset.from_list(list(rows))
     return encode_rows(
-        read_rows(dataset, counts), Encoder(tokenizer, max_length=512, max_prompt_length=256), counts
+        read_rows(dataset, counts), Encoder(tokenizer, max_length=LONGEST, max_prompt_length=256), counts
     )
 
 
@@ -156,6 +157,7 @@ def train(
                 num_train_epochs=epochs,
                 per_device_train_batch_size=batch,
                 activation_checkpointing=False,
+                max_length=LONGEST,  # KTO puts responses behind other prompts
                 reference_store="off",
                 save_strategy="no",
                 logging_strategy="no",
@@ -403,7 +405,7 @@ def byte_model(name: str, size: Size) -> tuple[PreTrainedModel, PreTrainedTokeni
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=512,
+            max_position_embeddings=LONGEST,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
