@@ -218,6 +218,8 @@ def test_variants_that_compute_another_loss_stop_the_run() -> None:
 
 
 def test_the_table_shows_what_was_measured_and_what_was_not() -> None:
+    other = {"regime": "ii", "ratio_trl": speed.spread([4.0]), "flop_share": {"trl": 0.5}}
+    other |= {"step_mib": {"infopo": 50.0}, "peak_memory_ratio": {"trl": None}}
     measured = {
         "regime": "i",
         "ratio_trl_best": speed.spread([1.0, 2.0, 3.0]),
@@ -226,9 +228,10 @@ def test_the_table_shows_what_was_measured_and_what_was_not() -> None:
         "peak_memory_ratio": {"trl_best": 0.25},
     }
     skipped = {"regime": "hh", "skipped": "no data"}
-    _, rule, *rows = speed.table({"regimes": [measured, skipped]}).splitlines()
-    assert rows[0] == "| i | - | - | 2.00 [1.50, 2.50] | - / - / 75% | 100 | - | 0.25 |"
-    assert rows[1].startswith("| hh | no data |")
+    _, rule, *rows = speed.table({"regimes": [measured, other, skipped]}).splitlines()
+    assert rows[0] == "| i | - | 2.00 [1.50, 2.50] | - / 75% | 100 | 0.25 |"
+    assert rows[1] == "| ii | 4.00 [4.00, 4.00] | - | 50% / - | 50 | - |"
+    assert rows[2].startswith("| hh | no data |")
     assert {row.count("|") for row in rows} == {rule.count("|")}
 
 
