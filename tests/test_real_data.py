@@ -2,6 +2,8 @@
 
 import gzip
 import importlib.util
+import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +11,7 @@ from types import ModuleType
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from infopo.catalog import OBJECTIVES
 from infopo.cli import main
 from infopo.runs import read_run
 
@@ -78,6 +81,33 @@ def test_transcripts_become_conversations_that_the_template_writes_and_the_respo
         assert text.startswith("⟦")
         assert text.endswith("⟦<|end|>⟧")
         assert "Human:" not in text
+
+
+@pytest.fixture(scope="module")
+def model_of_the_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hh") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hh_tokenizer.py", str(FIXTURE), str(folder)])
+        script("hh_tokenizer").main()
+    return folder
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_on_real_rows(
+    objective: str, model_of_the_fixture: Path, tmp_path: Path
+) -> None:
+    recipe, text = tmp_path / "recipe.yaml", Path(RECIPE).read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^objective:\n(  .*\n)+", f"objective: {objective}\n", text)
+    recipe.write_text(text, encoding="utf-8")
+    paths = [f"model.name_or_path={model_of_the_fixture}", f"data.path={FIXTURE}"]
+    paths.append(f"output_dir={tmp_path / 'run'}")
+    assert main(["train", str(recipe), *paths, "train.logging_steps=1"]) == 0
+    run = read_run(tmp_path / "run")
+    steps, losses = run.series("loss")
+    assert steps == [1, 2]
+    assert all(math.isfinite(loss) for loss in losses)
+    _, norms = run.series("grad_norm")
+    assert all(norm > 0 for norm in norms)
 
 
 @pytest.mark.long
