@@ -29,4 +29,5 @@ trainer.train()
 if trainer.is_world_process_zero():
     logs = [{k: v for k, v in r.items() if k != "step"} for r in trainer.state.log_history[:-1]]
     torch.save({"weights": [p.detach() for p in model.parameters()], "logs": logs}, out)
-trainer.accelerator.end_training()  # with threads of the process group left, a rank may abort at its exit
+trainer.accelerator.end_training()
+os._exit(0)  # threads of the process group were seen to abort a rank at its exit, after its work was done

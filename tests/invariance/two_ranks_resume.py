@@ -65,4 +65,5 @@ result = {
 }
 result["logs"] = [pair for pair in result["logs"] if pair[1] is not None]
 (Path(folder) / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
-trainer.accelerator.end_training()  # with threads of the process group left, a rank may abort at its exit
+trainer.accelerator.end_training()
+os._exit(0)  # threads of the process group were seen to abort a rank at its exit, after its work was done

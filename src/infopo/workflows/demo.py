@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from infopo.build import build_examples, build_trainer_on
 from infopo.catalog import OBJECTIVES
 from infopo.config import DataSection, ModelSection, ObjectiveSection, Recipe, ReferenceSection, to_yaml
 from infopo.data.examples import ExampleDataset
-from infopo.errors import RecipeError
+from infopo.errors import RecipeError, TrainingError
 from infopo.generate import sample
 from infopo.lab import Problem, make_problems
 from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt, one_thread
@@ -265,6 +266,12 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
                 results[key] = done.result()
                 bar.update()
                 tqdm.write(_line(method, results[key]))
+        except BrokenProcessPool as error:
+            time.sleep(1)  # Ctrl-C ends workers first: its exception comes here
+            raise TrainingError(
+                "a process of the demo ended before its run did (killed, or out of memory?). Start the demo again: what "
+                "is finished is kept"
+            ) from error
         except BaseException:  # else the pool would go on with what is queued
             pool.shutdown(wait=False, cancel_futures=True)
             raise
