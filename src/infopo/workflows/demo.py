@@ -269,8 +269,8 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
         except BrokenProcessPool as error:
             time.sleep(1)  # Ctrl-C ends workers first: its exception comes here
             raise TrainingError(
-                "a process of the demo ended before its run did (killed, or out of memory?). Start the demo again: what "
-                "is finished is kept"
+                "a process of the demo ended before its run did (killed, or out of memory?). Start the demo again: "
+                "what is finished is kept"
             ) from error
         except BaseException:  # else the pool would go on with what is queued
             pool.shutdown(wait=False, cancel_futures=True)
