@@ -340,12 +340,11 @@ def linearity(job: Job, line: Line) -> None:
     rng = torch.Generator().manual_seed(job["seed"])
     ids = partial(torch.randint, regimes.FIRST_ID, job["vocabulary"], generator=rng)
     for count in job["counts"]:
-        examples = [
-            PreferenceExample(
-                ids((PROMPT,)).tolist(), [ids((RESPONSE,)).tolist()], [ids((RESPONSE,)).tolist()], str(i)
-            )
-            for i in range(count)
-        ]
+        examples = []
+        for i in range(count):
+            prompt, chosen, rejected = (ids((n,)).tolist() for n in (PROMPT, RESPONSE, RESPONSE))
+            chosen[0], rejected[0] = regimes.FIRST_ID, regimes.FIRST_ID + 1  # nothing in common by chance
+            examples.append(PreferenceExample(prompt, [chosen], [rejected], str(i)))
         line.wait()
         begin = time.perf_counter()
         batch = pack(examples).to(model.device)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BloomConfig,
@@ -142,6 +143,25 @@ def test_one_call_for_all_runs_gives_the_same(monkeypatch: pytest.MonkeyPatch, f
     assert_agree(model, pack(EXAMPLES))
     assert len(calls) == model.config.num_hidden_layers
     assert_agree(model, pack([PreferenceExample([5, 6, 7], [[3]], [[4, 5, 6]], "most keys, fewest queries")]))
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses what reads a value of a tensor, for which the host would wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral, sliding window", "gemma2, soft cap", "gemma3", "gpt-neox"]
+)
+def test_forward_and_backward_pass_wait_for_no_value(family: str) -> None:
+    model, batch = tiny_of(FAMILIES[family]), pack(EXAMPLES)
+    disable_dropout(model)
+    assert attention.enable(model) is None
+    with NothingIsRead():
+        response_logps(model, batch).sum().backward()
 
 
 def test_changing_a_token_of_one_response_moves_no_other(model: torch.nn.Module) -> None:
