@@ -439,12 +439,24 @@ def test_the_checkpoint_of_a_trainer_holds_its_identity(tmp_path: Path) -> None:
 # ---- real kills ----------------------------------------------------------------------------------------------------
 
 
+def stop_in_a_save(process: subprocess.Popen[bytes], staging: Path) -> None:
+    """Leave the process stopped while it writes a checkpoint, or ended if it writes none any more."""
+    while process.poll() is None:
+        if staging.exists():
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if staging.exists():
+                return
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.0005)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_again_and_again_ends_like_the_one_that_was_not(
     tmp_path: Path, data: Path, seed: int
 ) -> None:
-    """SIGKILL at random moments, saves included: every step saves, so much of the time is spent in them."""
+    """SIGKILL at a random moment, then within a save, in turn; every step saves."""
     changes = {"train__save_steps": 1, "train__max_steps": 40, "train__save_total_limit": 2}
     recipe = write_recipe(tmp_path / "recipe.yaml", data, **changes)
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
@@ -465,7 +477,10 @@ def test_a_run_killed_again_and_again_ends_like_the_one_that_was_not(
         while process.poll() is None and checkpoints.last(str(run_dir)) == begin:  # it has begun to train
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.5))
+        if kills % 2:
+            stop_in_a_save(process, run_dir / checkpoints.STAGING)
+        else:
+            time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
             break
@@ -479,7 +494,7 @@ def test_a_run_killed_again_and_again_ends_like_the_one_that_was_not(
                 }
     assert process.returncode == 0
     assert kills >= 3
-    assert mid_save >= 1
+    assert mid_save >= kills // 2
     assert final_weights(run_dir) == final_weights(whole)
     assert records(run_dir) == records(whole)
     assert [r["step"] for r in records(run_dir) if "loss" in r] == list(range(1, 41))
