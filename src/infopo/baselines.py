@@ -186,6 +186,8 @@ def cal_dpo(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
 
         L = E_pairs[-log σ(Δ) + (log r(w) - 1/(2β))² + (log r(l) + 1/(2β))²]
 
+    The authors' published trainer halves the two squares, and takes their means over the pairs first.
+
     References:
         Xiao et al., 2024, arXiv 2412.14516.
     """

@@ -6,6 +6,7 @@ keyword of the model, through checkpointing, adapters and wrappers alike.
 """
 
 import contextlib
+import copy
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from infopo.errors import LogpsError
 from infopo.logps.wrappers import base_of, has_virtual_tokens
-from infopo.records import PackedBatch
 
 varlen_attn: Any = None  # torch has it from 2.10 on
 with contextlib.suppress(ImportError):
@@ -40,6 +40,8 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 """Keywords that attention functions receive and that change nothing here: any other is refused, not swallowed."""
 
+_WAY_OUT = ": set logps_path to 'naive'"
+
 _has_layout: ContextVar[bool] = ContextVar("infopo_has_layout", default=False)
 
 
@@ -54,12 +56,13 @@ class ForestLayout:
         context: For each run, the (run, tokens) before it: the first `tokens` of that run, oldest first.
     """
 
-    def __init__(self, batch: PackedBatch) -> None:
+    def __init__(self, segment_start: Sequence[int], segment_parent: Sequence[int]) -> None:
+        """As in `PackedBatch`."""
         run_of, end_in_run = list[int](), list[int]()  # of each segment
         self.sizes: list[int] = []
         self.context: list[list[tuple[int, int]]] = []
-        for segment, parent in enumerate(batch.segment_parent):
-            size = batch.segment_start[segment + 1] - batch.segment_start[segment]
+        for segment, parent in enumerate(segment_parent):
+            size = segment_start[segment + 1] - segment_start[segment]
             if parent >= 0 and parent == segment - 1:  # goes on where its parent ended
                 run_of.append(run_of[parent])
                 self.sizes[-1] += size
@@ -156,6 +159,36 @@ def _obstacle(model: nn.Module) -> str | None:
         value for name, value in vars(text).items() if "drop" in name and isinstance(value, float)
     ):
         return "it has dropout, which a shared prompt would share too"
+    return _refusal(base)
+
+
+def _refusal(base: PreTrainedModel) -> str | None:
+    """What forest attention itself would say against this model, tried without weights or data, on one layer."""
+    config = copy.deepcopy(base.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="meta")
+    layout = ForestLayout([0, 1, 2], [-1, -1])
+    try:
+        with torch.device("meta"):
+            layer = type(base)(config)
+        layer.set_attn_implementation(_NAMES[base.config._attn_implementation])
+        with layout_given(), torch.no_grad():
+            layer(
+                input_ids=ids,
+                position_ids=ids,
+                attention_mask=mask,
+                use_cache=False,
+                forest=layout,
+                logits_to_keep=1,
+            )
+    except LogpsError as error:
+        return str(error).removesuffix(_WAY_OUT)
+    except Exception:  # this architecture cannot be tried so; the self-test stays
+        return None
     return None
 
 
@@ -217,7 +250,7 @@ def forest_attention(
     if unknown or dropout:
         raise LogpsError(
             f"{type(module).__name__} asks for {', '.join(sorted(unknown)) or 'dropout'}, which shared-prefix "
-            "attention does not honour: set logps_path to 'naive'"
+            f"attention does not honour{_WAY_OUT}"
         )
     # Split, not sliced: the gradient of a slice is as large as the whole.
     queries, keys, values = (t.split(layout.sizes, dim=2) for t in (query, key, value))
@@ -329,7 +362,7 @@ def _stand_in(original: str) -> Any:
         if _has_layout.get():
             raise LogpsError(
                 f"{type(module).__name__} is not given the layout of its batch, because its model does not pass "
-                "unknown keywords on: set logps_path to 'naive'"
+                f"unknown keywords on{_WAY_OUT}"
             )
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(original, plain)(

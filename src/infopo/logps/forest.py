@@ -32,7 +32,7 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
         # Taken for a finished mask, and ignored; without one, a model looks at position ids and waits for the device.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
         "use_cache": False,
-        "forest": ForestLayout(batch),
+        "forest": ForestLayout(batch.segment_start, batch.segment_parent),
     }
     with layout_given():
         if lm_head.plain_head(model) is not None:
