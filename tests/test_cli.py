@@ -234,7 +234,7 @@ def test_train_writes_a_run_that_loads_and_that_its_own_recipe_repeats(
     assert "git" in environment
     assert environment["model"]["name_or_path"] == "lab:policy"
     assert environment["data"]["path"] == "pairs.jsonl"
-    assert all(len(environment[key]["sha256"]) == 64 for key in ("model", "reference", "data"))
+    assert all(len(environment[key]["hash"]) == 64 for key in ("model", "reference", "data"))
     assert [(rows["source"], rows["used"]) for rows in environment["rows"]] == [
         ("pairs.jsonl", 8),
         ("held_out.jsonl", 4),

@@ -164,9 +164,9 @@ def _environment(recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCoun
         seed=trainer.args.seed,
         accelerators=accelerators,
         extra={
-            "model": {"name_or_path": recipe.model.name_or_path, "sha256": trainer.policy_hash},
-            "reference": {"source": recipe.reference.source, "sha256": trainer.reference_hash},
-            "data": {"path": recipe.data.path, "sha256": trainer.data_hash()},
+            "model": {"name_or_path": recipe.model.name_or_path, "hash": trainer.policy_hash},
+            "reference": {"source": recipe.reference.source, "hash": trainer.reference_hash},
+            "data": {"path": recipe.data.path, "hash": trainer.data_hash()},
             "rows": [
                 {
                     "source": a.source,
