@@ -7,7 +7,7 @@ A step, whatever the objective: log-probs of the batch's responses under the pol
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -553,6 +553,7 @@ class InfoPOTrainer(Trainer):
             if statistic and now is not None:
                 self._averages[index] = statistic.averaged(self._averages[index], now)
                 self._step_values[index] = self._averages[index]
+        self._record_kl("train", self._step_values)
 
     def _statistics_of(self, seen: list[ResponseLogps]) -> list[Tensor | None]:
         """Each objective's statistic over these batches of all ranks; None where it has none."""
@@ -649,6 +650,13 @@ class InfoPOTrainer(Trainer):
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
 
+    def _record_kl(self, mode: str, statistics: Sequence[Tensor | None]) -> None:
+        """`kl` of KTO, in nats: the reference point of a step, or of an evaluation's whole set."""
+        for (name, _, _), value in zip(self.mixture, statistics, strict=True):
+            if OBJECTIVES[name].statistic == "kl" and value is not None:
+                self._metric_sums[mode].add({"kl": (value, 1)})
+                return
+
     def _record_metrics(self, mode: str, logps: ResponseLogps) -> None:
         name, parameters, _ = next((m for m in self.mixture if "beta" in m[1]), self.mixture[0])
         self._metric_sums[mode].add(
@@ -739,6 +747,7 @@ class InfoPOTrainer(Trainer):
                     self._record_metrics("eval", logps)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         statistics = self._statistics_of([logps for _, logps in seen])
+        self._record_kl("eval", statistics)
         for numbers, logps in seen:
             counts = numbers.tolist()
             for index, term in enumerate(self._terms(logps, statistics)):

@@ -190,9 +190,13 @@ def test_ktos_reference_point_is_that_of_the_whole_step(
     assert z > 0.1
     loss = loss_function("kto", {"beta": 0.3})(logps)[0].values.sum() / 8
     loss.backward()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert evaluated["eval_kl"] == pytest.approx(z.item(), rel=1e-5)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert logged["kl"] == pytest.approx(z.item(), rel=1e-4)
     for before, after in zip(policy.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(after, before - before.grad, rtol=0, atol=1e-5)
 
