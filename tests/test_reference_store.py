@@ -152,11 +152,12 @@ def test_provenance_names_versions_and_counts_but_no_place(tmp_path: Path) -> No
     assert not {"somebody", str(Path.cwd()), os.uname().nodename} & set(
         json.dumps(about).replace('"', " ").split()
     )
-    store.add({key: VALUES[key] for key in KEYS[1:]})
-    store.note_use()
+    later = store_in(tmp_path, model_name="a copy", device="cuda")  # whose values join the first ones
+    later.add({key: VALUES[key] for key in KEYS[1:]})
+    later.note_use()
     again = json.loads((store.folder / "provenance.json").read_text(encoding="utf-8"))
     assert again["counts"] == {"shards": 2, "responses": 6, "tokens": 21}
-    assert again["created"] == about["created"]
+    assert [again[k] for k in ("created", "model", "device")] == [about["created"], "sft", "cpu"]
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------
