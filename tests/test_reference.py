@@ -261,6 +261,18 @@ def test_store_and_memory_give_the_same_bits(store: Path, sides: set[str]) -> No
     np.testing.assert_array_equal(again, memory)
 
 
+@pytest.mark.parametrize(("seconds", "shards"), [(0.0, 8), (1e9, 4)])
+def test_a_shard_is_as_large_as_its_time_allows(
+    store: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, shards: int
+) -> None:
+    """A kill loses one shard's work at most. Eight batches: one by one, or 1, 2, 4 and the last."""
+    monkeypatch.setattr("infopo.reference.SECONDS_PER_SHARD", seconds)
+    model, opened = tiny_llama(), store_of(store, tiny_llama())
+    dataset, rejected = random_dataset(16), frozenset({"rejected"})
+    precompute(dataset, model, rejected, store=opened, batch_size=2, device=torch.device("cpu"))
+    assert len(list(opened.folder.glob("*.safetensors"))) == shards
+
+
 def store_of(folder: Path, model: Any) -> ReferenceStore:
     from infopo.reference import identity_of
 

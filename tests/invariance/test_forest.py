@@ -96,15 +96,19 @@ def assert_agree(model: torch.nn.Module, batch: PackedBatch) -> None:
     assert_same_gradients(gradients, expected_gradients)
 
 
-@pytest.fixture(params=FAMILIES)
-def model(request: pytest.FixtureRequest) -> torch.nn.Module:
-    model = tiny_of(FAMILIES[request.param])
+def prepared(family: str) -> torch.nn.Module:
+    model = tiny_of(FAMILIES[family])
     for name, parameter in model.named_parameters():
         if "sinks" in name:
             torch.nn.init.normal_(parameter)  # at zero a sink that is left out could pass
     disable_dropout(model)
     assert attention.enable(model) is None
     return model
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return prepared(request.param)
 
 
 def test_values_and_gradients_are_those_of_the_naive_path(model: torch.nn.Module) -> None:
@@ -144,6 +148,28 @@ def test_one_call_for_all_runs_gives_the_same(monkeypatch: pytest.MonkeyPatch, f
     assert_agree(model, pack(EXAMPLES))
     assert len(calls) == model.config.num_hidden_layers
     assert_agree(model, pack([PreferenceExample([5, 6, 7], [[3]], [[4, 5, 6]], "most keys, fewest queries")]))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler looks at it
+@pytest.mark.parametrize("family", ["gemma2, soft cap", "gpt-oss, sinks"])
+def test_one_flexible_call_gives_the_same(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """The call that a GPU gets for soft caps and sinks, compiled as far as a CPU can: products and a softmax for the
+    kernel, whose backward pass is right on a CPU, too, though torch refuses it there."""
+    calls = []
+    compiled = torch.compile(attention.flex.flex_attention, backend="aot_eager")
+    model = prepared(family)
+    monkeypatch.setattr(attention, "_has_flex", lambda query: True)
+    monkeypatch.setattr(
+        attention, "_flex_kernel", lambda: lambda *a, **k: calls.append(1) or compiled(*a, **k)
+    )
+    monkeypatch.setattr(attention.flex, "_validate_device", lambda *tensors: None)
+    assert_agree(model, pack(EXAMPLES))
+    assert len(calls) == model.config.num_hidden_layers
+    assert_agree(
+        model, pack([PreferenceExample([5, 6, 7], [[3], [3, 4, 5], [3, 4, 6]], [[4, 5, 6]], "a tree")])
+    )
 
 
 class NothingIsRead(TorchDispatchMode):

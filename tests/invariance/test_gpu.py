@@ -28,8 +28,8 @@ SHAPE = {
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "one call": lambda: tiny_of(LlamaConfig(**SHAPE)),
     "one call, sliding window": lambda: tiny_of(MistralConfig(**SHAPE, sliding_window=4)),
-    "written out, soft caps": lambda: tiny_of(Gemma2Config(**SHAPE, sliding_window=4, attn_logit_softcapping=2.0)),
-    "written out, sinks": lambda: tiny_of(GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)),
+    "compiled, soft caps": lambda: tiny_of(Gemma2Config(**SHAPE, sliding_window=4, attn_logit_softcapping=2.0)),
+    "compiled, sinks": lambda: tiny_of(GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)),
 }  # fmt: skip
 EXAMPLES = random_examples(6, chosen=(1, 0, 2), rejected=(1, 2))
 

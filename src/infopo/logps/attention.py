@@ -7,17 +7,20 @@ keyword of the model, through checkpointing, adapters and wrappers alike.
 
 import contextlib
 import copy
+import functools
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -74,6 +77,8 @@ class ForestLayout:
                 run_of.append(len(self.sizes))
                 self.sizes.append(size)
             end_in_run.append(self.sizes[-1])
+        self._segments = (segment_start, segment_parent)
+        self._block_masks: dict[int | None, Any] = {}
         self._ends: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, int | None], Bool[Tensor, "queries keys"]] = {}
 
@@ -111,6 +116,58 @@ class ForestLayout:
             seen = distance >= 0
             self._masks[key] = seen if window is None else seen & (distance < window)
         return self._masks[key]
+
+    def block_mask(self, window: int | None, device: torch.device) -> Any:
+        """Who sees whom in the whole row, as `flex_attention` takes it.
+
+        Args:
+            window: Sliding window in tokens (distance < window), or None.
+            device: Where the mask is needed.
+        """
+        if window not in self._block_masks:  # the same for every layer
+            position, first, end = (torch.tensor(values, device=device) for values in self._places())
+            size = len(position)
+            reach = size if window is None else window
+            self._block_masks[window] = flex.create_block_mask(
+                lambda batch, head, query, key: (
+                    (first[key] <= first[query])
+                    & (first[query] < end[key])
+                    & (position[key] <= position[query])
+                    & (position[query] - position[key] < reach)
+                ),
+                None, None, size, size, device,
+            )  # fmt: skip
+        return self._block_masks[window]
+
+    def _places(self) -> tuple[list[int], list[int], list[int]]:
+        """Of each token: its position on its path; its segment's number, counted depth first; and the number after
+        the last segment beneath that one. So what lies beneath a segment is a range of numbers.
+        """
+        start, parents = self._segments
+        sizes = [end - begin for begin, end in pairwise(start)]
+        beneath = [1] * len(sizes)
+        for segment in reversed(range(len(sizes))):
+            if parents[segment] >= 0:
+                beneath[parents[segment]] += beneath[segment]
+        positions, firsts, ends = list[int](), list[int](), list[int]()
+        after, free, free_root = (
+            list[int](),
+            list[int](),
+            0,
+        )  # next position, next number beneath, of each segment
+        for segment, parent in enumerate(parents):
+            position = after[parent] if parent >= 0 else 0
+            first = free[parent] if parent >= 0 else free_root
+            if parent >= 0:
+                free[parent] += beneath[segment]
+            else:
+                free_root += beneath[segment]
+            after.append(position + sizes[segment])
+            free.append(first + 1)
+            positions += range(position, after[-1])
+            firsts += [first] * sizes[segment]
+            ends += [first + beneath[segment]] * sizes[segment]
+        return positions, firsts, ends
 
 
 def enable(model: nn.Module) -> str | None:
@@ -252,6 +309,8 @@ def forest_attention(
             f"{type(module).__name__} asks for {', '.join(sorted(unknown)) or 'dropout'}, which shared-prefix "
             f"attention does not honour{_WAY_OUT}"
         )
+    if (softcap is not None or s_aux is not None) and _has_flex(query):
+        return _by_flex(query, key, value, layout, scaling, sliding_window, softcap, s_aux), None
     # Split, not sliced: the gradient of a slice is as large as the whole.
     queries, keys, values = (t.split(layout.sizes, dim=2) for t in (query, key, value))
     if softcap is None and s_aux is None and _has_varlen(query, value):
@@ -320,6 +379,44 @@ def _one_call(
         enable_gqa=query.shape[1] != k.shape[1],
     )
     return output[None]
+
+
+def _has_flex(query: Tensor) -> bool:
+    """Whether a kernel can be made for soft caps and sinks."""
+    return query.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _flex_kernel() -> Any:
+    return torch.compile(flex.flex_attention)
+
+
+def _by_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ForestLayout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """The whole row in one kernel, for a soft cap or sinks: a sink takes e^sink / (e^sink + Σ e^score) of each head."""
+    cap = softcap or 0.0
+    output, log_total = _flex_kernel()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else lambda score, b, h, q, k: cap * torch.tanh(score / cap),
+        block_mask=layout.block_mask(window, query.device),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_lse=True,
+    )
+    if s_aux is not None:
+        kept = torch.sigmoid(log_total - s_aux.to(log_total.dtype)[None, :, None])
+        output = (output * kept[..., None]).to(value.dtype)
+    return output.transpose(1, 2)
 
 
 def _written_out(
