@@ -145,26 +145,15 @@ class ForestLayout:
         """
         start, parents = self._segments
         sizes = [end - begin for begin, end in pairwise(start)]
-        beneath = [1] * len(sizes)
-        for segment in reversed(range(len(sizes))):
-            if parents[segment] >= 0:
-                beneath[parents[segment]] += beneath[segment]
+        root = len(parents)  # also parents' -1: it holds all trees
+        beneath, free, after = [1] * (root + 1), [0] * (root + 1), [0] * (root + 1)
+        for segment in reversed(range(root)):
+            beneath[parents[segment]] += beneath[segment]
         positions, firsts, ends = list[int](), list[int](), list[int]()
-        after, free, free_root = (
-            list[int](),
-            list[int](),
-            0,
-        )  # next position, next number beneath, of each segment
         for segment, parent in enumerate(parents):
-            position = after[parent] if parent >= 0 else 0
-            first = free[parent] if parent >= 0 else free_root
-            if parent >= 0:
-                free[parent] += beneath[segment]
-            else:
-                free_root += beneath[segment]
-            after.append(position + sizes[segment])
-            free.append(first + 1)
-            positions += range(position, after[-1])
+            first, free[parent] = free[parent], free[parent] + beneath[segment]
+            free[segment], after[segment] = first + 1, after[parent] + sizes[segment]
+            positions += range(after[parent], after[segment])
             firsts += [first] * sizes[segment]
             ends += [first + beneath[segment]] * sizes[segment]
         return positions, firsts, ends
