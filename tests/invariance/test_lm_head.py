@@ -1,6 +1,9 @@
 """The chunked head: log softmax of the whole logits, in values and gradients, without ever holding them."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,3 +282,20 @@ def test_a_setting_of_naive_touches_nothing_and_auto_takes_it_back() -> None:
     path, reason = prepare([model, other], "auto")
     assert path == path_of(model) == path_of(other) == "padded"
     assert reason == "its attention cannot be exchanged"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("FSDP2", "llama"),
+        ("FSDP2 reshard", "gpt2"),
+        ("FSDP2 reshard padded", "llama"),
+        ("FSDP1", "gemma2, soft cap"),
+    ],
+)
+def test_sharded_models_give_the_same(kind: str, family: str) -> None:
+    """Two processes with half of each weight: the head is gathered for the forward pass, and again for the other."""
+    script = Path(__file__).with_name("two_ranks_fsdp.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, str(script), kind, family], check=True, timeout=300)

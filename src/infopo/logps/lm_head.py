@@ -179,9 +179,18 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and "forward" not in vars(head)
-        and type(head.weight) in (Tensor, nn.Parameter)
+        and (type(head.weight) in (Tensor, nn.Parameter) or _is_gathered(base, head.weight))
     )
     return head if is_plain else None
+
+
+def _is_gathered(base: nn.Module, weight: Tensor) -> bool:
+    """Whether FSDP2, and nothing else, has cut the weight up: it is whole, and plain, while the model runs."""
+    if not hasattr(weight, "device_mesh"):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(base, FSDPModule) and weight.device_mesh.ndim == 1
 
 
 def logps_of(
