@@ -275,3 +275,36 @@ def test_the_lab_recipe_trains_without_network(tmp_path: Path):
     assert printed.endswith("run: model, metrics.jsonl, recipe.yaml and environment.json written\n")
     assert b"Warning" not in done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").num_parameters() > 300_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["reference", "--list"], 0), (["check", "absent.yaml"], 2)]
+)
+def test_a_rank_ends_with_its_status_after_what_waits_for_the_end_and_before_the_teardown(
+    tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    """In the teardown a thread of the process group can abort the rank, and with it all others."""
+    script = f"""
+import atexit, threading, time, torch
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/ranks", rank=0, world_size=1)
+from infopo.cli import main
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.5), print("thread"))).start()
+class TornDown:
+    def __del__(self): print("torn down")
+kept = TornDown()
+main({arguments!r})
+print("returned")
+"""
+    environment = {**os.environ, "INFOPO_CACHE": str(tmp_path), "MASTER_ADDR": "localhost"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["thread", "at exit"]
+    assert ("error: " in done.stderr) == (status == 2)

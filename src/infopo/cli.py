@@ -1,9 +1,12 @@
 """The command line: infopo demo · train · reference · check. Parses arguments, prints errors, decides nothing."""
 
 import argparse
+import atexit
+import contextlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from infopo import __version__
@@ -17,9 +20,16 @@ EXIT_OUTPUT_CLOSED = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    0; 2 where the input is at fault; 130 on Ctrl-C; 141 where nobody reads the output any more.
+    0; 2 where the input is at fault; 130 on Ctrl-C; 141 where nobody reads the output any more. A rank of several does
+    not return: its process ends with that status.
     """
-    arguments = _parser().parse_args(argv)
+    status = _run(_parser().parse_args(argv))
+    if "torch" in sys.modules and _is_rank():
+        _end_process(status)
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # data may hold what a terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")
@@ -39,6 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
         return EXIT_OUTPUT_CLOSED
     return 0
+
+
+def _is_rank() -> bool:
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _end_process(status: int) -> None:
+    """Ends the process without the interpreter's teardown, after all that waits for the end has run.
+
+    A thread of gloo that wants the interpreter during the teardown, to release its last tensor, aborts the process;
+    the launcher then stops the other ranks, one of which may still be saving the model.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, and for those of executors
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
