@@ -92,16 +92,18 @@ def model_of_the_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("on", ["real rows", "the lab"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_trains_on_real_rows(
-    objective: str, model_of_the_fixture: Path, tmp_path: Path
-) -> None:
-    recipe, text = tmp_path / "recipe.yaml", Path(RECIPE).read_text(encoding="utf-8")
+def test_every_objective_trains(objective: str, on: str, model_of_the_fixture: Path, tmp_path: Path) -> None:
+    original = RECIPE if on == "real rows" else str(ROOT / "recipes" / "lab.yaml")
+    recipe, text = tmp_path / "recipe.yaml", Path(original).read_text(encoding="utf-8")
     text = re.sub(r"(?m)^objective:\n(  .*\n)+", f"objective: {objective}\n", text)
     recipe.write_text(text, encoding="utf-8")
-    paths = [f"model.name_or_path={model_of_the_fixture}", f"data.path={FIXTURE}"]
-    paths.append(f"output_dir={tmp_path / 'run'}")
-    assert main(["train", str(recipe), *paths, "train.logging_steps=1"]) == 0
+    changes = [f"model.name_or_path={model_of_the_fixture}", f"data.path={FIXTURE}"]
+    if on == "the lab":
+        changes = ["train.max_steps=2", "train.eval_strategy=no", "data.eval_split=null"]
+    changes += [f"output_dir={tmp_path / 'run'}", "train.logging_steps=1"]
+    assert main(["train", str(recipe), *changes]) == 0
     run = read_run(tmp_path / "run")
     steps, losses = run.series("loss")
     assert steps == [1, 2]
