@@ -285,8 +285,7 @@ def test_a_rank_ends_with_its_status_after_what_waits_for_the_end_and_before_the
 ) -> None:
     """In the teardown a thread of the process group can abort the rank, and with it all others."""
     script = f"""
-import atexit, threading, time, torch
-torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/ranks", rank=0, world_size=1)
+import atexit, threading, time
 from infopo.cli import main
 atexit.register(print, "at exit")
 threading.Thread(target=lambda: (time.sleep(0.5), print("thread"))).start()
@@ -296,7 +295,7 @@ kept = TornDown()
 main({arguments!r})
 print("returned")
 """
-    environment = {**os.environ, "INFOPO_CACHE": str(tmp_path), "MASTER_ADDR": "localhost"}
+    environment = {**os.environ, "INFOPO_CACHE": str(tmp_path), "WORLD_SIZE": "2"}
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment,

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     not return: its process ends with that status.
     """
     status = _run(_parser().parse_args(argv))
-    if "torch" in sys.modules and _is_rank():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _end_process(status)
     return status
 
@@ -49,12 +49,6 @@ def _run(arguments: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
         return EXIT_OUTPUT_CLOSED
     return 0
-
-
-def _is_rank() -> bool:
-    from torch import distributed
-
-    return distributed.is_available() and distributed.is_initialized()
 
 
 def _end_process(status: int) -> None:

@@ -150,26 +150,85 @@ def test_one_call_for_all_runs_gives_the_same(monkeypatch: pytest.MonkeyPatch, f
     assert_agree(model, pack([PreferenceExample([5, 6, 7], [[3]], [[4, 5, 6]], "most keys, fewest queries")]))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # the compiler looks at it
-@pytest.mark.parametrize("family", ["gemma2, soft cap", "gpt-oss, sinks"])
-def test_one_flexible_call_gives_the_same(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """The call that a GPU gets for soft caps and sinks, compiled as far as a CPU can: products and a softmax for the
-    kernel, whose backward pass is right on a CPU, too, though torch refuses it there."""
-    calls = []
-    compiled = torch.compile(attention.flex.flex_attention, backend="aot_eager")
-    model = prepared(family)
-    monkeypatch.setattr(attention, "_has_flex", lambda query: True)
-    monkeypatch.setattr(
-        attention, "_flex_kernel", lambda: lambda *a, **k: calls.append(1) or compiled(*a, **k)
-    )
+NON_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf"
+"""A compiler looks at it."""
+
+
+def compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, ...]]:
+    """The kernel for soft caps and sinks, compiled as far as a CPU can: products and a softmax, whose backward pass is
+    right there, too, though torch refuses it. Each call adds the types of queries, keys and values to the list."""
+    calls: list[tuple[torch.dtype, ...]] = []
+    kernel = attention._flex_kernel("aot_eager")
+
+    def noted(*tensors: torch.Tensor, **options: Any) -> Any:
+        calls.append(tuple(t.dtype for t in tensors))
+        return kernel(*tensors, **options)
+
+    monkeypatch.setattr(attention, "_flex_kernel", lambda: noted)
     monkeypatch.setattr(attention.flex, "_validate_device", lambda *tensors: None)
+    return calls
+
+
+@pytest.mark.filterwarnings(NON_LEAF)
+@pytest.mark.parametrize("family", ["gemma2, soft cap", "gpt-oss, sinks"])
+def test_one_compiled_call_gives_the_same(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """The call that a GPU gets, for more kinds of layers and passes than a compiler keeps graphs by default."""
+    calls, model = compiled_on_a_cpu(monkeypatch), prepared(family)
+    monkeypatch.setattr(attention, "_has_flex", lambda *tensors: True)
     assert_agree(model, pack(EXAMPLES))
     assert len(calls) == model.config.num_hidden_layers
     assert_agree(
         model, pack([PreferenceExample([5, 6, 7], [[3], [3, 4, 5], [3, 4, 6]], [[4, 5, 6]], "a tree")])
     )
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(prepared(family), lora)
+    for number in (3, 5, 7):
+        assert_agree(adapted, pack(random_examples(number)))
+        with torch.no_grad():
+            response_logps(adapted, pack(random_examples(number)))
+
+
+@pytest.mark.filterwarnings(NON_LEAF)
+def test_under_autocast_a_compiled_call_gets_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary embeddings leave queries and keys in float32 there, and values are halves."""
+    calls, model, batch = compiled_on_a_cpu(monkeypatch), prepared("gemma2, soft cap"), pack(EXAMPLES)
+    monkeypatch.setattr(attention, "_has_flex", lambda *tensors: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = response_logps(model, batch)
+        expected = response_logps(model, batch, "naive")
+    assert set(calls) == {(torch.bfloat16,) * 3}
+    torch.testing.assert_close(values, expected, rtol=0, atol=0.5)
+
+
+@pytest.mark.filterwarnings(NON_LEAF)
+def test_a_kernel_that_cannot_be_made_is_said_once_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trial has a forward and a backward pass of its own, also where it is asked for without gradients."""
+
+    def works() -> bool:
+        with torch.no_grad():
+            return attention._flex_works(torch.device("cpu"), torch.float32, 4, 2, 8, 8)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of shared memory")
+
+    attention._flex_works.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_flex_kernel", lambda: broken)
+        assert not works()
+        assert not works()
+    assert [record.getMessage() for record in caplog.records] == [
+        "flex attention does not run here, so soft caps and sinks are slower: out of shared memory"
+    ]
+    attention._flex_works.cache_clear()
+    calls = compiled_on_a_cpu(monkeypatch)
+    assert works()
+    assert len(calls) == 1
+    attention._flex_works.cache_clear()
 
 
 class NothingIsRead(TorchDispatchMode):

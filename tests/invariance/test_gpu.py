@@ -17,6 +17,9 @@ from worlds import PLAIN_SGD, random_dataset, random_examples, tiny_llama, tiny_
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf"
+    ),  # the compiler looks at it
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 

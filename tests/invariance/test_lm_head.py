@@ -291,7 +291,9 @@ def test_a_setting_of_naive_touches_nothing_and_auto_takes_it_back() -> None:
         ("FSDP2", "llama"),
         ("FSDP2 reshard", "gpt2"),
         ("FSDP2 reshard padded", "llama"),
-        ("FSDP1", "gemma2, soft cap"),
+        ("FSDP2 tail", "gemma2, soft cap"),
+        ("FSDP2 tail LoRA", "llama"),
+        ("FSDP1", "llama"),
     ],
 )
 def test_sharded_models_give_the_same(kind: str, family: str) -> None:

@@ -182,7 +182,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     environments = [json.loads((d / "environment.json").read_text()) for d in (run_dir, whole)]
     assert environments[0]["reference"] == environments[1]["reference"]
     if "adapter" not in variant:
-        assert environments[0]["reference"]["sha256"] == weights_hash(load_policy("lab:policy"))
+        assert environments[0]["reference"]["hash"] == weights_hash(load_policy("lab:policy"))
 
 
 def test_resuming_a_finished_run_trains_no_further(tmp_path: Path, data: Path, uninterrupted: Any) -> None:

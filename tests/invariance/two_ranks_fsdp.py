@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import peft
 import torch
 import torch.distributed
 from test_forest import EXAMPLES, assert_same_gradients, pack, prepared, results
@@ -20,6 +21,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from infopo.logps import attention, lm_head
 from infopo.logps.forward import path_of
+from infopo.logps.wrappers import base_of
 
 kind, family = sys.argv[1:]
 torch.set_num_threads(1)
@@ -27,6 +29,12 @@ torch.distributed.init_process_group("gloo")
 batch, model = pack(EXAMPLES), prepared(family)
 if kind.endswith("padded"):
     attention.disable(model)
+if kind.endswith("LoRA"):
+    lora = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, lora)
 path = path_of(model)
 whole = copy.deepcopy(model)
 if path == "forest":
@@ -43,6 +51,14 @@ else:
     options = {"reshard_after_forward": True} if "reshard" in kind else {}
     for layer in layers:
         fully_shard(layer, mesh=mesh, **options)
+    if "tail" in kind:  # as accelerate has it
+        base = base_of(model)
+        tail = [base.model.norm, base.get_output_embeddings()]
+        if base.config.tie_word_embeddings:
+            tail.insert(1, base.get_input_embeddings())
+        else:
+            fully_shard(base.get_input_embeddings(), mesh=mesh, **options)
+        fully_shard(tail, mesh=mesh, reshard_after_forward=False)
     sharded = fully_shard(model, mesh=mesh, **options)
 assert path_of(sharded) == path
 assert lm_head.plain_head(sharded) is not None

@@ -10,8 +10,10 @@ import copy
 import functools
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from itertools import accumulate, pairwise
 from typing import Any
@@ -27,6 +29,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from infopo.errors import LogpsError
 from infopo.logps.wrappers import base_of, has_virtual_tokens
+
+logger = logging.getLogger(__name__)
 
 varlen_attn: Any = None  # torch has it from 2.10 on
 with contextlib.suppress(ImportError):
@@ -78,9 +82,9 @@ class ForestLayout:
                 self.sizes.append(size)
             end_in_run.append(self.sizes[-1])
         self._segments = (segment_start, segment_parent)
-        self._block_masks: dict[int | None, Any] = {}
+        self._block_masks: dict[tuple[int | None, torch.device], Any] = {}
         self._ends: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[int, int, int | None], Bool[Tensor, "queries keys"]] = {}
+        self._masks: dict[tuple[int, int, int | None, torch.device], Bool[Tensor, "queries keys"]] = {}
 
     def keys_of(self, run: int) -> int:
         """Number of tokens that the last token of a run sees."""
@@ -109,7 +113,7 @@ class ForestLayout:
         keys = self.keys_of(run)
         if queries == keys and (window is None or window >= keys):
             return None
-        key = (queries, keys, window)
+        key = (queries, keys, window, device)
         if key not in self._masks:  # the same for every layer
             position = torch.arange(keys, device=device)
             distance = position[keys - queries :, None] - position
@@ -124,20 +128,22 @@ class ForestLayout:
             window: Sliding window in tokens (distance < window), or None.
             device: Where the mask is needed.
         """
-        if window not in self._block_masks:  # the same for every layer
+        if (window, device) not in self._block_masks:  # the same for every layer
             position, first, end = (torch.tensor(values, device=device) for values in self._places())
             size = len(position)
-            reach = size if window is None else window
-            self._block_masks[window] = flex.create_block_mask(
+            too_old = position - (
+                size if window is None else window
+            )  # a tensor: each number would be compiled anew
+            self._block_masks[window, device] = flex.create_block_mask(
                 lambda batch, head, query, key: (
                     (first[key] <= first[query])
                     & (first[query] < end[key])
                     & (position[key] <= position[query])
-                    & (position[query] - position[key] < reach)
+                    & (position[key] > too_old[query])
                 ),
                 None, None, size, size, device,
             )  # fmt: skip
-        return self._block_masks[window]
+        return self._block_masks[window, device]
 
     def _places(self) -> tuple[list[int], list[int], list[int]]:
         """Of each token: its position on its path; its segment's number, counted depth first; and the number after
@@ -210,27 +216,27 @@ def _obstacle(model: nn.Module) -> str | None:
 
 def _refusal(base: PreTrainedModel) -> str | None:
     """What forest attention itself would say against this model, tried without weights or data, on one layer."""
-    config = copy.deepcopy(base.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="meta")
     layout = ForestLayout([0, 1, 2], [-1, -1])
+    inputs = {
+        "input_ids": ids,
+        "position_ids": ids,
+        "attention_mask": mask,
+        "use_cache": False,
+        "forest": layout,
+    }
     try:
+        config = copy.deepcopy(base.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = 1
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
         with torch.device("meta"):
             layer = type(base)(config)
         layer.set_attn_implementation(_NAMES[base.config._attn_implementation])
         with layout_given(), torch.no_grad():
-            layer(
-                input_ids=ids,
-                position_ids=ids,
-                attention_mask=mask,
-                use_cache=False,
-                forest=layout,
-                logits_to_keep=1,
-            )
+            layer(**inputs, logits_to_keep=1)
     except LogpsError as error:
         return str(error).removesuffix(_WAY_OUT)
     except Exception:  # this architecture cannot be tried so; the self-test stays
@@ -298,7 +304,7 @@ def forest_attention(
             f"{type(module).__name__} asks for {', '.join(sorted(unknown)) or 'dropout'}, which shared-prefix "
             f"attention does not honour{_WAY_OUT}"
         )
-    if (softcap is not None or s_aux is not None) and _has_flex(query):
+    if (softcap is not None or s_aux is not None) and _has_flex(query, key, value):
         return _by_flex(query, key, value, layout, scaling, sliding_window, softcap, s_aux), None
     # Split, not sliced: the gradient of a slice is as large as the whole.
     queries, keys, values = (t.split(layout.sizes, dim=2) for t in (query, key, value))
@@ -370,14 +376,50 @@ def _one_call(
     return output[None]
 
 
-def _has_flex(query: Tensor) -> bool:
-    """Whether a kernel can be made for soft caps and sinks."""
-    return query.is_cuda and importlib.util.find_spec("triton") is not None
+def _has_flex(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether soft caps and sinks have a kernel here."""
+    if not query.is_cuda or importlib.util.find_spec("triton") is None:
+        return False
+    return _flex_works(
+        query.device, value.dtype, query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    )
 
 
 @functools.cache
-def _flex_kernel() -> Any:
-    return torch.compile(flex.flex_attention)
+def _flex_works(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int, value_width: int
+) -> bool:
+    """Whether the kernel can be compiled and run, in both directions: wide heads do not fit every GPU."""
+
+    def attempt() -> None:
+        q, k, v = (
+            torch.zeros(1, number, 150, size, device=device, dtype=dtype, requires_grad=True)
+            for number, size in ((heads, width), (kv_heads, width), (kv_heads, value_width))
+        )
+        layout, sinks = ForestLayout([0, 130, 140, 150], [-1, 0, 0]), torch.zeros(heads, device=device)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            _by_flex(q, k, v, layout, None, 64, 1.0, sinks.requires_grad_()).sum().backward()
+
+    # In a thread of its own, where the autograd state of the forward pass around this (checkpointing) is not.
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(attempt).exception()
+    if error is not None:
+        logger.warning("flex attention does not run here, so soft caps and sinks are slower: %s", error)
+    return error is None
+
+
+@functools.cache
+def _flex_kernel(backend: str = "inductor") -> Any:
+    compiled = torch.compile(flex.flex_attention, backend=backend, fullgraph=True)
+    settings = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        # A graph for each combination of windows, frozen projections and gradients; 8 by default, then no kernel.
+        with settings.patch({limit: 64}):
+            return compiled(*args, **kwargs)
+
+    return kernel
 
 
 def _by_flex(
@@ -391,13 +433,17 @@ def _by_flex(
     s_aux: Tensor | None,
 ) -> Tensor:
     """The whole row in one kernel, for a soft cap or sinks: a sink takes e^sink / (e^sink + Σ e^score) of each head."""
-    cap = softcap or 0.0
+    device = query.device
+    cap = torch.full((), softcap or 0.0, device=device)  # a tensor, as in the mask
+    # As products do under autocast: rotary embeddings leave queries and keys in float32.
+    if torch.is_autocast_enabled(device.type):
+        query, key, value = (t.to(torch.get_autocast_dtype(device.type)) for t in (query, key, value))
     output, log_total = _flex_kernel()(
         query,
         key,
         value,
         score_mod=None if softcap is None else lambda score, b, h, q, k: cap * torch.tanh(score / cap),
-        block_mask=layout.block_mask(window, query.device),
+        block_mask=layout.block_mask(window, device),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         return_lse=True,

@@ -4,7 +4,7 @@
 wrappers which shard or gather the head's weight see the call that they expect.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,18 +179,18 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and "forward" not in vars(head)
-        and (type(head.weight) in (Tensor, nn.Parameter) or _is_gathered(base, head.weight))
+        and (type(head.weight) in (Tensor, nn.Parameter) or _is_gathered((model, base, head), head.weight))
     )
     return head if is_plain else None
 
 
-def _is_gathered(base: nn.Module, weight: Tensor) -> bool:
+def _is_gathered(holders: Sequence[nn.Module], weight: Tensor) -> bool:
     """Whether FSDP2, and nothing else, has cut the weight up: it is whole, and plain, while the model runs."""
     if not hasattr(weight, "device_mesh"):
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(base, FSDPModule) and weight.device_mesh.ndim == 1
+    return weight.device_mesh.ndim == 1 and any(isinstance(holder, FSDPModule) for holder in holders)
 
 
 def logps_of(
