@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 import speed
 from infopo.workflows.demo import table
 
