@@ -131,9 +131,8 @@ class ForestLayout:
         if (window, device) not in self._block_masks:  # the same for every layer
             position, first, end = (torch.tensor(values, device=device) for values in self._places())
             size = len(position)
-            too_old = position - (
-                size if window is None else window
-            )  # a tensor: each number would be compiled anew
+            reach = size if window is None else window
+            too_old = position - reach  # a tensor: each number would be compiled anew
             self._block_masks[window, device] = flex.create_block_mask(
                 lambda batch, head, query, key: (
                     (first[key] <= first[query])
@@ -219,13 +218,7 @@ def _refusal(base: PreTrainedModel) -> str | None:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="meta")
     layout = ForestLayout([0, 1, 2], [-1, -1])
-    inputs = {
-        "input_ids": ids,
-        "position_ids": ids,
-        "attention_mask": mask,
-        "use_cache": False,
-        "forest": layout,
-    }
+    inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "forest": layout}
     try:
         config = copy.deepcopy(base.config)
         text = config.get_text_config()
@@ -236,7 +229,7 @@ def _refusal(base: PreTrainedModel) -> str | None:
             layer = type(base)(config)
         layer.set_attn_implementation(_NAMES[base.config._attn_implementation])
         with layout_given(), torch.no_grad():
-            layer(**inputs, logits_to_keep=1)
+            layer(**inputs, use_cache=False, logits_to_keep=1)
     except LogpsError as error:
         return str(error).removesuffix(_WAY_OUT)
     except Exception:  # this architecture cannot be tried so; the self-test stays
