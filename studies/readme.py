@@ -1,8 +1,11 @@
-"""What studies share: tables in Markdown, and READMEs whose tables are written by the script."""
+"""What studies share: tables in Markdown, and a folder whose results, plot and README the script writes."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from infopo.runs import write_json_atomic
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -24,7 +27,16 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
     return text
 
 
-def fill_file(path: Path, tables: Mapping[str, str]) -> None:
-    """As `fill`, in a file, where there is one."""
-    if path.exists():
-        path.write_text(fill(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+def publish(
+    folder: Path,
+    results: dict[str, Any],
+    tables: Mapping[str, str],
+    plot: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Writes a study's `results.json` and `plot.png`, and the tables of its `README.md`, where it has one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "results.json", results)
+    plot(results, folder / "plot.png")
+    readme = folder / "README.md"
+    if readme.exists():
+        readme.write_text(fill(readme.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from readme import fill_file, table
+from readme import publish, table
 
 from infopo import estimators
-from infopo.runs import environment, write_json_atomic
+from infopo.runs import environment
 
 DIMENSIONS = 20
 INFORMATION = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
@@ -286,10 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a few small settings, for tests")
     options = parser.parse_args(arguments)
     results = measure(TINY if options.tiny else Setting())
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(options.out / "results.json", results)
-    plot(results, options.out / "plot.png")
-    fill_file(options.out / "README.md", tables(results))
+    publish(options.out, results, tables(results), plot)
 
 
 if __name__ == "__main__":

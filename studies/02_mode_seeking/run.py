@@ -22,11 +22,11 @@ from scipy.optimize import brentq, minimize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from readme import fill_file, table
+from readme import publish, table
 
 from infopo.objectives import loss_function
 from infopo.records import ResponseLogps, Role
-from infopo.runs import environment, write_json_atomic
+from infopo.runs import environment
 
 Law = NDArray[np.float64]
 Loss = Callable[[Law], float]
@@ -377,10 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a small grid, for tests")
     options = parser.parse_args(arguments)
     results = measure((1.5,), 201, 20) if options.tiny else measure((1.0, 2.0, 3.0), 1601, 1000)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(options.out / "results.json", results)
-    plot(results, options.out / "plot.png")
-    fill_file(options.out / "README.md", tables(results))
+    publish(options.out, results, tables(results), plot)
 
 
 if __name__ == "__main__":

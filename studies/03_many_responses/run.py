@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from readme import fill_file, table
+from readme import publish, table
 
 from infopo.arguments import InfoPOConfig
 from infopo.catalog import OBJECTIVES
@@ -788,10 +788,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="small settings, for tests")
     options = parser.parse_args(arguments)
     results = measure(TINY if options.tiny else Size(options.seeds), options.workers, options.parts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(options.out / "results.json", results)
-    plot(results, options.out / "plot.png")
-    fill_file(options.out / "README.md", tables(results))
+    publish(options.out, results, tables(results), plot)
 
 
 if __name__ == "__main__":
