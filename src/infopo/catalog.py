@@ -67,6 +67,7 @@ def _share(default: float, domain: str, admits: Callable[[Any], bool], help: str
 _LENGTH_NORMALIZED = "Divide each log-prob by the response's number of tokens."
 _CRITIC = "Scale of the log-ratio critic."
 _CAP = "Log-ratio beyond which exp() goes on linearly (nats)."
+_OF_CRITIC = {"beta": _positive(1.0, _CRITIC), "length_normalized": _flag(False, _LENGTH_NORMALIZED)}
 _STRENGTH = "Strength of the pull towards the reference."
 _NLL_WEIGHT = _at_least_zero(
     0.0, "Weight of the added negative log-likelihood of chosen responses, a token mean."
@@ -141,10 +142,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "infonce": Objective(
         title="InfoNCE",
         formula="-log(r(w)^β / (r(w)^β + Σ_l r(l)^β)), all rejected responses of the prompt",
-        parameters={
-            "beta": _positive(1.0, _CRITIC),
-            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
-        },
+        parameters=_OF_CRITIC,
         reference=_BOTH,
         pairs=True,
         sides=_BOTH,
@@ -171,10 +169,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "js": Objective(
         title="JS (MIO)",
         formula="-log σ(β log r(w)) - log σ(-β log r(l))",
-        parameters={
-            "beta": _positive(1.0, _CRITIC),
-            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
-        },
+        parameters=_OF_CRITIC,
         reference=_BOTH,
         pairs=False,
         sides=_BOTH,
@@ -185,11 +180,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "chi2": Objective(
         title="χ²",
         formula="-2 (r(w)^β - 1) + r(l)^2β - 1",
-        parameters={
-            "beta": _positive(1.0, _CRITIC),
-            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
-            "cap": _at_least_zero(5.0, _CAP),
-        },
+        parameters=_OF_CRITIC | {"cap": _at_least_zero(5.0, _CAP)},
         reference=_BOTH,
         pairs=False,
         sides=_BOTH,
@@ -199,11 +190,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "hellinger": Objective(
         title="Hellinger",
         formula="r(w)^(-β/2) - 1 + r(l)^(β/2) - 1",
-        parameters={
-            "beta": _positive(1.0, _CRITIC),
-            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
-            "cap": _at_least_zero(5.0, _CAP),
-        },
+        parameters=_OF_CRITIC | {"cap": _at_least_zero(5.0, _CAP)},
         reference=_BOTH,
         pairs=False,
         sides=_BOTH,
@@ -213,10 +200,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "dv": Objective(
         title="Donsker-Varadhan",
         formula="-β log r(w) + log E_l[r(l)^β], E_l over the whole step",
-        parameters={
-            "beta": _positive(1.0, _CRITIC),
-            "length_normalized": _flag(False, _LENGTH_NORMALIZED),
-        },
+        parameters=_OF_CRITIC,
         reference=_BOTH,
         pairs=False,
         sides=_BOTH,
