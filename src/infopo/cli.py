@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     not return: its process ends with that status.
     """
     status = _run(_parser().parse_args(argv))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         _end_process(status)
     return status
 
