@@ -18,6 +18,7 @@ IDENTITY = "infopo_state.json"
 AVERAGES = "moving_averages"
 STATE = "trainer_state.json"
 STAGING = ".staging"
+REPLACED = ".replaced"
 
 
 def find(resume_from_checkpoint: str | bool, output_dir: str) -> Path:
@@ -156,7 +157,21 @@ def staged_files(
     wait_for_everyone()
     if args.should_save:
         fsync_tree(staging)
-        for path in staging.iterdir():
-            path.replace(directory / path.name)
-        staging.rmdir()
+        _move_into(directory, staging)
+        shutil.rmtree(staging)
     wait_for_everyone()
+
+
+def _move_into(directory: Path, staging: Path) -> None:
+    """Moves everything in `staging` into `directory`, each artefact in place of the one of the same name.
+
+    A tokenizer with several chat templates and a second adapter are saved as folders, and a rename cannot replace a
+    folder with files in it: the old one is moved aside first.
+    """
+    replaced = staging / REPLACED
+    for new in sorted(staging.iterdir()):
+        final = directory / new.name
+        if final.is_dir() or (new.is_dir() and final.exists()):
+            replaced.mkdir(exist_ok=True)
+            final.replace(replaced / new.name)
+        new.replace(final)
