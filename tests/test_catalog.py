@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infopo.catalog import OBJECTIVES, Parameter, check_objective, complete_parameters, suggestion
+from infopo.catalog import suggestion
 from infopo.errors import RecipeError
-from infopo.objectives import FUNCTIONS
+from infopo.losses.catalog import OBJECTIVES, Parameter, check_objective, complete_parameters
+from infopo.losses.registry import FUNCTIONS
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 every_parameter = pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_only_infopo_needs_one_side_of_the_reference() -> None:
 
 
 def test_the_catalog_imports_no_torch() -> None:
-    code = "import sys, infopo.catalog; sys.exit('torch' in sys.modules)"
+    code = "import sys, infopo.catalog, infopo.losses.catalog; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
 

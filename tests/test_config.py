@@ -25,6 +25,7 @@ from infopo.config import (
     to_yaml,
 )
 from infopo.errors import RecipeError
+from infopo.losses.catalog import OBJECTIVES
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
 
@@ -431,9 +432,9 @@ plain = st.recursive(
 
 @st.composite
 def objectives(draw: st.DrawFn) -> ObjectiveSection:
-    name = draw(st.sampled_from(sorted(catalog.OBJECTIVES)))
+    name = draw(st.sampled_from(sorted(OBJECTIVES)))
     drawn = {bool: st.booleans(), float: st.floats(0.01, 0.49)}
-    known = {key: spec for key, spec in catalog.OBJECTIVES[name].parameters.items() if spec.kind in drawn}
+    known = {key: spec for key, spec in OBJECTIVES[name].parameters.items() if spec.kind in drawn}
     chosen = draw(st.sets(st.sampled_from(sorted(known)))) if known else set()
     return ObjectiveSection(name, {key: draw(drawn[known[key].kind]) for key in chosen})
 
@@ -523,7 +524,7 @@ def test_whatever_the_override_only_recipe_errors_come_out(override: str):
 
 def test_config_runs_and_catalog_need_no_torch():
     code = (
-        "import infopo.config, infopo.runs, infopo.catalog, sys;"
+        "import infopo.config, infopo.runs, infopo.losses.catalog, sys;"
         "heavy = {'torch', 'transformers', 'accelerate', 'datasets', 'numpy'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

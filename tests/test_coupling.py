@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infopo.catalog import OBJECTIVES, STEP_STATISTICS
-from infopo.coupling import StepStatistic, step_parts
-from infopo.objectives import step_statistic
+from infopo.losses.catalog import OBJECTIVES, STEP_STATISTICS
+from infopo.losses.coupling import StepStatistic, step_parts
+from infopo.losses.registry import step_statistic
 from infopo.records import ResponseLogps, Role
 
 F64 = torch.float64

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from torch import Tensor
 
-from infopo.objectives import LossTerms, infopo, js, sft
-from infopo.records import ResponseLogps, Role
+from infopo.losses.family import infopo, js
+from infopo.losses.unpaired import sft
+from infopo.records import LossTerms, ResponseLogps, Role
 
 Law = NDArray[np.float64]
 NO_CAP = 50.0

@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infopo.catalog import OBJECTIVES
 from infopo.cli import main
+from infopo.losses.catalog import OBJECTIVES
 from infopo.runs import read_run
 
 ROOT = Path(__file__).resolve().parents[1]

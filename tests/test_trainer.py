@@ -39,9 +39,9 @@ from infopo.errors import (
 from infopo.lab import policy_path
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.logps.forward import with_layout
+from infopo.losses.registry import loss_function
 from infopo.metrics import MetricSums, non_finite_rows
 from infopo.models import disable_dropout, weights_hash
-from infopo.objectives import loss_function
 from infopo.records import PreferenceExample, ResponseLogps, Role
 from infopo.reference import LiveReference
 from infopo.trainer import InfoPOTrainer

@@ -14,17 +14,15 @@ from transformers import TrainingArguments
 
 from infopo.catalog import (
     LOGPS_PATHS,
-    OBJECTIVES,
     ON_BAD_ROW,
     REFERENCE_SIDES,
     REFERENCE_STORES,
     SCORE_RULES,
-    check_objective,
-    complete_parameters,
 )
 from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
 from infopo.errors import RecipeError, UnsupportedArgumentError
+from infopo.losses.catalog import OBJECTIVES, check_objective, complete_parameters
 
 TRL_LOSS_TYPES: dict[str, str] = {
     spec.trl_loss_type: name for name, spec in OBJECTIVES.items() if spec.trl_loss_type

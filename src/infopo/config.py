@@ -19,11 +19,10 @@ from infopo.catalog import (
     REFERENCE_MODES,
     REFERENCE_SIDES,
     SCORE_RULES,
-    check_objective,
-    complete_parameters,
     suggestion,
 )
 from infopo.errors import RecipeError
+from infopo.losses.catalog import check_objective, complete_parameters
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ Notation: P is the law of joint samples, Q that of marginal samples. In preferen
 responses, and Q is p_l, that of rejected ones. f is the critic's score of a sample. With the pairs of (X, Y) as P
 and independent couples as Q, KL(P‖Q) is the mutual information I(X; Y).
 
-Every function is written so that the optimal critic is the same, e^f = dP/dQ (where a bound fixes f only up to a
-constant, that one is among the optima). `objectives.py` puts f = β log r in their place.
+Every function is written so that the optimal critic is the same, e^f = dP/dQ. If a bound fixes f only up to a
+constant, this critic is among the optima. `losses/family.py` puts f = β log r in their place.
 
 | function | bounds, from below | its maximum | shift of f |
 |---|---|---|---|
@@ -20,8 +20,9 @@ constant, that one is among the optima). `objectives.py` puts f = β log r in th
 | `squared_hellinger` | H²(P, Q) | 2 | matters |
 | `smile` | nothing: may lie on either side of KL(P‖Q) | E_P[f] + τ | free where no score is clipped |
 
-All take scores of any floating type and give a scalar of that type, with a gradient. NaN and infinite scores are not
-looked for: they come out as they do in the formula.
+All functions take scores of any floating type and return a scalar of that type, with a gradient. They do not look for
+NaN or infinite scores, which propagate as they do in the formula. Training needs `DIVERGENCES` and `log_mixture` only.
+The other functions serve study 01, and the tests that hold each loss to its bound.
 
 References:
     Nguyen, Wainwright, Jordan, 2010, arXiv 0809.0853. Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709.
@@ -44,11 +45,16 @@ Joint = Float[Tensor, " joint"]
 Marginal = Float[Tensor, " marginal"]
 Estimate = Float[Tensor, ""]
 Power = Callable[[Tensor, float], Tensor]
-"""(f, k) -> e^(k f); objectives put a capped one in."""
+"""(f, k) -> e^(k f). Losses pass a capped one."""
 
 
 def power(scores: Tensor, exponent: float) -> Tensor:
-    """e^(k f), elementwise."""
+    """e^(k f), elementwise.
+
+    Example:
+        >>> power(torch.tensor(0.0), 2.0)
+        tensor(1.)
+    """
     return torch.exp(exponent * scores)
 
 
@@ -115,11 +121,15 @@ def variational_bound(divergence: Divergence, joint: Joint, marginal: Marginal) 
 
     Args:
         divergence: A row of the table.
-        joint: Joint f of samples of P.
-        marginal: Marginal f of samples of Q.
+        joint: Scores f of samples of P.
+        marginal: Scores f of samples of Q.
 
     Raises:
         RecipeError: `joint` or `marginal` is empty.
+
+    Example:
+        >>> variational_bound(DIVERGENCES["kl"], torch.tensor([1.0]), torch.tensor([0.0]))
+        tensor(1.)
     """
     _check_not_empty(joint=joint, marginal=marginal)
     return divergence.activation(joint, power).mean() - divergence.conjugate(marginal, power).mean()
@@ -137,6 +147,10 @@ def nwj(joint: Joint, marginal: Marginal) -> Estimate:
     References:
         Nguyen, Wainwright, Jordan, 2010, arXiv 0809.0853. Poole et al., 2019, arXiv 1905.06922, section 2.2
         (unnormalized lower bounds).
+
+    Example:
+        >>> nwj(torch.tensor([1.0]), torch.tensor([0.0]))
+        tensor(1.)
     """
     return variational_bound(DIVERGENCES["kl"], joint, marginal)
 
@@ -152,6 +166,10 @@ def donsker_varadhan(joint: Joint, marginal: Marginal) -> Estimate:
 
     References:
         Donsker, Varadhan, 1983. Belghazi et al., 2018, arXiv 1801.04062, theorem 1.
+
+    Example:
+        >>> donsker_varadhan(torch.tensor([3.0]), torch.tensor([2.0]))  # a shift of f changes nothing
+        tensor(1.)
     """
     _check_not_empty(joint=joint, marginal=marginal)
     return joint.mean() - _log_mean_exp(marginal)
@@ -168,19 +186,23 @@ def mine(
     Without `log_mean` (the first batch), m is the batch's mean and the gradient is DV's.
 
     Args:
-        joint: Joint f of samples of P.
-        marginal: Marginal f of samples of Q.
+        joint: Scores f of samples of P.
+        marginal: Scores f of samples of Q.
         log_mean: log m after the last batch; None at the first.
         rate: Weight of the new batch in m, in (0, 1].
 
     Returns:
-        The estimate, and log m, without gradient, to be given back with the next batch.
+        The estimate, and log m without gradient, which the call for the next batch takes.
 
     Raises:
         RecipeError: No joint or no marginal sample, or a rate outside (0, 1].
 
     References:
         Belghazi et al., 2018, arXiv 1801.04062, section 3.2 (correcting the bias of stochastic gradients).
+
+    Example:
+        >>> mine(torch.tensor([3.0]), torch.tensor([2.0]))
+        (tensor(1.), tensor(2.))
     """
     if not 0 < rate <= 1:
         raise RecipeError(f"rate: expected a value in (0, 1], got {rate!r}")
@@ -211,6 +233,10 @@ def infonce(joint: Float[Tensor, " examples"], marginal: Float[Tensor, "examples
     References:
         van den Oord, Li, Vinyals, 2018, arXiv 1807.03748, eq. 4. Poole et al., 2019, arXiv 1905.06922, section 2.3
         (multi-sample unnormalized lower bounds).
+
+    Example:
+        >>> infonce(torch.tensor([0.0]), torch.tensor([[0.0, 0.0]]))
+        tensor(0.)
     """
     _check_not_empty(joint=joint, marginal=marginal)
     candidates = torch.cat([joint[:, None], marginal], dim=1)
@@ -224,14 +250,15 @@ def interpolated(
 
         I_α = 1 + E[log(e^f₀ / a₀)] - E[e^f / a],   a = α m + (1 - α)
 
-    a₀ holds the mean m of e^f over a joint sample and K negatives; a that over 1 + K marginal samples, one of which is
-    in the numerator. So 1 + K marginal samples are needed. Any of them can be the one left out of a₀: the mean over
-    all choices is taken, and the order does not matter. α = 0 is `nwj`; α = 1 is the mean of `infonce` over the
-    choices of K negatives out of 1 + K. For α > 0 it is at most 1 + log((1 + K)/α), as a₀ ≥ α e^f₀/(1 + K).
+    In a₀, m is the mean of e^f over a joint sample and K negatives. In a, m is the mean over 1 + K marginal samples,
+    one of which is in the numerator, so 1 + K marginal samples are needed. Any of them can be the one left out of a₀.
+    The function takes the mean over all choices, so their order does not matter. α = 0 is `nwj`, and α = 1 is the mean
+    of `infonce` over the choices of K negatives out of 1 + K. For α > 0, I_α is at most 1 + log((1 + K)/α), because
+    a₀ ≥ α e^f₀/(1 + K).
 
     Args:
         joint: f₀ of each example.
-        marginal: Marginal of 1 + K marginal samples of each example.
+        marginal: Scores of 1 + K marginal samples of each example.
         alpha: α, in [0, 1].
 
     Raises:
@@ -239,6 +266,10 @@ def interpolated(
 
     References:
         Poole et al., 2019, arXiv 1905.06922, section 2.4 (nonlinearly interpolated lower bounds, q = 1).
+
+    Example:
+        >>> interpolated(torch.tensor([1.0]), torch.tensor([[0.0, 0.0]]), alpha=0.0)  # = nwj
+        tensor(1.)
     """
     if not 0 <= alpha <= 1:
         raise RecipeError(f"alpha: expected a value in [0, 1], got {alpha!r}")
@@ -249,27 +280,41 @@ def interpolated(
 def interpolated_joint(
     joint: Float[Tensor, " examples"], marginal: Float[Tensor, "examples negatives"], alpha: float
 ) -> Float[Tensor, " examples"]:
-    """log(e^f₀ / a₀) of each example, the mean over which of the marginal samples is left out of a₀."""
+    """log(e^f₀ / a₀) of each example, averaged over which marginal sample is left out of a₀.
+
+    Example:
+        >>> interpolated_joint(torch.tensor([1.0]), torch.tensor([[0.0, 0.0]]), alpha=0.0)
+        tensor([1.])
+    """
     candidates = marginal.shape[1]
     nothing = torch.full_like(marginal[:, :1], -math.inf)
     before = torch.cat([nothing, marginal.logcumsumexp(dim=1)[:, :-1]], dim=1)
     after = torch.cat([marginal.flip(1).logcumsumexp(dim=1).flip(1)[:, 1:], nothing], dim=1)
-    others = torch.logaddexp(
-        torch.logaddexp(joint[:, None], before), after
-    )  # Σ e^f without one marginal sample
+    # log Σ e^f of the joint sample and of all marginal samples but one.
+    others = torch.logaddexp(torch.logaddexp(joint[:, None], before), after)
     return joint - log_mixture(others - math.log(candidates), alpha).mean(dim=1)
 
 
 def interpolated_marginal(
     marginal: Float[Tensor, "examples negatives"], alpha: float
 ) -> Float[Tensor, " examples"]:
-    """m/(α m + 1 - α) of each example: E[e^f / a] over which of the marginal samples is in the numerator."""
+    """m/(α m + 1 - α) of each example: E[e^f / a] over the choice of the marginal sample in the numerator.
+
+    Example:
+        >>> interpolated_marginal(torch.tensor([[0.0, 0.0]]), alpha=0.5)
+        tensor([1.])
+    """
     log_mean = marginal.logsumexp(dim=1) - math.log(marginal.shape[1])
     return torch.exp(log_mean - log_mixture(log_mean, alpha))
 
 
 def log_mixture(log_mean: Float[Tensor, " *items"], alpha: float) -> Float[Tensor, " *items"]:
-    """log(α m + 1 - α) from log m."""
+    """log(α m + 1 - α) from log m, without forming m.
+
+    Example:
+        >>> log_mixture(torch.tensor(0.0), alpha=0.5)
+        tensor(0.)
+    """
     if alpha == 1:
         return log_mean
     if alpha == 0:
@@ -289,6 +334,10 @@ def jensen_shannon(joint: Joint, marginal: Marginal) -> Estimate:
 
     References:
         Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2 (whose divergence is twice this one).
+
+    Example:
+        >>> jensen_shannon(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor(0.)
     """
     return variational_bound(DIVERGENCES["js"], joint, marginal)
 
@@ -303,6 +352,10 @@ def nwj_at_js_critic(joint: Joint, marginal: Marginal) -> Estimate:
 
     References:
         Poole et al., 2019, arXiv 1905.06922, "From density ratio estimators to bounds".
+
+    Example:
+        >>> nwj_at_js_critic(torch.tensor([1.0]), torch.tensor([0.0]))
+        tensor(1.)
     """
     trained = jensen_shannon(joint, marginal)
     return nwj(joint, marginal).detach() + (trained - trained.detach())
@@ -316,6 +369,10 @@ def pearson_chi2(joint: Joint, marginal: Marginal) -> Estimate:
 
     References:
         Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2.
+
+    Example:
+        >>> pearson_chi2(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor(0.)
     """
     return variational_bound(DIVERGENCES["chi2"], joint, marginal)
 
@@ -328,6 +385,10 @@ def squared_hellinger(joint: Joint, marginal: Marginal) -> Estimate:
 
     References:
         Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2.
+
+    Example:
+        >>> squared_hellinger(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor(0.)
     """
     return variational_bound(DIVERGENCES["hellinger"], joint, marginal)
 
@@ -339,8 +400,8 @@ def smile(joint: Joint, marginal: Marginal, tau: float) -> Estimate:
     `donsker_varadhan`. A clipped score has no gradient.
 
     Args:
-        joint: Joint f of samples of P; not clipped.
-        marginal: Marginal f of samples of Q.
+        joint: Scores f of samples of P. They are not clipped.
+        marginal: Scores f of samples of Q.
         tau: τ > 0, in nats; infinity clips nothing.
 
     Raises:
@@ -348,6 +409,10 @@ def smile(joint: Joint, marginal: Marginal, tau: float) -> Estimate:
 
     References:
         Song, Ermon, 2020, arXiv 1910.06222, section 4.2 (the smoothed partition function and the theorem after it).
+
+    Example:
+        >>> smile(torch.tensor([1.0]), torch.tensor([9.0]), tau=0.5)
+        tensor(0.5000)
     """
     if not tau > 0:
         raise RecipeError(f"tau: expected a value > 0, got {tau!r}")

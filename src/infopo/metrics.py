@@ -29,7 +29,7 @@ def preference_metrics(
         beta: Scale of rewards, β log r.
         reference_sides: Sides whose reference log-probs exist; a metric that needs another side is absent.
         length_normalized: Whether the critic of the ratio is divided by the response's length, as in the loss.
-        cap: β log r(l) beyond which the loss goes on linearly (nats).
+        cap: β log r(l) beyond which the loss is extended linearly (nats).
 
     Returns:
         Means as (sum, count): `logps/chosen`, `logps/rejected` (nats a response); `rewards/chosen`,

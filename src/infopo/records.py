@@ -4,6 +4,7 @@ Shape names: `tokens` (positions of a packed batch), `segments`, `responses`, `c
 `scored` (tokens that belong to a response). Log-probs are natural logarithms (nats).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -200,7 +201,7 @@ class ResponseLogps:
         role: Int[Tensor, " responses"],
         example: Int[Tensor, " responses"],
     ) -> "ResponseLogps":
-        """Derives the index tensors from roles and examples. For tests and notebooks: it waits for the device."""
+        """Derives the index tensors from roles and examples. For tests and notebooks: it synchronises with the GPU."""
         chosen, rejected, pairs = response_indices(role.tolist(), example.tolist())
         return cls(
             policy,
@@ -211,8 +212,40 @@ class ResponseLogps:
             *(t.to(policy.device) for t in (chosen, rejected, pairs)),
         )
 
+    @classmethod
+    def pair(
+        cls,
+        policy: tuple[float, float],
+        reference: tuple[float, float] = (math.nan, math.nan),
+        length: tuple[int, int] = (1, 1),
+    ) -> "ResponseLogps":
+        """A chosen and a rejected response of one prompt, in this order, for examples and notebooks.
+
+        Args:
+            policy: log π_θ of the two responses (nats).
+            reference: log π_ref of the two responses (nats).
+            length: Their numbers of tokens.
+
+        Example:
+            >>> ResponseLogps.pair((-3.0, -5.0)).pairs
+            tensor([[0, 1]])
+        """
+        return cls.of(
+            torch.tensor(policy, dtype=torch.float64),
+            torch.tensor(reference, dtype=torch.float64),
+            torch.tensor(length),
+            role=torch.tensor([Role.CHOSEN, Role.REJECTED]),
+            example=torch.tensor([0, 0]),
+        )
+
     def margins(self, scores: Float[Tensor, " responses"]) -> Float[Tensor, " pairs"]:
-        """score(w) - score(l) of every pair."""
+        """Returns score(w) - score(l) of every pair.
+
+        Example:
+            >>> logps = ResponseLogps.pair((-3.0, -5.0))
+            >>> logps.margins(logps.policy)
+            tensor([2.], dtype=torch.float64)
+        """
         return scores[self.pairs[:, 0]] - scores[self.pairs[:, 1]]
 
 

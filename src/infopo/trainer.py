@@ -31,8 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from infopo import checkpoints, models
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
-from infopo.catalog import OBJECTIVES, REFERENCE_MODES
-from infopo.coupling import step_parts
+from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
@@ -51,9 +50,11 @@ from infopo.errors import (
 )
 from infopo.logps import attention
 from infopo.logps.forward import path_of, prepare, response_logps, self_test, with_layout
+from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.coupling import step_parts
+from infopo.losses.registry import loss_function, step_statistic
 from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
-from infopo.objectives import LossTerms, loss_function, step_statistic
-from infopo.records import PER, PackedBatch, PreferenceExample, ResponseLogps, Role, sum_dtype
+from infopo.records import PER, LossTerms, PackedBatch, PreferenceExample, ResponseLogps, Role, sum_dtype
 from infopo.reference import (
     LiveReference,
     Reference,

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from readme import publish, table
 
-from infopo.objectives import loss_function
+from infopo.losses.registry import loss_function
 from infopo.records import ResponseLogps, Role
 from infopo.runs import environment
 

@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from readme import publish, table
 
 from infopo.arguments import InfoPOConfig
-from infopo.catalog import OBJECTIVES
 from infopo.data.convert import mbpp_rows
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
@@ -43,6 +42,7 @@ from infopo.data.sources import read_rows
 from infopo.generate import sample
 from infopo.lab import Problem, make_problems, verify
 from infopo.lab.evaluation import MAX_NEW_TOKENS, accuracy, as_prompt
+from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute

@@ -13,12 +13,12 @@ from transformers import TrainerCallback
 
 from infopo import estimators
 from infopo.arguments import InfoPOConfig
-from infopo.catalog import OBJECTIVES
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.data.sampling import PaddedSampler
 from infopo.logps.forward import response_logps, with_layout
-from infopo.objectives import loss_function
+from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.registry import loss_function
 from infopo.records import Role
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, tiny_llama

@@ -41,7 +41,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from infopo.data.examples import ExampleDataset
-from infopo.objectives import loss_function
+from infopo.losses.registry import loss_function
 from infopo.records import LossTerm, PreferenceExample, ResponseLogps, Role
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of libraries under comparison are not ours

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils.logging import disable_progress_bar
 
 from infopo.build import build_examples, build_trainer_on
-from infopo.catalog import OBJECTIVES
 from infopo.config import DataSection, ModelSection, ObjectiveSection, Recipe, ReferenceSection, to_yaml
 from infopo.data.examples import ExampleDataset
 from infopo.errors import RecipeError, TrainingError
@@ -32,6 +31,7 @@ from infopo.generate import sample
 from infopo.lab import Problem, make_problems
 from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt, one_thread
 from infopo.lab.preferences import make_pairs
+from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infopo import estimators
-from infopo.catalog import OBJECTIVES, complete_parameters
 from infopo.errors import RecipeError
-from infopo.objectives import FUNCTIONS, LossFunction, capped_exp, loss_function, step_statistic
+from infopo.losses.catalog import OBJECTIVES, complete_parameters
+from infopo.losses.common import capped_exp
+from infopo.losses.registry import FUNCTIONS, LossFunction, loss_function, step_statistic
 from infopo.records import LossTerm, ResponseLogps, Role
 
 CHOSEN, REJECTED, KL = int(Role.CHOSEN), int(Role.REJECTED), int(Role.KL)
@@ -541,7 +542,7 @@ SLOPES: dict[str, Callable[[int], float]] = {
     "smile": lambda k: 1.0,
     "mine": lambda k: 1.0,
 }
-"""Gradient at π = π_ref relative to InfoPO's, with K rejected responses a prompt (docstrings of `objectives.py`)."""
+"""Gradient at π = π_ref relative to InfoPO's, with K rejected responses a prompt (docstrings of `losses/`)."""
 
 
 @pytest.mark.parametrize("name", SLOPES)

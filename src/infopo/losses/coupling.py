@@ -1,8 +1,9 @@
 """Numbers that belong to a whole optimizer step and couple its examples: the mean in a logarithm, KTO's KL.
 
 A part is two numbers of some responses, (log Σ e^s, count) or (Σ s, count) of scores s. Parts of micro-batches, of
-ranks and of a whole step are combined alike, so that the statistic does not depend on how a step is cut. None has a
-gradient. Which objective needs which is in `catalog.py`, of which scores in `objectives.py`.
+ranks and of a whole step are combined in the same way, so the statistic does not depend on how a step is cut. No
+statistic carries a gradient. `catalog.py` says which objective uses which statistic, and the loss says from which
+scores.
 """
 
 import math

@@ -1,0 +1,16 @@
+"""Losses: pure functions of `ResponseLogps`. A function knows no model, device, rank or setting.
+
+| file | contents |
+|---|---|
+| `family.py` | InfoPO and its family, one bound each: every equation of the paper that trains a model |
+| `pairwise.py` | losses that compare a chosen with a rejected response of one prompt: DPO, IPO, SimPO, ... |
+| `unpaired.py` | other losses of single responses: SFT, KTO, APO-zero |
+| `common.py` | what several of them share: the critic, the capped exponential, the likelihood term |
+| `coupling.py` | numbers of a whole optimizer step that couple its examples: DV's mean, KTO's KL |
+| `catalog.py` | names, parameters, needs and sources, as data that imports no torch |
+| `registry.py` | name and parameters -> function |
+
+Notation in all of them: π = policy, r = π/π_ref, w = chosen, l = rejected, |y| = number of tokens,
+Δ = log r(w) - log r(l), σ the logistic function. Log-probs and log-ratios are in nats. A function returns terms, and
+the trainer divides each by its count in the whole optimizer step (see `LossTerm`).
+"""

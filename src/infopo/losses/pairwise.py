@@ -1,0 +1,315 @@
+"""Losses that compare a chosen with a rejected response of one prompt: DPO and what followed it.
+
+`losses/__init__.py` has the notation. The examples are of one pair: log r(w) = 1 and log r(l) = -1 nat, 2 and 4 tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from infopo.losses.common import capped_exp, critic_scores, likelihood, smoothed_nll
+from infopo.records import LossTerm, LossTerms, ResponseLogps
+
+
+def dpo(
+    logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 0.0
+) -> LossTerms:
+    """DPO, with conservative label smoothing ε and an optional likelihood term.
+
+        L = E_pairs[-(1-ε) log σ(β Δ) - ε log σ(-β Δ)] + a Σ_w -log π(w) / Σ_w |w|,   Δ = log r(w) - log r(l)
+
+    References:
+        Rafailov et al., 2023, arXiv 2305.18290, eq. 7. Label smoothing: Mitchell, 2023, "A note on DPO with noisy
+        preferences", eq. 3. Likelihood term (as a token mean over the step): Pang et al., 2024, arXiv 2404.19733.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in dpo(pair)]
+        [0.5981]
+    """
+    logits = beta * logps.margins(logps.policy - logps.reference)
+    values = smoothed_nll(logits, label_smoothing)
+    return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, nll_weight)]
+
+
+def ipo(logps: ResponseLogps, *, beta: float = 0.1, length_normalized: bool = True) -> LossTerms:
+    """IPO: squared distance of the log-ratio margin from 1/(2β).
+
+        L = E_pairs[(h(w) - h(l) - 1/(2β))²],   h = log r / |y|   (log r without `length_normalized`)
+
+    The paper writes sums; its authors ran means over tokens, which is what TRL and this default do.
+
+    References:
+        Azar et al., 2023, arXiv 2310.12036, eq. 17 (β is its τ).
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in ipo(pair)]
+        [18.0625]
+    """
+    margins = logps.margins(critic_scores(logps, 1.0, length_normalized))
+    return [LossTerm((margins - 1 / (2 * beta)) ** 2, per="pair", name="preference")]
+
+
+def hinge(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
+    """Hinge loss on DPO's margin, zero once the margin reaches 1/β nats.
+
+        L = E_pairs[max(0, 1 - β Δ)],   Δ = log r(w) - log r(l)
+
+    References:
+        Liu et al., 2023 (RSO), arXiv 2309.06657, with the reference as in TRL's `hinge`.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in hinge(pair)]
+        [0.8]
+    """
+    values = F.relu(1 - beta * logps.margins(logps.policy - logps.reference))
+    return [LossTerm(values, per="pair", name="preference")]
+
+
+def simpo(logps: ResponseLogps, *, beta: float = 2.0, gamma: float = 0.5) -> LossTerms:
+    """SimPO: length-normalised log-probs as rewards, a target margin γ, no reference.
+
+        L = E_pairs[-log σ(β log π(w)/|w| - β log π(l)/|l| - γ)]
+
+    References:
+        Meng et al., 2024, arXiv 2405.14734, eq. 6.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in simpo(pair)]
+        [1.3133]
+    """
+    margin = beta * logps.margins(logps.policy / logps.length)
+    return [LossTerm(-F.logsigmoid(margin - gamma), per="pair", name="preference")]
+
+
+def fdpo(
+    logps: ResponseLogps,
+    *,
+    beta: float = 0.1,
+    divergence: str = "js",
+    alpha: float = 0.5,
+    cap: float = 20.0,
+) -> LossTerms:
+    """f-DPO: DPO with another divergence from the reference than reverse KL (with which it is DPO).
+
+        L = E_pairs[-log σ(β (φ'(r(w)) - φ'(r(l))))],
+        φ'(r) = 1 - 1/r (forward KL);   log(2r/(1 + r)) (JS);   (1 - r^-α)/α (α-divergence; forward KL at α = 1)
+
+    Beyond `cap` nats of -log r (or -α log r), 1/r is extended linearly (`capped_exp`). TRL's α is 1 - α here.
+
+    References:
+        Wang et al., 2023, arXiv 2309.16240, table 1.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in fdpo(pair)]
+        [0.6444]
+    """
+    log_ratio = logps.policy - logps.reference
+    if divergence == "js":
+        score = math.log(2) + F.logsigmoid(log_ratio)
+    else:
+        power = 1.0 if divergence == "forward_kl" else alpha
+        score = (1 - capped_exp(-power * log_ratio, cap)) / power
+    return [LossTerm(-F.logsigmoid(beta * logps.margins(score)), per="pair", name="preference")]
+
+
+def cpo(
+    logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0
+) -> LossTerms:
+    """CPO: DPO with a uniform reference, and the likelihood of the chosen response.
+
+        L = E_pairs[-(1-ε) log σ(β δ) - ε log σ(-β δ)] + a Σ_w -log π(w) / Σ_w |w|,   δ = log π(w) - log π(l)
+
+    The likelihood is a mean over tokens, as in TRL (its `cpo_alpha` is `nll_weight`); the paper writes a sum.
+
+    References:
+        Xu et al., 2024, arXiv 2401.08417.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in cpo(pair)]
+        [0.5981, 3.0]
+    """
+    values = smoothed_nll(beta * logps.margins(logps.policy), label_smoothing)
+    return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, nll_weight)]
+
+
+def slic(logps: ResponseLogps, *, beta: float = 1.0, nll_weight: float = 0.0) -> LossTerms:
+    """SLiC-HF: hinge on the log-prob margin, zero once it reaches 1/β nats (β times the paper's loss; δ is 1/β).
+
+        L = E_pairs[max(0, 1 - β (log π(w) - log π(l)))] + a Σ_w -log π(w) / Σ_w |w|
+
+    The paper regularises by the likelihood of an SFT target; here that is the chosen response.
+
+    References:
+        Zhao et al., 2023, arXiv 2305.10425.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in slic(pair)]
+        [0.0]
+    """
+    values = F.relu(1 - beta * logps.margins(logps.policy))
+    return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, nll_weight)]
+
+
+def orpo(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
+    """ORPO: likelihood of the chosen response, and the odds of the chosen over the rejected one. No reference.
+
+        L = Σ_w -log π(w) / Σ_w |w| - β E_pairs[log σ(log odds(w) - log odds(l))],
+        odds = p/(1 - p),   p = π(y)^(1/|y|)
+
+    The likelihood is that of the response. TRL's trainer adds the prompt's tokens to it, so its loss differs. p is held
+    below 1 by the rounding error of the type, because the odds of 1 are infinite.
+
+    References:
+        Hong et al., 2024, arXiv 2403.07691, eq. 6 and 7 (β is its λ).
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in orpo(pair)]
+        [0.0875, 3.0]
+    """
+    mean = (logps.policy / logps.length).clamp(max=-torch.finfo(logps.policy.dtype).eps)
+    log_odds = mean - torch.log(-torch.expm1(mean))
+    values = -beta * F.logsigmoid(logps.margins(log_odds))
+    return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, 1.0)]
+
+
+def rdpo(logps: ResponseLogps, *, beta: float = 0.1, alpha: float = 0.01) -> LossTerms:
+    """R-DPO: DPO that discounts length. A pair whose chosen response is the longer one teaches less.
+
+        L = E_pairs[-log σ(β Δ + α (|w| - |l|))]
+
+    References:
+        Park et al., 2024, arXiv 2403.19159.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in rdpo(pair)]
+        [0.6072]
+    """
+    logits = beta * logps.margins(logps.policy - logps.reference)
+    longer = logps.margins(logps.length.to(logits.dtype))
+    return [LossTerm(-F.logsigmoid(logits + alpha * longer), per="pair", name="preference")]
+
+
+def dpop(logps: ResponseLogps, *, beta: float = 0.3, penalty: float = 50.0) -> LossTerms:
+    """DPO-Positive: DPO with a penalty if the chosen response is less likely than under the reference.
+
+        L = E_pairs[-log σ(β (Δ - λ max(0, -log r(w))))]
+
+    References:
+        Pal et al., 2024 (Smaug), arXiv 2402.13228, eq. 3.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in dpop(pair)]
+        [0.4375]
+    """
+    log_ratio = logps.policy - logps.reference
+    fallen = F.relu(-log_ratio)[logps.pairs[:, 0]]
+    logits = beta * (logps.margins(log_ratio) - penalty * fallen)
+    return [LossTerm(-F.logsigmoid(logits), per="pair", name="preference")]
+
+
+def nca(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
+    """NCA on pairs: noise contrast of each response with the reference; the reward of a chosen one is absolute.
+
+        L = E_pairs[-log σ(f(w)) - ½ log σ(-f(w)) - ½ log σ(-f(l))],   f = β log r
+
+    References:
+        Chen et al., 2024, arXiv 2402.05369, its pairwise preference form (TRL's `nca_pair`).
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in nca(pair)]
+        [1.3388]
+    """
+    chosen, rejected = (beta * (logps.policy - logps.reference)[logps.pairs]).unbind(1)
+    values = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    return [LossTerm(values, per="pair", name="preference")]
+
+
+def exo(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> LossTerms:
+    """EXO on pairs: reverse KL, over the two responses, of the policy's preference from the label's.
+
+        L = E_pairs[q log(q/(1-ε)) + (1-q) log((1-q)/ε)],   q = σ(β Δ)
+
+    ε must be above 0, because at 0 the divergence is infinite.
+
+    References:
+        Ji et al., 2024, arXiv 2402.00856, eq. 16 (TRL's `exo_pair`).
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in exo(pair)]
+        [2.422]
+    """
+    logits = beta * logps.margins(logps.policy - logps.reference)
+    right = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
+    wrong = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(label_smoothing))
+    return [LossTerm(right + wrong, per="pair", name="preference")]
+
+
+def apo_down(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
+    """APO-down: pushes both down, the rejected one further. For chosen responses worse than the model's own.
+
+        L = E_pairs[σ(β log r(w)) + 1 - σ(β Δ)]
+
+    References:
+        D'Oosterlinck et al., 2024, arXiv 2408.06266, eq. 8.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in apo_down(pair)]
+        [0.9751]
+    """
+    log_ratio = beta * (logps.policy - logps.reference)
+    values = torch.sigmoid(log_ratio[logps.pairs[:, 0]]) + torch.sigmoid(-logps.margins(log_ratio))
+    return [LossTerm(values, per="pair", name="preference")]
+
+
+def cal_dpo(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
+    """Cal-DPO: DPO's contrast, with log-ratios calibrated to ±1/(2β) (nats).
+
+        L = E_pairs[-log σ(Δ) + (log r(w) - 1/(2β))² + (log r(l) + 1/(2β))²]
+
+    The authors' published trainer halves the two squares, and takes their means over the pairs first.
+
+    References:
+        Xiao et al., 2024, arXiv 2412.14516.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in cal_dpo(pair)]
+        [32.1269]
+    """
+    chosen, rejected = (logps.policy - logps.reference)[logps.pairs].unbind(1)
+    target = 1 / (2 * beta)
+    values = -F.logsigmoid(chosen - rejected) + (chosen - target) ** 2 + (rejected + target) ** 2
+    return [LossTerm(values, per="pair", name="preference")]
+
+
+def robust_dpo(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossTerms:
+    """Robust DPO: an unbiased estimate of DPO's loss on clean labels, from labels flipped with probability ε.
+
+        L = E_pairs[-(1-ε) log σ(β Δ) + ε log σ(-β Δ)] / (1 - 2ε)
+
+    References:
+        Chowdhury, Kini, Natarajan, 2024, arXiv 2403.00409 (TRL's `robust`).
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
+        >>> [round(term.values.item(), 4) for term in robust_dpo(pair, label_smoothing=0.1)]
+        [0.5731]
+    """
+    logits = beta * logps.margins(logps.policy - logps.reference)
+    flipped = label_smoothing * F.logsigmoid(-logits)
+    values = (-(1 - label_smoothing) * F.logsigmoid(logits) + flipped) / (1 - 2 * label_smoothing)
+    return [LossTerm(values, per="pair", name="preference")]
