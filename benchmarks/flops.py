@@ -10,7 +10,7 @@ from typing import Any
 from infopo.data.packing import pack, split_by_tokens
 from infopo.logps.lm_head import KEPT
 from infopo.records import PreferenceExample
-from infopo.trainer import CPU_TOKENS_PER_FORWARD
+from infopo.startup import CPU_TOKENS_PER_FORWARD
 
 COMPACT = {"trl_best", "trl_accumulated"}
 """Variants of TRL whose head scores responses only."""

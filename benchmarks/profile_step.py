@@ -18,7 +18,7 @@ import regimes
 from infopo.data.packing import PreferenceCollator
 from infopo.logps import attention
 from infopo.logps.forward import response_logps
-from infopo.trainer import CPU_TOKENS_PER_FORWARD
+from infopo.startup import CPU_TOKENS_PER_FORWARD
 from shapes import build_model
 
 JOB = {"model": "a4k", "vocabulary": 4096, "device": "cpu", "variant": "infopo"}

@@ -29,13 +29,13 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, models
+from infopo import checkpoints, models, startup
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
-from infopo.data.packing import PreferenceCollator, pack, select
+from infopo.data.packing import PreferenceCollator, select
 from infopo.data.responses import ScoreRule
 from infopo.data.sampling import LengthGroupedEpochs, PaddedSampler
 from infopo.data.sources import read_rows
@@ -44,12 +44,11 @@ from infopo.errors import (
     DataError,
     NonFiniteLossError,
     RecipeError,
-    ReferenceMismatchError,
     ReferenceStoreError,
     UnsupportedArgumentError,
 )
 from infopo.logps import attention
-from infopo.logps.forward import path_of, prepare, response_logps, self_test, with_layout
+from infopo.logps.forward import response_logps, with_layout
 from infopo.losses.catalog import OBJECTIVES
 from infopo.losses.coupling import step_parts
 from infopo.losses.registry import loss_function, step_statistic
@@ -68,10 +67,6 @@ from infopo.reference_store import ReferenceStore, check_folder, folder_of
 logger = logging.getLogger(__name__)
 
 RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | ExampleDataset
-MAX_STEP_0_LOG_RATIO = 1e-3
-CPU_TOKENS_PER_FORWARD = 2048
-"""Where no limit is given; benchmarks/LOG.md says what it saves, and that it costs no time."""
-SELF_TEST_TOKENS = 256
 
 
 class InfoPOTrainer(Trainer):
@@ -145,7 +140,7 @@ class InfoPOTrainer(Trainer):
         self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
         if args.disable_dropout and ref_model is not None:
             models.disable_dropout(ref_model)
-        self.logps_in_words = _choose_path(policy, ref_model, args)
+        self.logps_in_words = startup.choose_path(policy, ref_model, args)
 
         self.mixture = args.mixture()
         self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
@@ -171,11 +166,11 @@ class InfoPOTrainer(Trainer):
             train_examples = self._encode(train_dataset, "train_dataset", args)
         eval_examples = self._encode_all(eval_dataset, args)
         for each in models_to_fit:
-            _check_fit(each, train_examples, eval_examples)
+            startup.check_fit(each, train_examples, eval_examples)
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or _collator(policy, args),
+            data_collator=data_collator or startup.collator(policy, args),
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             processing_class=processing_class,
@@ -257,10 +252,10 @@ class InfoPOTrainer(Trainer):
             kwargs["dtype"] = self.model.dtype  # what is compared is computed alike
             kwargs.setdefault("attn_implementation", attention.implementation_of(self.model))
             ref_model = models.load_policy(source, **kwargs)
-            _check_fit(ref_model, self.train_dataset, self.eval_dataset)
+            startup.check_fit(ref_model, self.train_dataset, self.eval_dataset)
             if self.args.disable_dropout:
                 models.disable_dropout(ref_model)
-            self.logps_in_words = _choose_path(self.model, ref_model, self.args)
+            self.logps_in_words = startup.choose_path(self.model, ref_model, self.args)
         policy_weights = models.hash_weights(self.model)
         self.policy_hash = policy_weights.whole
         # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
@@ -374,7 +369,7 @@ class InfoPOTrainer(Trainer):
             alone = ExampleDataset.from_examples([example])
             self._check_pairs(alone)
             for model in fit:
-                _check_fit(model, alone)
+                startup.check_fit(model, alone)
 
         judge(dataset.first())
         return dataset.of(judge, args.process_index, args.world_size)
@@ -618,36 +613,16 @@ class InfoPOTrainer(Trainer):
         )
 
     def _check_model(self, model: nn.Module, batch: PackedBatch) -> None:
-        """Start-up self-test on a small batch, and equality of policy and reference at step 0.
-
-        Every rank runs the same number of forward passes: sharded models wait for each other in each.
-        """
+        """Checks of the first step, on the model as it is distributed; see `startup`."""
         self._is_checked = True
-        was_training = model.training
-        model.eval()
-        probes = pack(_probes(self.train_dataset)).to(self.args.device)
-        alone = [select(probes, [response]) for response in range(probes.num_responses)]
         exact = (
             self.model.dtype in (torch.float32, torch.float64)
             and self.accelerator.mixed_precision == "no"
             and not self.args.tf32
         )
-        noise = self_test(model, probes, alone, exact=exact)
-        if not exact:
-            report = logger.warning if noise > 0.1 else logger.info
-            report("rounding noise of a response's log-prob: %.2g nats (measured by padding alone)", noise)
+        startup.check_paths(model, self.train_dataset, self.args.device, exact=exact)
         if exact and self._policy_is_reference and self.reference_sides and self.state.global_step == 0:
-            with torch.no_grad():
-                log_ratio = (response_logps(model, batch) - self.reference(batch)).abs().nan_to_num()
-            if batch.num_responses and log_ratio.max() >= MAX_STEP_0_LOG_RATIO:
-                worst = int(log_ratio.argmax())
-                raise ReferenceMismatchError(
-                    f"{batch.row_ids[int(batch.example[worst])]}: before the first update, policy and reference differ "
-                    f"by {float(log_ratio[worst]):.3g} nats on this row, expected less than {MAX_STEP_0_LOG_RATIO}. "
-                    "They should be the same function, so something else differs: dropout, attention kernel, "
-                    "precision, or an adapter that rewrites the base at first (then use reference='precompute')."
-                )
-        model.train(was_training)
+            startup.check_step_0(model, batch, self.reference)
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
 
@@ -692,7 +667,7 @@ class InfoPOTrainer(Trainer):
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._encode_all(eval_dataset, self.args)
-            _check_fit(self.model, eval_dataset)
+            startup.check_fit(self.model, eval_dataset)
             if isinstance(self.reference, StoredReference) and self.reference_sides:
                 eval_dataset = self._late_reference(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -821,41 +796,10 @@ class InfoPOTrainer(Trainer):
             self._push_from_checkpoint(str(run_dir / f"checkpoint-{self.state.global_step}"))
 
 
-def _choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConfig) -> str:
-    """Prepares the models for the fastest path that `logps_path` and the models allow; says which, and why."""
-    both = [model for model in (policy, ref_model) if model is not None]
-    path, reason = prepare(both, "naive" if args.torch_compile else args.logps_path)
-    if args.torch_compile:  # the layout of each batch would be compiled anew
-        reason = "torch_compile is on"
-    return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
-
-
-def _collator(policy: nn.Module, args: InfoPOConfig) -> PreferenceCollator:
-    limit = args.max_tokens_per_forward
-    if limit is None and args.device.type == "cpu":
-        limit = CPU_TOKENS_PER_FORWARD
-    return PreferenceCollator(limit, shared=path_of(policy) == "forest")
-
-
-_PATH_IN_WORDS = {
-    "forest": "each prompt once, without padding",
-    "padded": "one padded row a response",
-    "naive": "one padded row a response, logits of every position",
-}
-
-
 def _has(dataset: ExampleDataset, role: Role) -> np.ndarray:
     """Whether each example has a response of this role, (examples,) bool."""
     owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.response_offsets))
     return np.bincount(owner[dataset.roles == role], minlength=len(dataset)) > 0
-
-
-def _check_fit(model: nn.Module, *data: Any) -> None:
-    """Refuses datasets (or dicts of them) with rows that the model cannot read."""
-    for each in data:
-        for dataset in each.values() if isinstance(each, dict) else [each]:
-            if isinstance(dataset, ExampleDataset):
-                models.check_fit(model, dataset.longest_row, dataset.largest_token_id)
 
 
 def _only(batch: PackedBatch, roles: set[Role]) -> PackedBatch:
@@ -867,16 +811,3 @@ def _row_tokens(batch: PackedBatch) -> int:
     """Tokens of all responses with their prompts, as rows."""
     start = batch.segment_start
     return sum(start[s + 1] - start[s] for r in range(batch.num_responses) for s in batch.path(r))
-
-
-def _probes(dataset: ExampleDataset | ExampleStream) -> list[PreferenceExample]:
-    """Responses of one prompt and another example, together at most `SELF_TEST_TOKENS` tokens of rows."""
-    example = dataset[0] if isinstance(dataset, ExampleDataset) else dataset.first()
-    quarter = SELF_TEST_TOKENS // 4
-    prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
-    half = response[: max(1, len(response) // 2)]
-    short = SELF_TEST_TOKENS // 16
-    return [
-        PreferenceExample(prompt, [response, half], [], example.row_id),
-        PreferenceExample(prompt[:short], [half[:short]], [], example.row_id),
-    ]
