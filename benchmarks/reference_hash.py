@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infopo.data.examples import ExampleDataset
+from infopo.hashing import hash_weights
 from infopo.logps import attention
-from infopo.models import hash_weights
 from infopo.records import PreferenceExample
 from infopo.reference import precompute
 

@@ -16,12 +16,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from infopo import hashing
 from infopo.arguments import InfoPOConfig
 from infopo.cli import main
 from infopo.data.examples import ExampleDataset
 from infopo.errors import LogpsError, RecipeError, ReferenceMismatchError, UnsupportedArgumentError
+from infopo.hashing import config_hash, hash_weights
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.models import config_hash, hash_weights, load_policy, weights_hash
+from infopo.models import load_policy
 from infopo.records import PreferenceExample
 from infopo.reference import precompute, resolve, tolerance
 from infopo.reference_store import ReferenceStore
@@ -408,37 +410,35 @@ def test_tolerance_grows_as_rounding_does() -> None:
 
 def test_weights_are_hashed_by_value() -> None:
     model, again = tiny_llama(), tiny_llama()
-    assert weights_hash(model) == weights_hash(again)
+    assert hash_weights(model).whole == hash_weights(again).whole
     hashes = {
-        weights_hash(model),
-        weights_hash(tiny_llama(seed=1)),
-        weights_hash(tiny_llama(dtype=torch.bfloat16)),
+        hash_weights(model).whole,
+        hash_weights(tiny_llama(seed=1)).whole,
+        hash_weights(tiny_llama(dtype=torch.bfloat16)).whole,
     }
     assert len(hashes) == 3
     with torch.no_grad():
         again.lm_head.weight.copy_(
             again.lm_head.weight.t().contiguous().t()
         )  # the same values, laid out otherwise
-    assert weights_hash(model) == weights_hash(again)
+    assert hash_weights(model).whole == hash_weights(again).whole
     with torch.no_grad():
         again.model.norm.weight[3] += 1e-6
-    assert weights_hash(model) != weights_hash(again)
+    assert hash_weights(model).whole != hash_weights(again).whole
 
 
 def test_a_weight_in_pieces_has_all_its_bytes_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from infopo import models
-
-    monkeypatch.setattr(models, "_HASHED_AT_ONCE", 100)
+    monkeypatch.setattr(hashing, "_HASHED_AT_ONCE", 100)
     model = tiny_llama()
-    seen = {weights_hash(model)}
+    seen = {hash_weights(model).whole}
     flat = model.lm_head.weight.detach().view(-1)
     for place in (0, 24, 25, len(flat) // 2, len(flat) - 1):
         flat[place] += 1
-        seen.add(weights_hash(model))
+        seen.add(hash_weights(model).whole)
     assert len(seen) == 6
     with torch.no_grad():
         model.lm_head.weight[[0, 1]] = model.lm_head.weight[[1, 0]]
-    assert weights_hash(model) not in seen
+    assert hash_weights(model).whole not in seen
 
 
 def test_an_adapter_has_a_hash_of_its_own_once_it_changes_something() -> None:

@@ -36,12 +36,13 @@ from infopo.errors import (
     ReferenceMismatchError,
     UnsupportedArgumentError,
 )
+from infopo.hashing import hash_weights
 from infopo.lab import policy_path
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.logps.forward import with_layout
 from infopo.losses.registry import loss_function
 from infopo.metrics import MetricSums, non_finite_rows
-from infopo.models import disable_dropout, weights_hash
+from infopo.models import disable_dropout
 from infopo.records import PreferenceExample, ResponseLogps, Role
 from infopo.reference import LiveReference
 from infopo.trainer import InfoPOTrainer
@@ -546,7 +547,7 @@ def test_another_model_as_reference_is_used_however_it_is_given(tmp_path: Path, 
     trainer = trainer_of(
         tmp_path, ExampleDataset.from_examples(examples), max_steps=1, reference_sides="both", **settings
     )
-    assert trainer.reference_hash == weights_hash(reference) != trainer.policy_hash
+    assert trainer.reference_hash == hash_weights(reference).whole != trainer.policy_hash
     assert trainer.reference_in_words == "a model of its own"
     trainer.train()
     (record,) = step_records(trainer)
@@ -576,13 +577,13 @@ def test_a_live_reference_runs_on_the_sides_that_are_asked_for_only(side: str) -
 
 def test_training_changes_no_reference(tmp_path: Path) -> None:
     reference = tiny_llama(seed=1)
-    before = weights_hash(reference)
+    before = hash_weights(reference).whole
     trainer = trainer_of(tmp_path, ref_model=reference, reference="live")
     trainer.train()
-    assert weights_hash(reference) == before
+    assert hash_weights(reference).whole == before
     own = trainer_of(tmp_path, reference="live", eval_dataset=random_dataset(4, seed=2))
     own.train()
-    assert weights_hash(own.ref_model) == own.policy_hash != weights_hash(own.model)
+    assert hash_weights(own.ref_model).whole == own.policy_hash != hash_weights(own.model).whole
 
 
 @pytest.mark.parametrize(
@@ -786,8 +787,9 @@ def test_a_model_given_by_name_comes_with_its_tokenizer_in_float32(tmp_path: Pat
     assert trainer.model.dtype == torch.float32
     trainer.train()
     trainer.save_final_model()
-    assert weights_hash(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")) == weights_hash(
-        trainer.model
+    assert (
+        hash_weights(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")).whole
+        == hash_weights(trainer.model).whole
     )
 
 
@@ -1051,7 +1053,7 @@ def test_the_best_checkpoint_is_kept_named_by_its_place_and_loaded_at_the_end(tm
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{best}", "checkpoint-6"]
     saved = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint, dtype="float32")
-    assert weights_hash(saved) == weights_hash(trainer.model)
+    assert hash_weights(saved).whole == hash_weights(trainer.model).whole
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-9)
     assert not (tmp_path / ".staging").exists()
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError, RecipeError, ReferenceMismatchError
+from infopo.hashing import WeightsHash, config_hash
 from infopo.logps import attention
 from infopo.logps.forward import PATHS, path_of, response_lengths, response_logps
-from infopo.models import WeightsHash, config_hash
 from infopo.records import PackedBatch, PreferenceExample, Role, sum_dtype
 from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
 

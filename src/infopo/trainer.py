@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, models, startup
+from infopo import checkpoints, hashing, models, startup
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
@@ -256,7 +256,7 @@ class InfoPOTrainer(Trainer):
             if self.args.disable_dropout:
                 models.disable_dropout(ref_model)
             self.logps_in_words = startup.choose_path(self.model, ref_model, self.args)
-        policy_weights = models.hash_weights(self.model)
+        policy_weights = hashing.hash_weights(self.model)
         self.policy_hash = policy_weights.whole
         # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
         self._policy_is_reference = ref_model is None and (source != "adapter-off" or self._adapter_is_fresh)
@@ -272,7 +272,7 @@ class InfoPOTrainer(Trainer):
             off = self.accelerator.unwrap_model(self.model).disable_adapter
             self.reference = LiveReference(self.model, self.reference_sides, off)
         else:
-            weights = policy_weights if ref_model is None else models.hash_weights(ref_model)
+            weights = policy_weights if ref_model is None else hashing.hash_weights(ref_model)
             self.reference_hash = weights.whole
             if source == "live":
                 self.ref_model = self._freeze(
@@ -292,7 +292,7 @@ class InfoPOTrainer(Trainer):
             return model.to(self.args.device)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
-    def _open_store(self, model: nn.Module, weights: models.WeightsHash) -> ReferenceStore | None:
+    def _open_store(self, model: nn.Module, weights: hashing.WeightsHash) -> ReferenceStore | None:
         """The store that the settings name; None for memory only, on all ranks alike.
 
         Raises:

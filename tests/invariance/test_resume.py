@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, Trai
 from infopo import checkpoints
 from infopo.arguments import InfoPOConfig
 from infopo.errors import CheckpointError, RecipeError
+from infopo.hashing import hash_weights
 from infopo.lab import policy_path
 from infopo.lab.preferences import make_pairs
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.models import load_policy, weights_hash
+from infopo.models import load_policy
 from infopo.runs import file_sha256
 from infopo.trainer import InfoPOTrainer
 from infopo.workflows.train import MetricsFile, train
@@ -182,7 +183,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     environments = [json.loads((d / "environment.json").read_text()) for d in (run_dir, whole)]
     assert environments[0]["reference"] == environments[1]["reference"]
     if "adapter" not in variant:
-        assert environments[0]["reference"]["hash"] == weights_hash(load_policy("lab:policy"))
+        assert environments[0]["reference"]["hash"] == hash_weights(load_policy("lab:policy")).whole
 
 
 def test_resuming_a_finished_run_trains_no_further(tmp_path: Path, data: Path, uninterrupted: Any) -> None:
@@ -430,7 +431,7 @@ def test_the_checkpoint_of_a_trainer_holds_its_identity(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     saved = json.loads((tmp_path / "checkpoint-2" / "infopo_state.json").read_text())
-    assert saved["reference"] == trainer.policy_hash == weights_hash(tiny_llama())
+    assert saved["reference"] == trainer.policy_hash == hash_weights(tiny_llama()).whole
     assert saved["data"] == random_dataset(8).content_hash()
     assert saved["objective"] == [["infopo", {"beta": 1.0, "length_normalized": False, "cap": 5.0}, 1.0]]
     assert trainer.find_checkpoint(True) == str(tmp_path / "checkpoint-2")
