@@ -4,10 +4,11 @@ No mathematics and no state: `InfoPOTrainer` calls these functions with what it 
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infopo import models
 from infopo.arguments import InfoPOConfig
@@ -17,7 +18,6 @@ from infopo.data.streaming import ExampleStream
 from infopo.errors import ReferenceMismatchError
 from infopo.logps.forward import path_of, prepare, response_logps, self_test
 from infopo.records import PackedBatch, PreferenceExample
-from infopo.reference import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def check_paths(
     model.train(was_training)
 
 
-def check_step_0(model: nn.Module, batch: PackedBatch, reference: Reference) -> None:
+def check_step_0(model: nn.Module, batch: PackedBatch, reference: Callable[[PackedBatch], Tensor]) -> None:
     """Before the first update, policy and reference are the same function.
 
     Raises:
