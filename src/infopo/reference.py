@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ SPOT_CHECKS = 4
 _ROLE_OF = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED, "kl": Role.KL}
 
 
+@runtime_checkable
 class Reference(Protocol):
     """What a trainer needs of a reference.
 
