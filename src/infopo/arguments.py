@@ -12,6 +12,7 @@ import datasets
 import torch
 from transformers import TrainingArguments
 
+from infopo import ranks
 from infopo.catalog import (
     LOGPS_PATHS,
     ON_BAD_ROW,
@@ -203,6 +204,7 @@ class InfoPOConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or ranks.must_use_cpu()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         old, new = self.gradient_checkpointing, self.activation_checkpointing
@@ -222,6 +224,7 @@ class InfoPOConfig(TrainingArguments):
             raise UnsupportedArgumentError(refused + problems)
         if problems:
             raise RecipeError(problems)
+        ranks.refuse_strangers(self.world_size)
 
     def _problems(self) -> list[str]:
         problems = []

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, hashing, models, startup
+from infopo import checkpoints, hashing, models, ranks, startup
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
@@ -177,6 +177,7 @@ class InfoPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(ranks.StartLine())
         if self.args.n_gpu > 1:
             raise UnsupportedArgumentError(
                 "torch.nn.DataParallel is not supported, and one process sees several GPUs: start with "

@@ -1,0 +1,94 @@
+"""The processes that share a run: whether they have found each other, and what each run says of them at its start."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from infopo.data.examples import ExampleDataset
+from infopo.errors import RecipeError
+from infopo.records import Role
+
+
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+"""What torchrun and the usual kinds of MPI say to the processes that they start."""
+
+
+def launched() -> int:
+    """How many processes a launcher such as `torchrun` or `mpirun` has started for this run; 1 without a launcher."""
+    sizes = (os.environ.get(name, "") for name in SIZES)
+    return next((int(size) for size in sizes if size.isdecimal() and int(size) > 0), 1)
+
+
+def must_use_cpu() -> bool:
+    """Whether `use_cpu` has to be set for the ranks to find each other.
+
+    transformers connects ranks through their accelerators. On a machine that has none it takes each rank for a run of
+    its own unless `use_cpu` is set.
+    """
+    has_rank = any(name in os.environ for name in RANKS)
+    return launched() > 1 and has_rank and not torch.accelerator.is_available()
+
+
+def refuse_strangers(world_size: int) -> None:
+    """Refuses ranks that have not found each other: each would train a copy of the model into the same directory.
+
+    Args:
+        world_size: Number of processes that the trainer sees.
+
+    Raises:
+        RecipeError: The launcher has started another number of processes, or was asked for more than it has started.
+    """
+    if launched() != world_size:
+        raise RecipeError(
+            f"WORLD_SIZE is {launched()} in the environment, but the trainer sees {world_size} "
+            f"process{'' if world_size == 1 else 'es'}: each rank would train alone, into one output_dir. Start with "
+            "torchrun or accelerate launch, with use_cpu=True if there is no accelerator, or unset WORLD_SIZE"
+        )
+    # accelerate names an address only if it is asked for several processes, and starts one all the same without MPI.
+    if world_size == 1 and "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
+        raise RecipeError(
+            "accelerate launch was asked for several processes on CPUs, but starts only one unless it is given MPI "
+            "(--mpirun_hostfile): use torchrun --nproc-per-node N, or --num_processes 1"
+        )
+
+
+class StartLine(TrainerCallback):
+    """Prints what is about to run, e.g. `2 processes, cpu, float32, 20 steps of 32 pairs`; once, by the first rank."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            dataset = kwargs["train_dataloader"].dataset
+            print(start_line(args, state, _items(dataset), kwargs["model"].dtype))
+
+
+def start_line(args: TrainingArguments, state: TrainerState, items: str, dtype: torch.dtype) -> str:
+    """Processes, device, precision, steps and rows per step, in one line.
+
+    Args:
+        args: Settings of the run.
+        state: The trainer's state, as it is when training begins.
+        items: What the rows of a step are called.
+        dtype: Type of the weights.
+    """
+    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    precision = str(dtype).removeprefix("torch.") + (f" with {mixed} autocast" if mixed else "")
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    done = f", of which {state.global_step} are done" if state.global_step else ""
+    processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+    return f"{processes}, {args.device.type}, {precision}, {state.max_steps} steps of {rows} {items}{done}"
+
+
+def _items(dataset: object) -> str:
+    """`pairs` if every row has one chosen and one rejected response, else `rows`."""
+    if not isinstance(dataset, ExampleDataset):
+        return "rows"
+    roles = dataset.roles[dataset.roles != int(Role.KL)]
+    pairs = len(roles) == 2 * len(dataset) and all(
+        int((roles == int(role)).sum()) == len(dataset) for role in (Role.CHOSEN, Role.REJECTED)
+    )
+    return "pairs" if pairs else "rows"

@@ -1,0 +1,98 @@
+"""Secrets: what is masked in all that a run writes or prints. Tokens, keys and passwords are never part of a record.
+
+Run directories are pushed and shared. Three things are recognised wherever they stand in a text: the values of
+secrets that this process knows (environment variables and settings whose names say that they are secret), URLs with
+a password or a token in them, and tokens of well-known services by their prefixes.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+"""What stands in place of a secret. A recipe that holds it takes the secret from the environment."""
+
+_SECRET_NAME = re.compile(
+    r"(^|_)(tokens?|secrets?|passwords?|passwd|passphrase|credentials?)$|(api|access|private|secret)_?keys?(_id)?$",
+    re.IGNORECASE,
+)
+"""Names of settings and environment variables whose values are secret, e.g. `hub_token`, `WANDB_API_KEY`."""
+
+_HARMLESS = frozenset({"pad_token", "eos_token", "bos_token", "unk_token"})
+"""Names that end so and stand for tokens of a vocabulary."""
+
+_LEAST = 6
+"""Characters of a value that is looked for everywhere: a shorter one would be found in words."""
+
+_PATTERNS = (
+    (re.compile(r"(?<=://)[^/\s'\"@]+:[^/\s'\"@]*(?=@)"), MASK),  # user:password@host
+    (re.compile(r"(?<=://)[^/\s'\"@:]{16,}(?=@)"), MASK),  # token@host
+    (
+        re.compile(
+            r"(?i)([?&;](?:[\w.-]*(?:token|secret|password|passwd|signature|credential)|(?:[\w-]*api|access)[_-]?key|sig"
+            r"|auth|pwd|key)=)[^&;#\s'\"]+"
+        ),
+        rf"\1{MASK}",
+    ),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}\b"), MASK),
+    (re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,})"), MASK),
+    (re.compile(r"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}|xox[abps]-[A-Za-z0-9-]{10,})\b"), MASK),
+)
+
+_known: set[str] = set()
+
+
+def is_secret(name: str) -> bool:
+    """Whether the value under this name is secret.
+
+    >>> is_secret("hub_token"), is_secret("WANDB_API_KEY"), is_secret("pad_token"), is_secret("max_tokens")
+    (True, True, False, False)
+    """
+    return name.lower() not in _HARMLESS and name.lower() != "max_tokens" and bool(_SECRET_NAME.search(name))
+
+
+def keep_secret(value: object) -> None:
+    """Makes a value known as secret, so that `masked` finds it in any text."""
+    if isinstance(value, str) and len(value) >= _LEAST and value != MASK:
+        _known.add(value)
+
+
+def masked(text: str) -> str:
+    """The text with `***` in place of every secret in it.
+
+    >>> masked("https://me:pass@host/x.jsonl?token=abc&rows=5")
+    'https://***@host/x.jsonl?token=***&rows=5'
+    """
+    for secret in sorted(_known | _from_environment(), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    for pattern, mask in _PATTERNS:
+        text = pattern.sub(mask, text)
+    return text
+
+
+def masked_tree(value: Any, name: str = "") -> Any:
+    """Settings with every secret masked: those under secret names, and those within texts (keys of mappings too)."""
+    if isinstance(value, Mapping):
+        return {
+            masked(key) if isinstance(key, str) else key: masked_tree(item, str(key))
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [masked_tree(item, name) for item in value]
+    if isinstance(value, str):
+        return MASK if value and is_secret(name) else masked(value)
+    return value
+
+
+def learn(value: Any, name: str = "") -> None:
+    """Makes the secrets among settings known: values under secret names, at any depth."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            learn(item, str(key))
+    elif is_secret(name):
+        keep_secret(value)
+
+
+def _from_environment() -> set[str]:
+    return {value for name, value in os.environ.items() if len(value) >= _LEAST and is_secret(name)}
