@@ -31,6 +31,7 @@ from infopo.data.streaming import ExampleStream
 from infopo.errors import InfoPOError, ModelError, RecipeError
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
+from infopo.secrets import MASK, masked
 from infopo.trainer import InfoPOTrainer
 from infopo.yaml_tree import shown
 
@@ -142,7 +143,8 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     Raises:
         RecipeError: transformers or torch refuse a `train` argument, or a combination of them, on this machine.
     """
-    train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
+    # A secret that was masked when the recipe was written comes from the environment (HF_TOKEN).
+    train = {k: v for k, v in recipe.train.items() if k != "resume_from_checkpoint" and v != MASK}
     train.setdefault("report_to", "none")
     # Where there is no accelerator, torch warns of pinned memory at every epoch.
     train.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
@@ -300,7 +302,7 @@ def build_examples(
     path = (data.eval_path or data.path) if evaluation else data.path
     split = (data.eval_split or data.split) if evaluation else data.split
     named = data.eval_split if evaluation else data.split if data.split != DataSection.split else None
-    counts = DataCounts(on_bad_row=data.on_bad_row, source=" + ".join(_names(path)))
+    counts = DataCounts(on_bad_row=data.on_bad_row, source=masked(" + ".join(_names(path))))
     rows = islice(_open_rows(data, path, split, counts), data.limit)
     examples = encode_rows(rows, build_encoder(data, tokenizer), counts, num_proc=data.num_proc)
     if all(Path(name).expanduser().is_file() for name in _names(path)):
@@ -319,7 +321,7 @@ def build_stream(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examp
     Raises:
         DataError: A source cannot be opened.
     """
-    counts = DataCounts(on_bad_row=data.on_bad_row, source=" + ".join(_names(data.path)))
+    counts = DataCounts(on_bad_row=data.on_bad_row, source=masked(" + ".join(_names(data.path))))
 
     def open_rows(counts: DataCounts) -> Iterator[PreferenceRow]:
         return islice(_open_rows(data, data.path, data.split, counts), data.limit)

@@ -23,6 +23,7 @@ from infopo.catalog import (
 )
 from infopo.errors import RecipeError
 from infopo.losses.catalog import check_objective, complete_parameters
+from infopo.secrets import learn, masked_tree
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
 
 if TYPE_CHECKING:
@@ -248,8 +249,8 @@ def parse_recipe(
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every default written out; `parse_recipe` of it gives an equal recipe."""
-    tree = asdict(recipe)
+    """The recipe with every default written out and secrets masked; `parse_recipe` of it gives an equal recipe."""
+    tree = masked_tree(asdict(recipe))
     objective = tree["objective"]
     tree["objective"] = {"name": objective["name"], **objective["parameters"]}
     return dump_tree(tree)
@@ -268,6 +269,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
 
     Checks across sections see the settings as they came, right or wrong: so one mistake does not hide another.
     """
+    learn(tree)  # before any value stands in a message
     _refuse_unknown(tree, Recipe, "", problems)
     model = _read_section(ModelSection, tree.get("model"), "model", problems)
     data = _read_section(DataSection, tree.get("data"), "data", problems)

@@ -19,9 +19,14 @@ and exits with status 2. Any other exception is a bug of ours.
 
 from collections.abc import Sequence
 
+from infopo.secrets import masked
+
 
 class InfoPOError(Exception):
-    """Base of all errors that infopo raises on purpose."""
+    """Base of all errors that infopo raises on purpose. Secrets are masked in their messages."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(masked(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class RecipeError(InfoPOError, ValueError):

@@ -10,7 +10,6 @@ from infopo.data.examples import ExampleDataset
 from infopo.errors import RecipeError
 from infopo.records import Role
 
-
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 """What torchrun and the usual kinds of MPI say to the processes that they start."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from infopo.errors import DataError
+from infopo.secrets import masked_argument, masked_tree
 
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
@@ -94,7 +95,7 @@ class RunWriter:
         write_text_atomic(self.directory / RECIPE, text)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json_atomic(self.directory / ENVIRONMENT, environment)
+        write_json_atomic(self.directory / ENVIRONMENT, masked_tree(environment))
 
     def write_evaluation(self, results: Mapping[str, Any]) -> None:
         write_json_atomic(self.directory / EVALUATION, results)
@@ -333,7 +334,7 @@ def environment(
             "memory_bytes": _memory_bytes(),
             "accelerators": list(accelerators),
         },
-        "command_line": list(sys.argv),
+        "command_line": [masked_argument(argument) for argument in sys.argv],
         "seed": seed,
         **(extra or {}),
     }

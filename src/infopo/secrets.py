@@ -14,7 +14,7 @@ MASK = "***"
 """What stands in place of a secret. A recipe that holds it takes the secret from the environment."""
 
 _SECRET_NAME = re.compile(
-    r"(^|_)(tokens?|secrets?|passwords?|passwd|passphrase|credentials?)$|(api|access|private|secret)_?keys?(_id)?$",
+    r"(^|_)(token|secret|password|passwd|passphrase|credentials?)$|(api|access|private|secret)_?key(_id)?$",
     re.IGNORECASE,
 )
 """Names of settings and environment variables whose values are secret, e.g. `hub_token`, `WANDB_API_KEY`."""
@@ -22,7 +22,7 @@ _SECRET_NAME = re.compile(
 _HARMLESS = frozenset({"pad_token", "eos_token", "bos_token", "unk_token"})
 """Names that end so and stand for tokens of a vocabulary."""
 
-_LEAST = 6
+_LEAST = 8
 """Characters of a value that is looked for everywhere: a shorter one would be found in words."""
 
 _PATTERNS = (
@@ -49,7 +49,7 @@ def is_secret(name: str) -> bool:
     >>> is_secret("hub_token"), is_secret("WANDB_API_KEY"), is_secret("pad_token"), is_secret("max_tokens")
     (True, True, False, False)
     """
-    return name.lower() not in _HARMLESS and name.lower() != "max_tokens" and bool(_SECRET_NAME.search(name))
+    return name.lower() not in _HARMLESS and bool(_SECRET_NAME.search(name))
 
 
 def keep_secret(value: object) -> None:
@@ -83,6 +83,17 @@ def masked_tree(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         return MASK if value and is_secret(name) else masked(value)
     return value
+
+
+def masked_argument(argument: str) -> str:
+    """An argument of a command line, with its value masked if its name is secret.
+
+    >>> masked_argument("train.hub_token=abc")
+    'train.hub_token=***'
+    """
+    name, equals, _ = argument.partition("=")
+    last = re.split(r"[.-]", name)[-1]
+    return f"{name}={MASK}" if equals and is_secret(last) else masked(argument)
 
 
 def learn(value: Any, name: str = "") -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from infopo.errors import RecipeError
+from infopo.secrets import masked_argument
 
 Tree = dict[str, Any]
 """Settings by name; sections are trees themselves."""
@@ -192,7 +193,7 @@ def _find_duplicates(node: yaml.MappingNode, path: str, problems: Problems) -> N
 
 def apply_override(tree: Tree, override: str, problems: Problems) -> None:
     """Sets one dotted key in `tree`; what is wrong with `key=value` itself is noted."""
-    place = f"override {override!r}"
+    place = f"override {masked_argument(override)!r}"
     path, equals, text = override.partition("=")
     names = path.strip().split(".")
     if not equals:
