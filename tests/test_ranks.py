@@ -56,7 +56,7 @@ def test_the_command_line_shares_the_work_without_being_told_use_cpu(tmp_path: P
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name_or_path: 'lab:policy'}}\ndata: {{path: {tmp_path}/pairs.jsonl, max_length: 64}}\n"
-        f"train: {{per_device_train_batch_size: 4, logging_steps: 1, num_train_epochs: 1}}\noutput_dir: {tmp_path}/run\n"
+        f"train: {{per_device_train_batch_size: 4, logging_steps: 1, max_steps: 2}}\noutput_dir: {tmp_path}/run\n"
     )
     done = torchrun("-m", "infopo", "train", str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr
@@ -113,7 +113,11 @@ def test_a_size_that_names_no_launcher_is_no_launcher(monkeypatch: pytest.Monkey
     ],
 )
 def test_the_first_line_says_what_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, object], chosen: tuple[int], line: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, object],
+    chosen: tuple[int],
+    line: str,
 ) -> None:
     args = InfoPOConfig(
         output_dir=str(tmp_path), max_steps=3, use_cpu=True, disable_tqdm=True, report_to="none",

@@ -204,7 +204,8 @@ class InfoPOConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or ranks.must_use_cpu()
+        if ranks.must_use_cpu():
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         old, new = self.gradient_checkpointing, self.activation_checkpointing
