@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from infopo.data.convert import MBPP_TEST_TASKS, Converted, mbpp_rows, squality_rows
 from infopo.errors import InfoPOError
+from published_data import MBPP_TEST_TASKS, Converted, mbpp_rows, squality_rows
 
 
 def main() -> int:

@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from readme import publish, table
 
 from infopo.arguments import InfoPOConfig
-from infopo.data.convert import mbpp_rows
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
@@ -48,6 +48,7 @@ from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute
 from infopo.runs import environment, write_json_atomic
 from infopo.trainer import InfoPOTrainer
+from published_data import mbpp_rows
 
 Array = NDArray[np.float64]
 Run = dict[str, Any]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from infopo.cli import main
-from infopo.data.convert import mbpp_rows, squality_rows
 from infopo.data.counts import DataCounts
 from infopo.data.sources import read_rows
 from infopo.errors import DataError, RecipeError
 from infopo.runs import read_run
+from published_data import mbpp_rows, squality_rows
 from test_real_data import RECIPE, ROOT, script
 from test_sources import write_lines
 
