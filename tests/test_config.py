@@ -205,7 +205,10 @@ def test_limits_themselves_are_admitted(override: str):
         ),
         (["objective.beta=0"], "objective.beta (override): expected a value > 0, got 0"),
         (["objective.beta=.inf"], "objective.beta (override): expected a finite number"),
-        (["reference.sides=all"], "reference.sides (override): expected one of needed, both, got 'all'"),
+        (
+            ["reference.sides=all"],
+            "reference.sides (override): expected one of auto, needed, both, got 'all'",
+        ),
         (
             ["reference=precomputed"],
             "reference.source (override): 'precomputed' is none of auto, live, precompute",

@@ -56,8 +56,6 @@ SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
 }
 TOKENIZER = build_tokenizer()
-REFERENCE_OF_CHOSEN = {"rewards/chosen", "rewards/margins", "rewards/accuracies"}
-REFERENCE_OF_REJECTED = {"rewards/rejected", "ratio/mean", "ratio/capped", "ratio/max"}
 # Sums over at most 12 tokens in float32, in another order.
 FLOAT32 = {"rel": 1e-4, "abs": 1e-4}
 
@@ -127,12 +125,20 @@ def hand_logps(
 def hand_metrics(logps: ResponseLogps, beta: float, cap: float) -> dict[str, float]:
     """Every metric, response by response in plain Python."""
     rows = [
-        {"logp": float(p), "reward": beta * float(p - r), "role": int(role), "example": int(e)}
+        {
+            "logp": float(p),
+            "log_ratio": float(p - r),
+            "reward": beta * float(p - r),
+            "role": int(role),
+            "example": int(e),
+        }
         for p, r, role, e in zip(logps.policy, logps.reference, logps.role, logps.example, strict=True)
     ]
     chosen = [r for r in rows if r["role"] == Role.CHOSEN]
     rejected = [r for r in rows if r["role"] == Role.REJECTED]
-    margins = [c["reward"] - r["reward"] for c in chosen for r in rejected if c["example"] == r["example"]]
+    pairs = [(c, r) for c in chosen for r in rejected if c["example"] == r["example"]]
+    margins = [c["reward"] - r["reward"] for c, r in pairs]
+    of_policy = [c["logp"] - r["logp"] for c, r in pairs]
     ratios = [math.exp(min(r["reward"], cap)) for r in rejected]
 
     def mean(values: list[float]) -> float:
@@ -141,6 +147,10 @@ def hand_metrics(logps: ResponseLogps, beta: float, cap: float) -> dict[str, flo
     return {
         "logps/chosen": mean([r["logp"] for r in chosen]),
         "logps/rejected": mean([r["logp"] for r in rejected]),
+        "logps/margins": mean(of_policy),
+        "logps/accuracies": mean([float(m > 0) for m in of_policy]),
+        "logratios/chosen": mean([r["log_ratio"] for r in chosen]),
+        "logratios/rejected": mean([r["log_ratio"] for r in rejected]),
         "rewards/chosen": mean([r["reward"] for r in chosen]),
         "rewards/rejected": mean([r["reward"] for r in rejected]),
         "rewards/margins": mean(margins),
@@ -156,32 +166,6 @@ def hand_loss(logps: ResponseLogps, name: str, parameters: dict[str, Any]) -> fl
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "present", "absent"),
-    [
-        ({}, REFERENCE_OF_REJECTED, REFERENCE_OF_CHOSEN),
-        ({"reference_sides": "both"}, REFERENCE_OF_REJECTED | REFERENCE_OF_CHOSEN, set()),
-        ({"objective": "dpo"}, REFERENCE_OF_REJECTED | REFERENCE_OF_CHOSEN, set()),
-        ({"objective": "simpo"}, set(), REFERENCE_OF_REJECTED | REFERENCE_OF_CHOSEN),
-        ({"objective": "sft", "reference_sides": "both"}, REFERENCE_OF_CHOSEN, set()),
-    ],
-    ids=["infopo", "both sides", "dpo", "simpo", "sft with both sides"],
-)
-@pytest.mark.parametrize("reference", ["auto", "live"])
-def test_a_metric_is_there_exactly_when_its_reference_is(
-    tmp_path: Path, settings: dict[str, Any], present: set[str], absent: set[str], reference: str
-) -> None:
-    trainer = trainer_of(tmp_path, reference=reference, eval_dataset=random_dataset(5, seed=4), **settings)
-    trainer.train()
-    for record in step_records(trainer):
-        assert record.keys() >= present | {"logps/chosen", "logps/rejected"}
-        assert not record.keys() & absent
-        assert all(math.isfinite(value) for value in record.values())
-    evaluated = trainer.evaluate()
-    assert evaluated.keys() >= {f"eval_{name}" for name in present | {"logps/chosen", "logps/rejected"}}
-    assert not evaluated.keys() & {f"eval_{name}" for name in absent}
 
 
 @pytest.mark.parametrize("pieces", [None, 30])
@@ -365,7 +349,9 @@ def test_evaluation_is_over_the_whole_set_whatever_the_batch(tmp_path: Path, obj
         )
         got = trainer.evaluate()
         assert got["eval_loss"] == pytest.approx(loss, **FLOAT32)
-        for name in metrics.keys() - ({"ratio/mean", "ratio/max"} if objective == "sft" else set()):
+        own = set() if objective == "infopo" else {"ratio/mean", "ratio/max", "ratio/capped"}
+        own |= {n for n in metrics if n.startswith("rewards/")} if objective == "sft" else set()
+        for name in metrics.keys() - own:
             assert got[f"eval_{name}"] == pytest.approx(metrics[name], **FLOAT32), name
         assert trainer.args.dataloader_drop_last is settings.get("dataloader_drop_last", False)
 
@@ -876,7 +862,7 @@ def test_infopo_takes_what_is_there(
     )
     trainer.train()
     assert all(math.isfinite(value) for record in step_records(trainer) for value in record.values())
-    assert "rewards/margins" not in step_records(trainer)[0]
+    assert not {"rewards/accuracies", "logps/margins"} & step_records(trainer)[0].keys()
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

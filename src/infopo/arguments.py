@@ -100,7 +100,7 @@ class InfoPOConfig(TrainingArguments):
         reference_store: Folder where precomputed values are kept for later runs, by content; `auto` is
             `$INFOPO_CACHE/reference`, else `~/.cache/infopo/reference`; `off` or None keeps them in memory only.
         reference_sides: `needed` computes the reference log-probs that the loss needs, `both` also those that
-            only metrics need.
+            only metrics need, and `auto` those that the loss needs for training and both for evaluation.
         precompute_ref_log_probs: TRL's name for `reference="precompute"`.
         precompute_ref_batch_size: Examples a forward pass of the reference; default `per_device_train_batch_size`.
         max_tokens_per_forward: Most tokens that go through the model at once; a larger device batch runs in
@@ -154,7 +154,7 @@ class InfoPOConfig(TrainingArguments):
     reference_store: str | None = field(
         default="auto", metadata={"help": "Folder for reference log-probs; auto or off."}
     )
-    reference_sides: str = field(default="needed", metadata={"help": "needed or both."})
+    reference_sides: str = field(default="auto", metadata={"help": "auto, needed or both."})
     precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Same as reference=precompute."})
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Examples a reference forward pass."}

@@ -40,8 +40,8 @@ REFERENCE_MODES = ("auto", "live", "precompute", "adapter-off")
 REFERENCE_STORES = ("auto", "off")
 """Where precomputed values are kept: in the user's cache, or in memory only (besides a folder's path)."""
 
-REFERENCE_SIDES = ("needed", "both")
-"""Whose reference log-probs are computed: those the loss needs, or all (for metrics)."""
+REFERENCE_SIDES = ("auto", "needed", "both")
+"""Whose reference log-probs are computed: those the loss needs, all (for metrics), or all in evaluation only."""
 
 
 LOGPS_PATHS = ("auto", "naive")

@@ -143,8 +143,10 @@ class ReferenceSection:
     """`auto`, `live`, `precompute`, `adapter-off`, or the path of a reference model."""
     store: str | None = "auto"
     """Folder that precomputed values are kept in; `auto` is the user's cache, `off` or null is memory only."""
-    sides: str = field(default="needed", metadata=_one_of(*REFERENCE_SIDES))
-    """Responses whose reference log-probs are computed: those that the loss needs, or both sides (for metrics)."""
+    sides: str = field(default="auto", metadata=_one_of(*REFERENCE_SIDES))
+    """Responses whose reference is computed: those that the loss needs, both sides (for metrics), or auto: both in
+    evaluation only.
+    """
 
     @property
     def is_path(self) -> bool:

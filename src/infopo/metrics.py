@@ -3,62 +3,180 @@
 Sums stay on the device; nothing waits for it until `MetricSums.reduce`, once a log step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from infopo.records import LossTerm, PackedBatch, ResponseLogps, sum_dtype
+from infopo.losses.catalog import OBJECTIVES
+from infopo.records import LossTerm, PackedBatch, ResponseLogps, Role, sum_dtype
 
 Sums = dict[str, tuple[Tensor, int]]
 """Name -> (sum over items, number of items)."""
 
 
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table of metrics.
+
+    Attributes:
+        formula: How it is computed, with w for chosen and l for rejected responses.
+        unit: Its unit.
+        over: What the mean (or the maximum) is taken over.
+        better: Whether a larger value is better (True), a smaller one (False), or neither (None).
+    """
+
+    formula: str
+    unit: str
+    over: str
+    better: bool | None = None
+
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric("the objective", "-", "the whole step or set", False),
+    "logps/chosen": Metric("log π_θ(w)", "nats", "chosen responses", True),
+    "logps/rejected": Metric("log π_θ(l)", "nats", "rejected responses"),
+    "logps/margins": Metric("log π_θ(w) - log π_θ(l)", "nats", "pairs", True),
+    "logps/accuracies": Metric("share with log π_θ(w) > log π_θ(l)", "share", "pairs", True),
+    "logratios/chosen": Metric("log π_θ(w) - log π_ref(w)", "nats", "chosen responses", True),
+    "logratios/rejected": Metric("log π_θ(l) - log π_ref(l)", "nats", "rejected responses"),
+    "rewards/chosen": Metric("reward(w)", "nats x β", "chosen responses", True),
+    "rewards/rejected": Metric("reward(l)", "nats x β", "rejected responses"),
+    "rewards/margins": Metric("reward(w) - reward(l)", "nats x β", "pairs", True),
+    "rewards/accuracies": Metric("share with reward(w) > reward(l)", "share", "pairs", True),
+    "ratio/mean": Metric("r(l)^β, at most e^cap", "-", "rejected responses"),
+    "ratio/max": Metric("r(l)^β, at most e^cap", "-", "rejected responses (maximum)"),
+    "ratio/capped": Metric("share with β log r(l) > cap", "share", "rejected responses"),
+    "kl": Metric("max(0, kl_unclamped)", "nats", "the whole step or set"),
+    "kl_unclamped": Metric("log π_θ(y') - log π_ref(y')", "nats", "mismatched responses y'"),
+}
+"""Every metric of this package, in the order in which a record shows them. `docs/metrics.md` is compared with it."""
+
+
+@dataclass(frozen=True)
+class MetricRule:
+    """What an objective makes of log-probs where metrics show rewards and ratios.
+
+    Attributes:
+        beta: Scale of rewards.
+        reward: `log_ratio`: β log r. `logp`: β log π_θ, of a loss without a reference. `mean_logp`: β log π_θ / |y|.
+        has_ratio: Whether the loss contains r(l)^β itself, so that its tail has to be watched.
+        length_normalized: Whether the critic of that ratio is divided by the response's length, as in the loss.
+        cap: β log r(l) beyond which the loss is extended linearly (nats).
+    """
+
+    beta: float = 1.0
+    reward: str = "log_ratio"
+    has_ratio: bool = True
+    length_normalized: bool = False
+    cap: float = 5.0
+
+    @classmethod
+    def of(cls, mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> "MetricRule":
+        """The rule of a sum of objectives, each as (name, parameters, weight): that of the first which has a β."""
+        name, parameters, _ = next((m for m in mixture if "beta" in m[1]), mixture[0])
+        spec = OBJECTIVES[name]
+        return cls(
+            beta=parameters.get("beta", 1.0),
+            reward=spec.reward,
+            has_ratio=spec.ratio,
+            length_normalized=spec.ratio and parameters["length_normalized"],
+            cap=parameters.get("cap", 5.0),
+        )
+
+
 def preference_metrics(
-    logps: ResponseLogps,
-    *,
-    beta: float,
-    reference_sides: frozenset[str],
-    length_normalized: bool = False,
-    cap: float = 5.0,
+    logps: ResponseLogps, rule: MetricRule, reference_sides: frozenset[str]
 ) -> tuple[Sums, dict[str, Tensor]]:
     """Sums and maxima of a batch.
 
     Args:
         logps: Log-probs of the batch.
-        beta: Scale of rewards, β log r.
+        rule: What rewards and ratios are.
         reference_sides: Sides whose reference log-probs exist; a metric that needs another side is absent.
-        length_normalized: Whether the critic of the ratio is divided by the response's length, as in the loss.
-        cap: β log r(l) beyond which the loss is extended linearly (nats).
 
     Returns:
-        Means as (sum, count): `logps/chosen`, `logps/rejected` (nats a response); `rewards/chosen`,
-        `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (β log r; a pair counts as accurate when the
-        chosen reward is larger); `ratio/mean` (r(l)^β, log-ratios beyond the cap counted as the cap),
-        `ratio/capped` (share of rejected responses beyond the cap). Maxima: `ratio/max`, likewise.
+        Means as (sum, count) and maxima, by their names in `METRICS`. In accuracies a tie counts one half: before the
+        first update, when policy and reference are equal, every pair is one.
     """
-    policy = logps.policy.detach()
-    rewards = beta * (policy - logps.reference)
-    chosen, rejected = logps.chosen, logps.rejected
-    sums: Sums = {
-        "logps/chosen": (policy[chosen].sum(), len(chosen)),
-        "logps/rejected": (policy[rejected].sum(), len(rejected)),
-    }
+    policy, chosen, rejected = logps.policy.detach(), logps.chosen, logps.rejected
+    log_ratio = policy - logps.reference
+    scores = {"log_ratio": log_ratio, "logp": policy, "mean_logp": policy / logps.length}
+    rewards = rule.beta * scores[rule.reward]
+    has_reward = reference_sides if rule.reward == "log_ratio" else {"chosen", "rejected"}
+    sums = _of_pairs("logps", policy, logps)
     maxima: dict[str, Tensor] = {}
-    if "chosen" in reference_sides:
-        sums["rewards/chosen"] = (rewards[chosen].sum(), len(chosen))
-    if "rejected" in reference_sides:
-        critic = (rewards / logps.length if length_normalized else rewards)[rejected]
-        ratio = critic.clamp(max=cap).exp()
-        sums["rewards/rejected"] = (rewards[rejected].sum(), len(rejected))
+    for side, responses in (("chosen", chosen), ("rejected", rejected)):
+        sums[f"logps/{side}"] = (policy[responses].sum(), len(responses))
+        if side in reference_sides:
+            sums[f"logratios/{side}"] = (log_ratio[responses].sum(), len(responses))
+        if side in has_reward:
+            sums[f"rewards/{side}"] = (rewards[responses].sum(), len(responses))
+    if has_reward >= {"chosen", "rejected"}:
+        sums |= _of_pairs("rewards", rewards, logps)
+    if rule.has_ratio and "rejected" in reference_sides:
+        critic = (rewards / logps.length if rule.length_normalized else rewards)[rejected]
+        ratio = critic.clamp(max=rule.cap).exp()
         sums["ratio/mean"] = (ratio.sum(), len(rejected))
-        sums["ratio/capped"] = ((critic > cap).sum(), len(rejected))
+        sums["ratio/capped"] = ((critic > rule.cap).sum(), len(rejected))
         maxima["ratio/max"] = ratio.max() if len(rejected) else ratio.new_tensor(float("-inf"))
-    if reference_sides >= {"chosen", "rejected"}:
-        margins = rewards[logps.pairs[:, 0]] - rewards[logps.pairs[:, 1]]
-        sums["rewards/margins"] = (margins.sum(), len(margins))
-        sums["rewards/accuracies"] = ((margins > 0).sum(), len(margins))
     return sums, maxima
+
+
+def _of_pairs(family: str, scores: Tensor, logps: ResponseLogps) -> Sums:
+    """Margin and accuracy of every chosen-rejected pair, by these scores of the responses."""
+    margins = logps.margins(scores)
+    return {
+        f"{family}/margins": (margins.sum(), len(margins)),
+        f"{family}/accuracies": ((margins.sign() + 1).sum() / 2, len(margins)),
+    }
+
+
+def metric_names(
+    rule: MetricRule, reference_sides: frozenset[str], *, chosen: bool, rejected: bool, pairs: bool
+) -> list[str]:
+    """The metrics that data with these kinds of responses will have, in the order of `METRICS`.
+
+    They are found by computing them for two made-up responses, so that they cannot differ from what is computed.
+
+    >>> metric_names(MetricRule(), frozenset({"rejected"}), chosen=False, rejected=True, pairs=False)
+    ['loss', 'logps/rejected', 'logratios/rejected', 'rewards/rejected', 'ratio/mean', 'ratio/max', 'ratio/capped']
+    """
+    roles = [role for role, there in ((Role.CHOSEN, chosen), (Role.REJECTED, rejected)) if there]
+    example = torch.zeros(len(roles)) if pairs else torch.arange(len(roles))
+    zeros = torch.zeros(len(roles), dtype=torch.float64)
+    made_up = ResponseLogps.of(
+        zeros, zeros, torch.ones(len(roles), dtype=torch.int64), torch.tensor(roles), example.long()
+    )
+    sums = MetricSums()
+    sums.add(*preference_metrics(made_up, rule, reference_sides))
+    kl = ["kl", "kl_unclamped"] if "kl" in reference_sides else []
+    return in_order({"loss", *kl, *sums.reduce(lambda values: values)})
+
+
+def absent_in_training(rule: MetricRule, sides: frozenset[str]) -> str:
+    """A line that names the metrics whose reference is not computed for training, and what computes them; or "".
+
+    >>> absent_in_training(MetricRule(), frozenset({"chosen", "rejected"}))
+    ''
+    """
+    every = {"chosen": True, "rejected": True, "pairs": True}
+    there = metric_names(rule, sides, **every)
+    absent = [n for n in metric_names(rule, sides | {"chosen", "rejected"}, **every) if n not in there]
+    if not absent or not sides:
+        return ""
+    return (
+        f"metrics not computed in training: {', '.join(absent)}; reference_sides='both' (in a recipe, "
+        "reference.sides: both) computes them"
+    )
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names in the order of `METRICS`, others last."""
+    place = {name: index for index, name in enumerate(METRICS)}
+    return sorted(names, key=lambda name: (place.get(name, len(place)), name))
 
 
 class MetricSums:
@@ -97,7 +215,10 @@ class MetricSums:
             result |= {n: value for n, value in zip(maxima, highest, strict=True) if value != float("-inf")}
         self._sums.clear()
         self._maxima.clear()
-        return result
+        if {"rewards/chosen", "rewards/rejected"} <= result.keys():
+            # Without pairs, the margin of KTO users: the difference of the two means.
+            result.setdefault("rewards/margins", result["rewards/chosen"] - result["rewards/rejected"])
+        return {name: result[name] for name in in_order(result)}
 
 
 def non_finite_rows(batch: PackedBatch, logps: ResponseLogps, terms: list[LossTerm]) -> list[str]:

@@ -10,10 +10,10 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from infopo.errors import LogpsError, RecipeError, ReferenceMismatchError
 from infopo.hashing import WeightsHash, config_hash
 from infopo.logps import attention
 from infopo.logps.forward import PATHS, path_of, response_lengths, response_logps
+from infopo.losses.catalog import OBJECTIVES
 from infopo.records import PackedBatch, PreferenceExample, Role, sum_dtype
 from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
 
@@ -98,6 +99,31 @@ class LiveReference:
         result = torch.full_like(batch.reference, float("nan"), dtype=values.dtype)
         result[wanted] = values
         return result
+
+
+def reference_sides(
+    mixture: Sequence[tuple[str, Mapping[str, object], float]], setting: str, split: Literal["train", "eval"]
+) -> frozenset[str]:
+    """Sides whose reference log-probs are computed: subset of {chosen, rejected, kl}.
+
+    Args:
+        mixture: The objectives, each as (name, parameters, weight).
+        setting: `needed`: those that the loss needs. `both`: chosen and rejected. `auto`: needed for training, where
+            each side costs a pass over the data, and both for evaluation, which is small and is there for its metrics;
+            of losses without a reference, none.
+        split: What the examples are for.
+
+    >>> sorted(reference_sides([("infopo", {}, 1.0)], "auto", "train"))
+    ['rejected']
+    >>> sorted(reference_sides([("infopo", {}, 1.0)], "auto", "eval"))
+    ['chosen', 'rejected']
+    """
+    needed = frozenset[str]().union(*(OBJECTIVES[name].reference for name, _, _ in mixture))
+    if any(OBJECTIVES[name].statistic == "kl" for name, _, _ in mixture):
+        needed |= {"kl"}
+    if setting == "both" or (setting == "auto" and split == "eval" and needed):
+        return needed | {"chosen", "rejected"}
+    return needed
 
 
 def resolve(source: str, dataset: object) -> str:

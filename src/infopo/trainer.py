@@ -7,7 +7,7 @@ A step, whatever the objective: log-probs of the batch's responses under the pol
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,13 @@ from infopo.logps.forward import response_logps, with_layout
 from infopo.losses.catalog import OBJECTIVES
 from infopo.losses.coupling import step_parts
 from infopo.losses.registry import loss_function, step_statistic
-from infopo.metrics import MetricSums, non_finite_rows, preference_metrics
+from infopo.metrics import (
+    MetricRule,
+    MetricSums,
+    absent_in_training,
+    non_finite_rows,
+    preference_metrics,
+)
 from infopo.records import PER, LossTerms, PackedBatch, PreferenceExample, ResponseLogps, Role, sum_dtype
 from infopo.reference import (
     LiveReference,
@@ -60,6 +66,7 @@ from infopo.reference import (
     StoredReference,
     identity_of,
     precompute,
+    reference_sides,
     resolve,
 )
 from infopo.reference_store import ReferenceStore, check_folder, folder_of
@@ -200,6 +207,7 @@ class InfoPOTrainer(Trainer):
                 f"dataloader_drop_last: {len(train_examples)} rows are less than one batch of {per_pass}, so all are "
                 "dropped; leave it out, or lower per_device_train_batch_size"
             )
+        self._metric_rule = MetricRule.of(self.mixture)
         self._metric_sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_record: list[tuple[PackedBatch, ResponseLogps, LossTerms]] = []
         self._unseen_step: list[list[PackedBatch]] = []
@@ -217,6 +225,8 @@ class InfoPOTrainer(Trainer):
             if self.reference_store is not None:
                 print(f"reference store: {self.reference_store.in_words()}")
             print(f"log-probs: {self.logps_in_words}")
+            if absent := absent_in_training(self._metric_rule, self.reference_sides):
+                print(absent)
 
     # ---- objective and reference -------------------------------------------------------------------------------
 
@@ -231,11 +241,13 @@ class InfoPOTrainer(Trainer):
 
     @property
     def reference_sides(self) -> frozenset[str]:
-        """Sides whose reference log-probs are computed."""
-        mismatched = frozenset({"kl"}) if self._mismatches else frozenset()
-        if self.args.reference_sides == "both":
-            return mismatched | {"chosen", "rejected"}
-        return mismatched.union(*(OBJECTIVES[name].reference for name, _, _ in self.mixture))
+        """Sides whose reference log-probs are computed for training."""
+        return reference_sides(self.mixture, self.args.reference_sides, "train")
+
+    @property
+    def eval_reference_sides(self) -> frozenset[str]:
+        """Sides whose reference log-probs are computed for evaluation."""
+        return reference_sides(self.mixture, self.args.reference_sides, "eval")
 
     def _set_up_reference(self, ref_model: nn.Module | None, quantization_config: Any) -> None:
         """Decides where reference log-probs come from, and stores them in the datasets where they are precomputed."""
@@ -264,6 +276,7 @@ class InfoPOTrainer(Trainer):
         self.reference_in_words = "the policy as it is now" if ref_model is None else "a model of its own"
         self.ref_model: nn.Module | None = None
         self.reference: Reference = StoredReference(self.reference_sides)
+        self.eval_reference: Reference = StoredReference(self.eval_reference_sides)
         self.reference_store: ReferenceStore | None = None
         if not self.reference_sides:
             self.reference_hash = None
@@ -271,7 +284,7 @@ class InfoPOTrainer(Trainer):
             self.reference_in_words = "the policy without its adapter"
             self.reference_hash = policy_weights.base
             off = self.accelerator.unwrap_model(self.model).disable_adapter
-            self.reference = LiveReference(self.model, self.reference_sides, off)
+            self._live(self.model, off)
         else:
             weights = policy_weights if ref_model is None else hashing.hash_weights(ref_model)
             self.reference_hash = weights.whole
@@ -279,13 +292,17 @@ class InfoPOTrainer(Trainer):
                 self.ref_model = self._freeze(
                     ref_model if ref_model is not None else copy.deepcopy(self.model)
                 )
-                self.reference = LiveReference(
-                    self.ref_model, self.reference_sides, self.accelerator.autocast
-                )
+                self._live(self.ref_model, self.accelerator.autocast)
             else:
                 model = ref_model if ref_model is not None else self.model
                 self.reference_store = self._open_store(model, weights)
                 self._store_reference(model)
+
+    def _live(
+        self, model: nn.Module, context: Callable[[], contextlib.AbstractContextManager[object]]
+    ) -> None:
+        self.reference = LiveReference(model, self.reference_sides, context)
+        self.eval_reference = LiveReference(model, self.eval_reference_sides, context)
 
     def _freeze(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(False).eval()
@@ -317,20 +334,25 @@ class InfoPOTrainer(Trainer):
 
     def _store_reference(self, model: nn.Module) -> None:
         if isinstance(self.train_dataset, ExampleDataset):  # a stream has a live reference
-            self.train_dataset = self._with_reference(self.train_dataset, model)
+            self.train_dataset = self._with_reference(self.train_dataset, model, self.reference_sides)
+        sides = self.eval_reference_sides
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {k: self._with_reference(v, model) for k, v in self.eval_dataset.items()}
+            self.eval_dataset = {
+                name: self._with_reference(each, model, sides) for name, each in self.eval_dataset.items()
+            }
         elif self.eval_dataset is not None:
-            self.eval_dataset = self._with_reference(self.eval_dataset, model)
+            self.eval_dataset = self._with_reference(self.eval_dataset, model, sides)
 
-    def _with_reference(self, dataset: ExampleDataset, model: nn.Module) -> ExampleDataset:
+    def _with_reference(
+        self, dataset: ExampleDataset, model: nn.Module, sides: frozenset[str]
+    ) -> ExampleDataset:
         home = next(model.parameters()).device
         if getattr(model, "quantization_method", None) is None:
             model.to(self.args.device)
         stored = precompute(
             dataset,
             model,
-            self.reference_sides,
+            sides,
             batch_size=self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
             device=self.args.device,
             context=self.accelerator.autocast,
@@ -545,20 +567,23 @@ class InfoPOTrainer(Trainer):
                 for b in self._prepare_inputs(inputs)
             ]
         model.train(was_training)
-        self._step_values = self._statistics_of(seen)
+        self._step_values = self._statistics_of(seen, "train")
         for index, (statistic, now) in enumerate(zip(self._statistics, self._step_values, strict=True)):
             if statistic and now is not None:
                 self._averages[index] = statistic.averaged(self._averages[index], now)
                 self._step_values[index] = self._averages[index]
-        self._record_kl("train", self._step_values)
 
-    def _statistics_of(self, seen: list[ResponseLogps]) -> list[Tensor | None]:
+    def _statistics_of(self, seen: list[ResponseLogps], mode: str) -> list[Tensor | None]:
         """Each objective's statistic over these batches of all ranks; None where it has none."""
         needed = [statistic for statistic in self._statistics if statistic]
         if not needed:
             return [None] * len(self._statistics)
         parts = self._gather(step_parts(needed, seen)).reshape(-1, len(needed), 2).unbind(1)
         values = iter([statistic.combined(part) for statistic, part in zip(needed, parts, strict=True)])
+        for statistic, part in zip(needed, parts, strict=True):
+            if statistic.role == Role.KL:  # KTO's reference point; below 0, the loss takes 0
+                raw = statistic.unclamped(part)
+                self._metric_sums[mode].add({"kl": (raw.clamp(min=0), 1), "kl_unclamped": (raw, 1)})
         return [next(values) if statistic else None for statistic in self._statistics]
 
     def _no_averages(self) -> list[Tensor]:
@@ -588,10 +613,10 @@ class InfoPOTrainer(Trainer):
         )
         return loss * self.args.world_size
 
-    def _logps(self, model: nn.Module, batch: PackedBatch) -> ResponseLogps:
+    def _logps(self, model: nn.Module, batch: PackedBatch, mode: str = "train") -> ResponseLogps:
         policy = response_logps(model, batch)
-        reference = self.reference(batch) if self.reference_sides else batch.reference
-        return with_layout(policy, reference, batch)
+        reference = self.reference if mode == "train" else self.eval_reference
+        return with_layout(policy, reference(batch) if reference.sides else batch.reference, batch)
 
     def _terms(self, logps: ResponseLogps, step_values: list[Tensor | None]) -> LossTerms:
         return [
@@ -627,24 +652,9 @@ class InfoPOTrainer(Trainer):
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
 
-    def _record_kl(self, mode: str, statistics: Sequence[Tensor | None]) -> None:
-        """`kl` of KTO, in nats: the reference point of a step, or of an evaluation's whole set."""
-        for (name, _, _), value in zip(self.mixture, statistics, strict=True):
-            if OBJECTIVES[name].statistic == "kl" and value is not None:
-                self._metric_sums[mode].add({"kl": (value, 1)})
-                return
-
     def _record_metrics(self, mode: str, logps: ResponseLogps) -> None:
-        name, parameters, _ = next((m for m in self.mixture if "beta" in m[1]), self.mixture[0])
-        self._metric_sums[mode].add(
-            *preference_metrics(
-                logps,
-                beta=parameters.get("beta", 1.0),
-                reference_sides=self.reference_sides,
-                length_normalized=bool(OBJECTIVES[name].bound) and parameters["length_normalized"],
-                cap=parameters.get("cap", 5.0),
-            )
-        )
+        sides = self.reference_sides if mode == "train" else self.eval_reference_sides
+        self._metric_sums[mode].add(*preference_metrics(logps, self._metric_rule, sides))
 
     def _gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values) if self.args.world_size > 1 else values
@@ -669,7 +679,7 @@ class InfoPOTrainer(Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._encode_all(eval_dataset, self.args)
             startup.check_fit(self.model, eval_dataset)
-            if isinstance(self.reference, StoredReference) and self.reference_sides:
+            if isinstance(self.eval_reference, StoredReference) and self.eval_reference_sides:
                 eval_dataset = self._late_reference(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -683,8 +693,11 @@ class InfoPOTrainer(Trainer):
                 "is gone. Give this dataset to the constructor, or set reference='live'."
             )
         if isinstance(dataset, dict):
-            return {name: self._with_reference(d, self.model) for name, d in dataset.items()}
-        return self._with_reference(dataset, self.model)
+            return {
+                name: self._with_reference(d, self.model, self.eval_reference_sides)
+                for name, d in dataset.items()
+            }
+        return self._with_reference(dataset, self.model, self.eval_reference_sides)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused.
@@ -719,12 +732,11 @@ class InfoPOTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in dataloader:
                 for batch in self._prepare_inputs(inputs):
-                    logps = self._logps(model, batch)
+                    logps = self._logps(model, batch, "eval")
                     seen.append((batch.counts, logps))
                     self._record_metrics("eval", logps)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        statistics = self._statistics_of([logps for _, logps in seen])
-        self._record_kl("eval", statistics)
+        statistics = self._statistics_of([logps for _, logps in seen], "eval")
         for numbers, logps in seen:
             counts = numbers.tolist()
             for index, term in enumerate(self._terms(logps, statistics)):

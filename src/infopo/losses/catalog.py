@@ -98,6 +98,9 @@ class Objective:
         statistic: The number of the whole optimizer step that couples its examples, a key of `STEP_STATISTICS`; empty
             where the loss of a step is a sum over examples.
         trl_loss_type: Name in TRL's `DPOConfig.loss_type`, where there is one.
+        ratio: Whether the loss contains r(l)^β itself, whose tail `ratio/*` shows.
+        reward: What metrics call the reward of a response: `log_ratio` is β log r; of losses without a reference, as in
+            TRL's trainers for them, `logp` is β log π_θ and `mean_logp` is β log π_θ / |y| (β = 1 for SFT).
     """
 
     title: str
@@ -110,6 +113,8 @@ class Objective:
     bound: str = ""
     statistic: str = ""
     trl_loss_type: str | None = None
+    ratio: bool = False
+    reward: str = "log_ratio"
 
 
 STEP_STATISTICS: Mapping[str, str] = {
@@ -138,6 +143,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="Xiao et al. 2025, arXiv 2505.08507",
         bound="KL(p_w‖p_l), no maximum",
+        ratio=True,
     ),
     "infonce": Objective(
         title="InfoNCE",
@@ -148,6 +154,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="van den Oord et al. 2018, arXiv 1807.03748, eq. 4",
         bound="KL(p_w‖p_l), at most log(1 + K) with K rejected responses",
+        ratio=True,
     ),
     "interpolated": Objective(
         title="Interpolated",
@@ -165,6 +172,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="Poole et al. 2019, arXiv 1905.06922, section 2.4",
         bound="KL(p_w‖p_l), at most 1 + log(M/α) with M rejected responses",
+        ratio=True,
     ),
     "js": Objective(
         title="JS (MIO)",
@@ -186,6 +194,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="Nowozin et al. 2016, arXiv 1606.00709, tables 1 and 2",
         bound="χ²(p_w‖p_l), no maximum",
+        ratio=True,
     ),
     "hellinger": Objective(
         title="Hellinger",
@@ -196,6 +205,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_BOTH,
         source="Nowozin et al. 2016, arXiv 1606.00709, tables 1 and 2",
         bound="H²(p_w, p_l), at most 2",
+        ratio=True,
     ),
     "dv": Objective(
         title="Donsker-Varadhan",
@@ -207,6 +217,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         source="Belghazi et al. 2018, arXiv 1801.04062, theorem 1",
         bound="KL(p_w‖p_l), no maximum; biased upwards in a finite step",
         statistic="log_mean",
+        ratio=True,
     ),
     "smile": Objective(
         title="SMILE",
@@ -222,6 +233,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         source="Song, Ermon 2020, arXiv 1910.06222, section 4.2",
         bound="KL(p_w‖p_l) from either side, at most E_w[f] + τ",
         statistic="log_mean",
+        ratio=True,
     ),
     "mine": Objective(
         title="MINE",
@@ -238,6 +250,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         source="Belghazi et al. 2018, arXiv 1801.04062, section 3.2; value: Poole et al. 2019, arXiv 1905.06922",
         bound="KL(p_w‖p_l), no maximum",
         statistic="moving_log_mean",
+        ratio=True,
     ),
     "dpo": Objective(
         title="DPO",
@@ -288,6 +301,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         pairs=True,
         sides=_BOTH,
         source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
+        reward="mean_logp",
     ),
     "fdpo": Objective(
         title="f-DPO",
@@ -320,6 +334,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         sides=_CHOSEN,
         source="maximum likelihood of the chosen responses",
         trl_loss_type="sft",
+        reward="logp",
     ),
     "cpo": Objective(
         title="CPO",
@@ -333,6 +348,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         pairs=True,
         sides=_BOTH,
         source="Xu et al. 2024, arXiv 2401.08417",
+        reward="logp",
     ),
     "slic": Objective(
         title="SLiC-HF",
@@ -345,6 +361,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         pairs=True,
         sides=_BOTH,
         source="Zhao et al. 2023, arXiv 2305.10425",
+        reward="logp",
     ),
     "orpo": Objective(
         title="ORPO",
@@ -354,6 +371,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         pairs=True,
         sides=_BOTH,
         source="Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7",
+        reward="mean_logp",
     ),
     "rdpo": Objective(
         title="R-DPO",

@@ -44,10 +44,15 @@ class StepStatistic:
 
     def combined(self, parts: Float[Tensor, "parts 2"]) -> Float[Tensor, ""]:
         """The statistic of all responses whose parts these are; of none, NaN for `log_mean` and 0 for the other."""
+        value = self.unclamped(parts)
+        return value.clamp(min=0) if self.kind == "positive_mean" else value
+
+    def unclamped(self, parts: Float[Tensor, "parts 2"]) -> Float[Tensor, ""]:
+        """As `combined`, but a mean below 0 is kept: it shows how far KTO's estimate is from its bound."""
         totals, counts = parts.unbind(1)
         if self.kind == "log_mean":
             return totals.logsumexp(dim=0) - counts.sum().log()
-        return (totals.sum() / counts.sum().clamp(min=1)).clamp(min=0)
+        return totals.sum() / counts.sum().clamp(min=1)
 
     def averaged(self, before: Float[Tensor, ""], now: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """log m after a step: m ← (1 - rate) m + rate e^now. NaN stands for nothing: no step yet, or no response.
