@@ -1,6 +1,8 @@
 """Shared prefixes: log-probs and gradients of the naive path, on every family; a model that cannot share says why."""
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,8 +37,10 @@ from infopo.arguments import InfoPOConfig
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.logps import attention
+from infopo.logps import attention, kernels
 from infopo.logps.forward import path_of, prepare, response_logps, self_test
+from infopo.logps.layout import ForestLayout
+from infopo.logps.registration import forest_attention
 from infopo.models import disable_dropout
 from infopo.records import PackedBatch, PreferenceExample
 from infopo.trainer import InfoPOTrainer
@@ -136,18 +140,117 @@ def varlen_attn(
     return torch.cat(outputs)
 
 
+def varlen_attn_of_torch_2_11(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, return_aux: Any = None, scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:  # fmt: skip
+    """The signature of torch 2.11, which takes groups without being told."""
+    return varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=True,
+    )
+
+
+@pytest.fixture
+def only_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the kernel of a name take every call on this CPU, without a trial."""
+
+    def choose(name: str) -> None:
+        (kernel,) = (k for k in kernels.KERNELS if k.name == name)
+        table = (replace(kernel, obstacle=lambda call: None, is_tried=False),)
+        monkeypatch.setattr(kernels, "KERNELS", table)
+        monkeypatch.setattr(kernels, "_chosen", {})
+
+    return choose
+
+
+@pytest.mark.parametrize("kernel", [varlen_attn, varlen_attn_of_torch_2_11], ids=["2.12", "2.11"])
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "qwen2, sliding window", "gpt2"])
-def test_one_call_for_all_runs_gives_the_same(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def test_one_call_for_all_runs_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None], family: str, kernel: Any
+) -> None:
     """The call that a GPU gets, with a kernel's documentation in the kernel's place."""
     calls = []
     model = tiny_of(FAMILIES[family])
     disable_dropout(model)
     assert attention.enable(model) is None
-    monkeypatch.setattr(attention, "_has_varlen", lambda query, value: True)
-    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_attn(*a, **k))
+    only_kernel("varlen")
+
+    @functools.wraps(kernel)
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "varlen_attn", noted)
     assert_agree(model, pack(EXAMPLES))
     assert len(calls) == model.config.num_hidden_layers
     assert_agree(model, pack([PreferenceExample([5, 6, 7], [[3]], [[4, 5, 6]], "most keys, fewest queries")]))
+
+
+ON_A_GPU = kernels.Call(torch.device("cuda", 0), (9, 0), torch.bfloat16, 4, 2, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("call", "refused", "taken"),
+    [
+        (ON_A_GPU, "", "varlen"),
+        (replace(ON_A_GPU, has_window=True, dtype=torch.float16), "", "varlen"),
+        (replace(ON_A_GPU, dtype=torch.float32), "half precision", "sdpa"),
+        (replace(ON_A_GPU, capability=(7, 5)), "Ampere", "sdpa"),
+        (replace(ON_A_GPU, width=512, value_width=512), "up to 256", "sdpa"),
+        (replace(ON_A_GPU, width=100, value_width=100), "multiple of 8", "sdpa"),
+        (replace(ON_A_GPU, value_width=128), "one width", "sdpa"),
+        (replace(ON_A_GPU, device=torch.device("cpu"), capability=None), "GPU", "sdpa"),
+        (replace(ON_A_GPU, has_softcap=True), "soft caps", "flex"),
+        (replace(ON_A_GPU, has_sinks=True), "sinks", "flex"),
+        (
+            replace(ON_A_GPU, device=torch.device("cpu"), capability=None, has_sinks=True),
+            "sinks",
+            "written out",
+        ),
+    ],
+)
+def test_a_call_gets_the_first_kernel_that_takes_it(
+    monkeypatch: pytest.MonkeyPatch, call: kernels.Call, refused: str, taken: str
+) -> None:
+    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(kernels, "failure", lambda kernel, call: None)  # what a trial says needs the machine
+    assert refused in (kernels.KERNELS[0].obstacle(call) or "")
+    assert kernels.choose(call).name == taken
+
+
+def test_a_torch_without_the_kernels_windows_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in (None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: query):
+        monkeypatch.setattr(kernels, "varlen_attn", kernel)
+        assert "this torch has none" in (kernels.KERNELS[0].obstacle(ON_A_GPU) or "")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2, sliding window", "olmo2"])
+def test_under_autocast_a_kernel_gets_one_type(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Rotary embeddings leave queries and keys in float32 there, which would hide the half precision of the rest."""
+    seen = set()
+
+    def noted(query: Any, key: Any, value: Any, options: Any) -> kernels.Call:
+        seen.add((query.dtype, key.dtype, value.dtype))
+        return described(query, key, value, options)
+
+    described = kernels.Call.of
+    monkeypatch.setattr(kernels.Call, "of", noted)
+    model = prepared(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        response_logps(model, pack(EXAMPLES)).sum().backward()
+    assert seen == {(torch.bfloat16,) * 3}
 
 
 NON_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf"
@@ -158,23 +261,25 @@ def compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype
     """The kernel for soft caps and sinks, compiled as far as a CPU can: products and a softmax, whose backward pass is
     right there, too, though torch refuses it. Each call adds the types of queries, keys and values to the list."""
     calls: list[tuple[torch.dtype, ...]] = []
-    kernel = attention._flex_kernel("aot_eager")
+    kernel = kernels._flex_kernel("aot_eager")
 
     def noted(*tensors: torch.Tensor, **options: Any) -> Any:
         calls.append(tuple(t.dtype for t in tensors))
         return kernel(*tensors, **options)
 
-    monkeypatch.setattr(attention, "_flex_kernel", lambda: noted)
-    monkeypatch.setattr(attention.flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(kernels, "_flex_kernel", lambda: noted)
+    monkeypatch.setattr(kernels.flex, "_validate_device", lambda *tensors: None)
     return calls
 
 
 @pytest.mark.filterwarnings(NON_LEAF)
 @pytest.mark.parametrize("family", ["gemma2, soft cap", "gpt-oss, sinks"])
-def test_one_compiled_call_gives_the_same(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def test_one_compiled_call_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None], family: str
+) -> None:
     """The call that a GPU gets, for more kinds of layers and passes than a compiler keeps graphs by default."""
     calls, model = compiled_on_a_cpu(monkeypatch), prepared(family)
-    monkeypatch.setattr(attention, "_has_flex", lambda *tensors: True)
+    only_kernel("flex")
     assert_agree(model, pack(EXAMPLES))
     assert len(calls) == model.config.num_hidden_layers
     assert_agree(
@@ -192,10 +297,12 @@ def test_one_compiled_call_gives_the_same(monkeypatch: pytest.MonkeyPatch, famil
 
 
 @pytest.mark.filterwarnings(NON_LEAF)
-def test_under_autocast_a_compiled_call_gets_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_autocast_a_compiled_call_gets_halves(
+    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None]
+) -> None:
     """Rotary embeddings leave queries and keys in float32 there, and values are halves."""
     calls, model, batch = compiled_on_a_cpu(monkeypatch), prepared("gemma2, soft cap"), pack(EXAMPLES)
-    monkeypatch.setattr(attention, "_has_flex", lambda *tensors: True)
+    only_kernel("flex")
     with torch.autocast("cpu", torch.bfloat16):
         values = response_logps(model, batch)
         expected = response_logps(model, batch, "naive")
@@ -209,26 +316,41 @@ def test_a_kernel_that_cannot_be_made_is_said_once_and_done_without(
 ) -> None:
     """The trial has a forward and a backward pass of its own, also where it is asked for without gradients."""
 
-    def works() -> bool:
+    flex, sdpa = (k for k in kernels.KERNELS if k.name in ("flex", "sdpa"))
+    call = kernels.Call(torch.device("cpu"), None, torch.float32, 4, 2, 8, 8, True, True, True)
+
+    def chosen() -> str:
         with torch.no_grad():
-            return attention._flex_works(torch.device("cpu"), torch.float32, 4, 2, 8, 8)
+            return kernels.choose(call).name
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of shared memory")
 
-    attention._flex_works.cache_clear()
+    table = (replace(flex, obstacle=lambda call: None), replace(sdpa, obstacle=lambda call: None))
+    monkeypatch.setattr(kernels, "KERNELS", table)
+    monkeypatch.setattr(kernels, "_chosen", {})
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_flex_kernel", lambda: broken)
-        assert not works()
-        assert not works()
+        patch.setattr(kernels, "_flex_kernel", lambda: broken)
+        assert chosen() == chosen() == "sdpa"
     assert [record.getMessage() for record in caplog.records] == [
-        "flex attention does not run here, so soft caps and sinks are slower: out of shared memory"
+        "the attention kernel 'flex' does not work here, so a slower one runs: out of shared memory"
     ]
-    attention._flex_works.cache_clear()
+    monkeypatch.setattr(kernels, "_chosen", {})
     calls = compiled_on_a_cpu(monkeypatch)
-    assert works()
+    assert chosen() == "flex"
     assert len(calls) == 1
-    attention._flex_works.cache_clear()
+
+
+def test_a_kernel_that_is_wrong_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
+    """A trial compares: a kernel that runs and forgets the window would train on wrong numbers."""
+    sdpa = next(k for k in kernels.KERNELS if k.name == "sdpa")
+    call = kernels.Call(torch.device("cpu"), None, torch.float32, 4, 2, 8, 8, has_window=True)
+    assert kernels.failure(sdpa, call) is None
+    forgetful = replace(sdpa, run=lambda *args: sdpa.run(*args[:-1], replace(args[-1], window=None)))
+    assert "off by" in (kernels.failure(forgetful, call) or "")
+    halves = replace(call, dtype=torch.bfloat16)
+    assert kernels.failure(sdpa, halves) is None
+    assert "off by" in (kernels.failure(forgetful, halves) or "")
 
 
 class NothingIsRead(TorchDispatchMode):
@@ -348,12 +470,12 @@ def test_a_model_that_cannot_share_says_why_and_stays_as_it_was(make: Any, reaso
 
 def test_an_attention_keyword_that_is_not_honoured_is_refused_not_swallowed() -> None:
     q = torch.randn(1, 2, 3, 4)
-    layout = attention.ForestLayout([0, 3], [-1])
-    attention.forest_attention(torch.nn.Identity(), q, q, q, layout, position_ids=torch.arange(3))
+    layout = ForestLayout([0, 3], [-1])
+    forest_attention(torch.nn.Identity(), q, q, q, layout, position_ids=torch.arange(3))
     with pytest.raises(LogpsError, match="chunk_size"):
-        attention.forest_attention(torch.nn.Identity(), q, q, q, layout, chunk_size=2)
+        forest_attention(torch.nn.Identity(), q, q, q, layout, chunk_size=2)
     with pytest.raises(LogpsError, match="dropout"):
-        attention.forest_attention(torch.nn.Identity(), q, q, q, layout, dropout=0.1)
+        forest_attention(torch.nn.Identity(), q, q, q, layout, dropout=0.1)
 
 
 def test_a_model_that_loses_the_layout_on_its_way_takes_padded_rows() -> None:

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from infopo.logps import lm_head, naive
-from infopo.logps.attention import ForestLayout, layout_given
+from infopo.logps.layout import ForestLayout
+from infopo.logps.registration import layout_given
 from infopo.records import PackedBatch
 
 

@@ -1,0 +1,65 @@
+"""Which models can share the prompt of several responses."""
+
+import copy
+import inspect
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from infopo.errors import LogpsError
+from infopo.logps.layout import ForestLayout
+from infopo.logps.registration import NAMES, WAY_OUT, layout_given
+from infopo.logps.wrappers import base_of, has_virtual_tokens
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why responses of a prompt cannot share it in this model, or None."""
+    base = base_of(model)
+    if has_virtual_tokens(model):
+        return "its adapter puts virtual tokens before each row"
+    if not isinstance(base, PreTrainedModel):
+        return "it is not a model of transformers"
+    implementation = base.config._attn_implementation
+    if implementation not in NAMES:
+        return f"its attention is {implementation!r}; prefixes are shared with {' and '.join(NAMES)}"
+    if not base._supports_attention_backend or base.config.is_encoder_decoder:
+        return "its attention cannot be exchanged"
+    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        return "its forward pass gives logits of all positions only"
+    if any(getattr(module, "is_causal", True) is False for module in base.modules()):
+        return "its attention is not causal"
+    text = base.config.get_text_config()
+    if other := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
+        value for name, value in vars(text).items() if "drop" in name and isinstance(value, float)
+    ):
+        return "it has dropout, which a shared prompt would share too"
+    return _refusal(base)
+
+
+def _refusal(base: PreTrainedModel) -> str | None:
+    """What forest attention itself would say against this model, tried without weights or data, on one layer."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="meta")
+    layout = ForestLayout([0, 1, 2], [-1, -1])
+    inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "forest": layout}
+    try:
+        config = copy.deepcopy(base.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = 1
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
+        with torch.device("meta"):
+            layer = type(base)(config)
+        layer.set_attn_implementation(NAMES[base.config._attn_implementation])
+        with layout_given(), torch.no_grad():
+            layer(**inputs, use_cache=False, logits_to_keep=1)
+    except LogpsError as error:
+        return str(error).removesuffix(WAY_OUT)
+    except Exception:  # this architecture cannot be tried so; the self-test stays
+        return None
+    return None

@@ -1,0 +1,379 @@
+"""The kernels that compute shared-prefix attention, as a table, and the choice among them.
+
+A kernel is an entry of `KERNELS`: why it cannot take a call (or None), and the function. `choose` takes the first that
+can. A kernel that depends on the machine is first tried on a tiny case, in both directions, against `written out`: a
+GPU's generation, a library's version or a head that is too wide then costs time, and never a run or its numbers.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from infopo.logps.layout import ForestLayout
+
+logger = logging.getLogger(__name__)
+
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):
+    from torch.nn.attention.varlen import varlen_attn
+
+Query = Float[Tensor, "1 heads tokens width"]
+Key = Float[Tensor, "1 kv_heads tokens width"]
+Value = Float[Tensor, "1 kv_heads tokens value_width"]
+Output = Float[Tensor, "1 tokens heads value_width"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a layer computes its scores.
+
+    Attributes:
+        scaling: Factor of q·k. None: 1/√width.
+        window: Sliding window in tokens (distance < window), or None.
+        softcap: c in c·tanh(q·k scaling / c), or None.
+        sinks: Logit of a sink for each head, which takes probability and gives no value, or None.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice of a kernel depends on: all calls of a layer, and of layers like it, are one `Call`.
+
+    Attributes:
+        device: Where the tensors are.
+        capability: Compute capability of the GPU, or None on other devices.
+        dtype: Type of queries, keys and values, after autocast.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        width: Width of a query head and of a key head.
+        value_width: Width of a value head.
+        has_window: Whether attention is limited to a sliding window.
+        has_softcap: Whether scores have a soft cap.
+        has_sinks: Whether heads have sinks.
+    """
+
+    device: torch.device
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    has_window: bool = False
+    has_softcap: bool = False
+    has_sinks: bool = False
+
+    @classmethod
+    def of(cls, query: Query, key: Key, value: Value, options: Options) -> "Call":
+        """Describes a call by its tensors and options."""
+        return cls(
+            query.device,
+            torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
+            query.dtype,
+            query.shape[1],
+            key.shape[1],
+            query.shape[3],
+            value.shape[3],
+            options.window is not None,
+            options.softcap is not None,
+            options.sinks is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute attention over a layout.
+
+    Attributes:
+        name: What logs call it.
+        obstacle: Why the kernel cannot take a call, or None if it can.
+        run: Computes the attention from queries, keys, values, layout and options.
+        is_tried: Whether it is tried on a tiny case before its first call.
+    """
+
+    name: str
+    obstacle: Callable[[Call], str | None]
+    run: Callable[[Query, Key, Value, ForestLayout, Options], Output]
+    is_tried: bool = False
+
+
+def attend(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
+    """Attention of each token to its path, by the first kernel of `KERNELS` that takes the call.
+
+    Args:
+        query: Queries after rotary embedding.
+        key: Keys after rotary embedding, not repeated for grouped queries.
+        value: Values, not repeated either.
+        layout: Which tokens attend to which.
+        options: How scores are computed.
+    """
+    query, key, value = as_under_autocast(query, key, value)
+    kernel = choose(Call.of(query, key, value, options))
+    return kernel.run(query, key, value, layout, options)
+
+
+def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type that matrix products have under autocast.
+
+    Rotary embeddings leave queries and keys in float32 there, and values are in half precision. A kernel that is no
+    operation of autocast's list needs one type for the three.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+_chosen: dict[Call, Kernel] = {}
+
+
+def choose(call: Call) -> Kernel:
+    """The first kernel of the table that takes the call and, if it has to be tried, works on this machine.
+
+    The choice is made once for each kind of call, and logged with the reasons why the kernels before it are not taken.
+    """
+    if call not in _chosen:
+        reasons = []
+        for kernel in KERNELS:
+            reason = kernel.obstacle(call) or (failure(kernel, call) if kernel.is_tried else None)
+            if reason is None:
+                _chosen[call] = kernel
+                break
+            reasons.append(f"not {kernel.name}: {reason}")
+        logger.info("attention on %s by %s (%s)", call.device, _chosen[call].name, "; ".join(reasons))
+    return _chosen[call]
+
+
+_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest error in a trial, relative to the largest value: a few roundings of the type. A wrong kernel is off by more.
+Other types: 1e-2, because a GPU may compute float32 products in TF32."""
+
+
+def failure(kernel: Kernel, call: Call) -> str | None:
+    """Why a kernel does not work for a call on this machine, or None if it does. A failure is logged as a warning."""
+    # In a thread of its own, where the autograd state of the forward pass around this (checkpointing) is not.
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(_try, kernel, call).exception()
+    if error is None:
+        return None
+    logger.warning("the attention kernel %r does not work here, so a slower one runs: %s", kernel.name, error)
+    return str(error)
+
+
+def _try(kernel: Kernel, call: Call) -> None:
+    """Runs a prompt with two responses forward and backward; raises if the kernel does, or if it is wrong."""
+    layout = ForestLayout([0, 130, 140, 150], [-1, 0, 0])
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((call.heads, call.width), (call.kv_heads, call.width), (call.kv_heads, call.value_width))
+    values = [torch.randn(1, heads, 150, width, generator=generator) for heads, width in shapes]
+    sinks = torch.zeros(call.heads, device=call.device, requires_grad=True) if call.has_sinks else None
+    options = Options(None, 64 if call.has_window else None, 1.0 if call.has_softcap else None, sinks)
+    results = []
+    with torch.cuda.device(call.device) if call.device.type == "cuda" else contextlib.nullcontext():
+        for run, dtype in ((kernel.run, call.dtype), (_written_out, torch.float32)):
+            q, k, v = (t.to(call.device, call.dtype).to(dtype).requires_grad_() for t in values)
+            output = run(q, k, v, layout, options)
+            output.sum().backward()
+            results.append([output.detach(), *(t.grad for t in (q, k, v) if t.grad is not None)])
+    for ours, expected in zip(*results, strict=True):
+        error = float((ours.float() - expected).abs().max() / expected.abs().max())
+        if not error < _TOLERANCE.get(call.dtype, 1e-2):
+            raise ArithmeticError(f"its results are off by {error:.2g} of the largest value")
+
+
+# ---- torch's varlen_attn ---------------------------------------------------------------------------------------
+
+
+def _varlen_obstacle(call: Call) -> str | None:
+    if call.has_softcap or call.has_sinks:
+        return "it has no soft caps and no sinks"
+    if varlen_attn is None or not {"scale", "window_size"} <= _arguments(varlen_attn):
+        return "this torch has none, or one without windows"
+    if call.capability is None or call.capability < (8, 0):
+        return "it needs a GPU of the Ampere generation or later"
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes half precision, not {call.dtype}"
+    if call.width != call.value_width or call.width > 256 or call.width % 8:
+        return (
+            f"it takes heads of one width, a multiple of 8 up to 256, not {call.width} and {call.value_width}"
+        )
+    return None
+
+
+@functools.cache
+def _arguments(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _by_varlen(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
+    """All runs in one call. If a run has fewer queries than keys, its queries are the last ones."""
+    runs = range(len(layout.sizes))
+    # Parts put together, not rows gathered: the gradient of a gather adds up in no fixed order.
+    k, v = (
+        torch.cat([part for run in runs for part in _seen(parts, layout, run)], dim=2)[0].transpose(0, 1)
+        for parts in (_by_run(key, layout), _by_run(value, layout))
+    )
+    ends_of_queries, ends_of_keys = layout.ends(query.device)
+    # torch 2.11 takes groups as they are, and has no such argument.
+    is_grouped = (
+        {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _arguments(varlen_attn) else {}
+    )
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        k,
+        v,
+        ends_of_queries,
+        ends_of_keys,
+        max(layout.sizes),
+        max(layout.keys_of(run) for run in runs),
+        scale=options.scaling,
+        window_size=(-1 if options.window is None else options.window - 1, 0),
+        **is_grouped,
+    )
+    return output[None]
+
+
+# ---- flex_attention: soft caps and sinks -----------------------------------------------------------------------
+
+
+def _flex_obstacle(call: Call) -> str | None:
+    if not (call.has_softcap or call.has_sinks):
+        return "it is for soft caps and sinks"
+    if call.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "it needs a GPU and triton"
+    return None
+
+
+@functools.cache
+def _flex_kernel(backend: str = "inductor") -> Any:
+    compiled = torch.compile(flex.flex_attention, backend=backend, fullgraph=True)
+    settings = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        # A graph for each combination of windows, frozen projections and gradients; 8 by default, then no kernel.
+        with settings.patch({limit: 64}):
+            return compiled(*args, **kwargs)
+
+    return kernel
+
+
+def _by_flex(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
+    """The whole row in one kernel. A sink takes e^sink / (e^sink + Σ e^score) of each head's probability."""
+    device, softcap = query.device, options.softcap
+    cap = torch.full((), softcap or 0.0, device=device)  # a tensor, as in the mask
+    output, log_total = _flex_kernel()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else lambda score, b, h, q, k: cap * torch.tanh(score / cap),
+        block_mask=layout.block_mask(options.window, device),
+        scale=options.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_lse=True,
+    )
+    if options.sinks is not None:
+        kept = torch.sigmoid(log_total - options.sinks.to(log_total.dtype)[None, :, None])
+        output = (output * kept[..., None]).to(value.dtype)
+    return output.transpose(1, 2)
+
+
+# ---- one call of scaled_dot_product_attention per run ----------------------------------------------------------
+
+
+def _sdpa_obstacle(call: Call) -> str | None:
+    return "it has no soft caps and no sinks" if call.has_softcap or call.has_sinks else None
+
+
+def _by_sdpa(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
+    outputs = []
+    for q, k, v, run in _runs(query, key, value, layout):
+        mask = layout.mask(run, options.window, query.device)
+        if mask is not None and query.device.type == "cuda":
+            # No fused kernel there has both a mask and groups.
+            k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=options.scaling,
+                enable_gqa=query.shape[1] != k.shape[1],
+            )
+        )  # fmt: skip
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+# ---- the definition --------------------------------------------------------------------------------------------
+
+
+def _written_out(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
+    """softmax over all scores of a run at once: takes every call, and defines what the others compute."""
+    outputs = []
+    for q, k, v, run in _runs(query, key, value, layout):
+        mask = layout.mask(run, options.window, query.device)
+        outputs.append(_softmax_attention(q, k, v, mask, options))
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+def _softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scaling, softcap, sinks = options.scaling, options.softcap, options.sinks
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf")).to(torch.promote_types(scores.dtype, torch.float32))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=3)
+    weights = scores.softmax(dim=3)[..., : key.shape[2]].to(value.dtype)
+    return weights @ value
+
+
+def _by_run(tensor: Tensor, layout: ForestLayout) -> Sequence[Tensor]:
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    return tensor.split(layout.sizes, dim=2)
+
+
+def _runs(
+    query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Queries of each run, the keys and values that they may see, and the run's number."""
+    queries, keys, values = (_by_run(t, layout) for t in (query, key, value))
+    for run, before in enumerate(layout.context):
+        k, v = (torch.cat(_seen(t, layout, run), dim=2) if before else t[run] for t in (keys, values))
+        yield queries[run], k, v, run
+
+
+def _seen(parts: Sequence[Tensor], layout: ForestLayout, run: int) -> list[Tensor]:
+    """Keys (or values) that a run sees, oldest first: those of its context, then its own."""
+    return [*(parts[other][:, :, :tokens] for other, tokens in layout.context[run]), parts[run]]
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("varlen", _varlen_obstacle, _by_varlen, is_tried=True),
+    Kernel("flex", _flex_obstacle, _by_flex, is_tried=True),
+    Kernel("sdpa", _sdpa_obstacle, _by_sdpa),
+    Kernel("written out", lambda call: None, _written_out),
+)
+"""In the order of preference: one call for the whole row, then one per run, and last what takes every call."""
