@@ -183,7 +183,7 @@ def test_metrics_are_means_over_all_responses_since_the_last_record(
         objective_parameters={"beta": 0.3, "cap": 1.0},
         reference_sides="both",
         train_sampling_strategy="sequential",
-        learning_rate=0.0,
+        learning_rate=1e-30,
         per_device_train_batch_size=3,
         logging_steps=3,
         max_tokens_per_forward=pieces,
@@ -228,7 +228,7 @@ def test_the_loss_of_every_step_is_that_of_its_rows_by_hand(tmp_path: Path, piec
         copy.deepcopy(policy),
         ref_model=reference,
         train_sampling_strategy="sequential",
-        learning_rate=0.0,
+        learning_rate=1e-30,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         max_steps=2,
@@ -282,7 +282,7 @@ def test_sums_and_maxima_are_over_everything_added_and_start_afresh() -> None:
 
 def test_a_second_training_starts_its_metrics_afresh(tmp_path: Path) -> None:
     """The last step of the first one is never logged, and must not count in the second one's first record."""
-    trainer = trainer_of(tmp_path, learning_rate=0.0, logging_steps=2)
+    trainer = trainer_of(tmp_path, learning_rate=1e-30, logging_steps=2)
     trainer.train()
     first = step_records(trainer)
     trainer.train()
@@ -984,7 +984,7 @@ def test_an_unknown_pad_token_is_refused(tmp_path: Path) -> None:
 
 def order_of(folder: Path, **settings: Any) -> list[list[str]]:
     """Rows of every step, as the trainer gets them."""
-    trainer = trainer_of(folder, learning_rate=0.0, **settings)
+    trainer = trainer_of(folder, learning_rate=1e-30, **settings)
     steps: list[list[str]] = []
     plain = trainer.get_batch_samples
 
@@ -1051,7 +1051,7 @@ def test_early_stopping_works_on_our_metrics(tmp_path: Path) -> None:
         callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
         reference_sides="both",
         max_steps=30,
-        learning_rate=0.0,
+        learning_rate=1e-30,
         eval_strategy="steps",
         eval_steps=2,
         save_strategy="steps",

@@ -210,6 +210,7 @@ class InfoPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         old, new = self.gradient_checkpointing, self.activation_checkpointing
         self.activation_checkpointing = new if new is not None else old in (None, True)
+        self.asks_for_checkpointing = True in (old, new)  # else it is switched off where the model has none
         super().__post_init__()
         loss_type: Any = self.loss_type  # TRL takes a name as well as a list of them
         self.loss_type = [loss_type] if isinstance(loss_type, str) else loss_type

@@ -69,7 +69,7 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             resolve_name(name_or_path), output_loading_info=True, **kwargs
         )
     except _LOADING_ERRORS as error:
-        raise ModelError(f"model {name_or_path!r} cannot be loaded: {_first_lines(error)}") from error
+        raise ModelError(f"model {name_or_path!r} cannot be loaded: {first_lines(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         # Loaded this way the adapter is frozen, and a second one would nest on it.
         raise ModelError(
@@ -94,7 +94,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name_or_path), **kwargs)
     except _LOADING_ERRORS as error:
-        raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {_first_lines(error)}") from error
+        raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {first_lines(error)}") from error
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -128,7 +128,7 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:
-        raise ModelError(f"peft_config does not fit {type(model).__name__}: {_first_lines(error)}") from error
+        raise ModelError(f"peft_config does not fit {type(model).__name__}: {first_lines(error)}") from error
 
 
 def lora_config(**settings: Any) -> Any:
@@ -214,8 +214,8 @@ def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None
         ModelError: A row is longer than the model's context, or a token has no embedding.
     """
     name = type(model).__name__
-    embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if largest_token_id >= embeddings:
+    embeddings = _num_embeddings(model)
+    if embeddings is not None and largest_token_id >= embeddings:
         raise ModelError(
             f"{name} has {embeddings} token embeddings, but the data hold token {largest_token_id}: "
             "the tokenizer does not belong to this model"
@@ -228,18 +228,15 @@ def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None
         )
 
 
-def refuse_frozen(model: nn.Module) -> None:
-    """Refuses a model with nothing to train: its losses would be logged, and its weights stay as they are.
-
-    Raises:
-        ModelError: No parameter asks for a gradient.
-    """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(
-            f"{type(model).__name__}: no parameter asks for a gradient, so there is nothing to train"
-        )
+def _num_embeddings(model: nn.Module) -> int | None:
+    """Rows of the input embedding, whatever adapter is around it; None: it is no embedding of torch."""
+    layer = model.get_input_embeddings()  # type: ignore[operator]
+    tables = (module for module in layer.modules() if isinstance(module, nn.Embedding))
+    table = next(tables, layer)
+    return getattr(table, "num_embeddings", None)
 
 
-def _first_lines(error: Exception, count: int = 2) -> str:
+def first_lines(error: Exception, count: int = 2) -> str:
+    """The beginning of an error's message, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count]) or type(error).__name__

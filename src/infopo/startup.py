@@ -104,9 +104,14 @@ def check_step_0(model: nn.Module, batch: PackedBatch, reference: Callable[[Pack
     model.train(was_training)
 
 
+def first(dataset: ExampleDataset | ExampleStream) -> PreferenceExample:
+    """The first row of the data."""
+    return dataset[0] if isinstance(dataset, ExampleDataset) else dataset.first()
+
+
 def _probes(dataset: ExampleDataset | ExampleStream) -> list[PreferenceExample]:
     """Responses of one prompt and another example, together at most `SELF_TEST_TOKENS` tokens of rows."""
-    example = dataset[0] if isinstance(dataset, ExampleDataset) else dataset.first()
+    example = first(dataset)
     quarter = SELF_TEST_TOKENS // 4
     prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
     half = response[: max(1, len(response) // 2)]

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, hashing, models, ranks, startup
+from infopo import checkpoints, hashing, learning, models, ranks, startup
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
@@ -120,10 +120,7 @@ class InfoPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
-            None,
-            None,
-        ),
+        optimizers: learning.Optimizers = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
@@ -142,6 +139,7 @@ class InfoPOTrainer(Trainer):
         models.set_pad_token(processing_class, policy, args.pad_token)
         if peft_config is not None:
             policy = models.add_adapter(policy, peft_config)
+        learning.refuse_frozen(policy, optimizers[0], keeps_float32=bool(args.deepspeed))
         if models.is_peft_model(policy) and args.activation_checkpointing:
             models.let_gradients_reach_adapters(policy)
         self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
@@ -174,6 +172,8 @@ class InfoPOTrainer(Trainer):
         eval_examples = self._encode_all(eval_dataset, args)
         for each in models_to_fit:
             startup.check_fit(each, train_examples, eval_examples)
+        rows = len(train_examples) if isinstance(train_examples, ExampleDataset) else None
+        learning.refuse_schedule(args, optimizers, rows)
         super().__init__(
             model=policy,
             args=args,
@@ -217,6 +217,10 @@ class InfoPOTrainer(Trainer):
         self._staging: str | None = None
         self._has_trained = False
         self._adapter_is_fresh = peft_config is not None
+        if not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):  # there a process holds no whole model yet
+            learning.check_gradients(policy, startup.first(train_examples), args, self.accelerator.autocast)
         self._set_up_reference(ref_model, quantization_config)
         if self.is_world_process_zero():
             sides = " and ".join(sorted(self.reference_sides)) or "no"
