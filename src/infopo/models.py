@@ -221,7 +221,7 @@ def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None
             "the tokenizer does not belong to this model"
         )
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if context is not None and longest_row > context:
+    if context is not None and 0 <= context < longest_row:  # XLNet's -1 says that there is no limit
         raise ModelError(
             f"{name} reads at most {context} tokens, but a prompt with its response has {longest_row}: "
             f"set max_length to {context} or less"

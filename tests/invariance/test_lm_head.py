@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPTJConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    ProphetNetConfig,
+    RecurrentGemmaConfig,
+)
 
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
@@ -194,6 +205,55 @@ def test_every_head_agrees_with_the_naive_path(head: str, path: str) -> None:
     torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=1e-4)
     for a, b in zip(ours[1:], expected[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * largest)
+
+
+FOUND_OUT: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "divides by the setting": (HEADS["divided"], "forest"),
+    "caps under the usual name": (HEADS["capped"], "forest"),
+    "multiplies by the setting that others divide by": (
+        lambda: tiny_of(HyperCLOVAXConfig(**SMALL, logits_scaling=0.25)), "forest",
+    ),
+    "a factor under a name of its own": (
+        lambda: tiny_of(FalconH1Config(**SMALL, lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4,
+                                       mamba_d_head=8, mamba_d_state=8)), "padded",
+    ),
+    "a cap under a name of its own": (
+        lambda: tiny_of(RecurrentGemmaConfig(**SMALL, lru_width=32, attention_window_size=8, logits_soft_cap=1.5,
+                                             block_types=["recurrent", "attention"])), "padded",
+    ),
+    "several streams through one head": (
+        lambda: tiny_of(ProphetNetConfig(vocab_size=61, hidden_size=32, num_decoder_layers=2, decoder_ffn_dim=48,
+                                         num_decoder_attention_heads=4, add_cross_attention=False)), "naive",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", FOUND_OUT)
+def test_what_a_model_does_to_its_logits_is_found_out_and_not_read_off_names(model: str) -> None:
+    make, path = FOUND_OUT[model]
+    policy = make()
+    disable_dropout(policy)
+    assert prepare([policy], "auto")[0] == path
+    batch = pack(EXAMPLES)
+    ours, expected = results(policy, batch, None), results(policy, batch, "naive")
+    assert float(ours[0].abs().max()) > 1
+    torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=1e-4)
+    largest = max(float(g.abs().max()) for g in expected[1:])
+    for a, b in zip(ours[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * largest)
+
+
+def test_logits_that_no_factor_and_no_cap_explain_are_taken_whole() -> None:
+    model = tiny_llama()
+    model.register_forward_hook(lambda model, args, output: setattr(output, "logits", output.logits.sin()))
+    assert prepare([model], "auto") == ("forest", None)
+    assert lm_head.plain_head(model) is None
+    torch.testing.assert_close(
+        response_logps(model, pack(EXAMPLES)),
+        response_logps(model, pack(EXAMPLES), "naive"),
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 def test_a_head_with_an_adapter_gives_its_logits() -> None:

@@ -51,6 +51,8 @@ def prepare(models: Sequence[nn.Module], setting: str) -> tuple[str, str | None]
     reason = "logps_path is 'naive'" if setting == "naive" else None
     for model in models:
         setattr(base_of(model), _NAIVE, setting == "naive")
+        if setting != "naive":
+            lm_head.learn_map(model)
         reason = reason or attention.enable(model)
     if reason is not None:
         for model in models:

@@ -4,6 +4,7 @@
 wrappers which shard or gather the head's weight see the call that they expect.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,10 @@ class LogitMap:
 
     @classmethod
     def of(cls, model: nn.Module) -> "LogitMap":
-        """The map of a model of transformers: Gemma's cap, Granite's divisor, Cohere's factor."""
+        """The map that `learn_map` has found, else what settings say (Gemma's cap, Granite's divisor)."""
+        learnt = getattr(model, _MAP, None)
+        if learnt is not None:
+            return learnt
         config = getattr(model, "config", None)
         scale = float(getattr(model, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
         return cls(scale, getattr(config, "final_logit_softcapping", None))
@@ -170,10 +174,63 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 # ---- inside a model ----------------------------------------------------------------------------------------------
 
+_MAP = "_infopo_logit_map"
+"""Attribute of a model: what it does to its logits, as it was found out. None: nothing that `LogitMap` can say."""
+
+
+def learn_map(model: nn.Module) -> None:
+    """Finds out what a model does to the logits of its head, by one token for which the head returns known numbers.
+
+    Settings have other names and other senses in each architecture (Granite divides its logits by `logits_scaling`,
+    HyperCLOVA X multiplies by it, MiniCPM3 divides the hidden states), so they are believed only if they explain the
+    result. Otherwise a factor and a cap are measured. If these do not explain it, the head counts as not plain, so
+    that the model's own logits are taken. A model that cannot be run so keeps what its settings say.
+    """
+    base = base_of(model)
+    if hasattr(base, _MAP):
+        delattr(base, _MAP)
+    head = plain_head(model)
+    if head is None:
+        return
+    calls: list[Tensor] = []
+
+    def known_numbers(head: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
+        grid = torch.linspace(-100.0, 100.0, logits.numel(), dtype=torch.float32)
+        grid[0], grid[-1] = 1.0, 1e9  # the cap shows at the end, and the factor where the cap does little
+        calls.append(grid.reshape(logits.shape))
+        return calls[-1].to(logits.device)
+
+    handle = head.register_forward_hook(known_numbers)
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(1, 1, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+            mapped = base(input_ids=ids, use_cache=False).logits.float().cpu()
+    except Exception:  # the self-test stays
+        return
+    finally:
+        handle.remove()
+    setattr(base, _MAP, _explained(LogitMap.of(base), calls, mapped))
+
+
+def _explained(said: LogitMap, calls: list[Tensor], mapped: Tensor) -> LogitMap | None:
+    """The map, of what settings say and what was measured, that turns the numbers of the head into these logits."""
+    if len(calls) != 1 or calls[0].shape != mapped.shape:
+        return None
+    first, last = float(mapped.flatten()[0]), float(mapped.flatten()[-1])
+    maps = [said, LogitMap(scale=first)]
+    if 0 < abs(first) < last < 1e6:  # tanh has long reached 1
+        maps.append(LogitMap(last * math.atanh(first / last), last))
+    fits = (m for m in maps if torch.allclose(m.apply_(calls[0].clone()), mapped, rtol=1e-5, atol=1e-5))
+    return next(fits, None)
+
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The output layer, where it is a linear layer and nothing more: no adapter, quantisation or offloading."""
+    """The output layer, if it is a linear layer and nothing more: no adapter, quantisation or offloading, and the model
+    does nothing to its logits beside a factor and a cap.
+    """
     base = base_of(model)
+    if getattr(base, _MAP, LogitMap()) is None:
+        return None
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     is_plain = (
         isinstance(head, nn.Linear)
