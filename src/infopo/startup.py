@@ -5,6 +5,7 @@ No mathematics and no state: `InfoPOTrainer` calls these functions with what it 
 
 import logging
 from collections.abc import Callable
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ MAX_STEP_0_LOG_RATIO = 1e-3
 CPU_TOKENS_PER_FORWARD = 2048
 """Where no limit is given; benchmarks/LOG.md says what it saves, and that it costs no time."""
 SELF_TEST_TOKENS = 256
+LEAST_PROBED = 16
+"""Tokens of the longest response of the self-test."""
 
 _PATH_IN_WORDS = {
     "forest": "each prompt once, without padding",
@@ -114,6 +117,10 @@ def _probes(dataset: ExampleDataset | ExampleStream) -> list[PreferenceExample]:
     example = first(dataset)
     quarter = SELF_TEST_TOKENS // 4
     prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
+    if (
+        len(response) < LEAST_PROBED
+    ):  # a response of one token would not tell a model that sees what comes after it
+        response = list(islice(cycle(response), LEAST_PROBED))
     half = response[: max(1, len(response) // 2)]
     short = SELF_TEST_TOKENS // 16
     return [

@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, MistralConfig
 
+from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
 from infopo.logps import attention
 from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
 from infopo.models import disable_dropout
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample
+from infopo.startup import check_paths
 from worlds import random_examples, tiny_llama, tiny_of
 
 # Sums over at most 12 tokens in float32, whose logits carry rounding of about 1e-6 each.
@@ -160,16 +162,26 @@ def test_half_precision_is_measured_not_refused(path: str) -> None:
     assert self_test(model, pack(EXAMPLES), alone(EXAMPLES), exact=False, path=path) == noise
 
 
-def test_the_self_test_refuses_a_model_that_sees_ahead_by_name() -> None:
-    model = tiny_of(
+def sees_ahead() -> torch.nn.Module:
+    return tiny_of(
         BertConfig(
             vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
             is_decoder=False, initializer_range=0.5,
         )
     )  # fmt: skip
+
+
+def test_the_self_test_refuses_a_model_that_sees_ahead_by_name() -> None:
     for exact in (True, False):
         with pytest.raises(LogpsError, match=r"BertLMHeadModel: .* with the tokens after it"):
-            self_test(model, pack(EXAMPLES), alone(EXAMPLES), exact=exact)
+            self_test(sees_ahead(), pack(EXAMPLES), alone(EXAMPLES), exact=exact)
+
+
+def test_the_self_test_is_as_sharp_when_the_first_row_has_a_response_of_one_token() -> None:
+    """Such a response has no token before its last, which is changed to see who looks ahead."""
+    dataset = ExampleDataset.from_examples([PreferenceExample([5], [[7]], [[8]], "short"), *EXAMPLES])
+    with pytest.raises(LogpsError, match=r"BertLMHeadModel: .* with the tokens after it"):
+        check_paths(sees_ahead(), dataset, torch.device("cpu"), exact=True)
 
 
 def test_virtual_tokens_of_prompt_tuning_shift_nothing() -> None:
