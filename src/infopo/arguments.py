@@ -3,16 +3,15 @@
 What TRL offers and this trainer cannot honour is refused by name when it is set; leaving it alone changes nothing.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import datasets
 import torch
 from transformers import TrainingArguments
 
-from infopo import ranks
+from infopo import ranks, trl_names
 from infopo.catalog import (
     LOGPS_PATHS,
     ON_BAD_ROW,
@@ -23,53 +22,7 @@ from infopo.catalog import (
 from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
 from infopo.errors import RecipeError, UnsupportedArgumentError
-from infopo.losses.catalog import OBJECTIVES, check_objective, complete_parameters
-
-TRL_LOSS_TYPES: dict[str, str] = {
-    spec.trl_loss_type: name for name, spec in OBJECTIVES.items() if spec.trl_loss_type
-}
-
-_NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "truncation_mode": (
-        ("keep_start",),
-        "a response's end is cut, its start is kept; cut prompts with max_prompt_length",
-    ),
-    "padding_free": (
-        (False,),
-        "nothing is padded already, where the model's attention allows it (see logps_path)",
-    ),
-    "pad_to_multiple_of": (
-        (None, "auto"),
-        "nothing is padded where the model's attention allows it; else rows are, to the longest of their batch",
-    ),
-    "ld_alpha": ((None,), "the length-desensitised loss (LD-DPO) is not implemented"),
-    "f_divergence_type": (("reverse_kl",), "f-DPO is not implemented"),
-    "use_weighting": ((False,), "the WPO weighting is not implemented"),
-    "activation_offloading": ((False,), "use gradient_checkpointing to save memory"),
-    "sync_ref_model": ((False,), "the reference is frozen: it is part of InfoPO's definition"),
-    "router_aux_loss_coef": (
-        (None, 0.0),
-        "the load-balancing loss of mixture-of-experts models is not added",
-    ),
-    "train_sampling_strategy": (
-        ("random", "group_by_length", "sequential"),
-        "use group_by_length for batches of similar rows",
-    ),
-    "label_smoothing_factor": (
-        (0.0,),
-        "smooths tokens of a cross-entropy; of preferences, set label_smoothing",
-    ),
-    "neftune_noise_alpha": ((None, 0), "noise on the policy alone makes it differ from its reference"),
-    "prediction_loss_only": ((False,), "evaluation always gives the loss and the metrics"),
-    "include_for_metrics": (([],), "there is no compute_metrics to pass anything to"),
-    "batch_eval_metrics": ((False,), "there is no compute_metrics to call"),
-    "eval_accumulation_steps": ((None,), "evaluation keeps no predictions"),
-    "label_names": ((None,), "responses are their own labels"),
-    "fp16_full_eval": ((False,), "evaluation runs in the precision of training, as its reference did"),
-    "bf16_full_eval": ((False,), "evaluation runs in the precision of training, as its reference did"),
-    "average_tokens_across_devices": ((True,), "the loss is always a mean over all ranks"),
-}
-"""Argument -> (values that change nothing, why others are refused)."""
+from infopo.losses.catalog import complete_parameters
 
 
 @dataclass
@@ -82,7 +35,8 @@ class InfoPOConfig(TrainingArguments):
 
     Attributes:
         objective: Name of the loss (see `infopo.catalog.OBJECTIVES`). None: `loss_type` decides; without that, InfoPO.
-        loss_type: TRL's name(s) of the loss: `sigmoid` (DPO), `hinge`, `ipo`, `sft`. Several are added up.
+        loss_type: TRL's name(s) of the loss, e.g. `sigmoid` (DPO), `ipo`, `bco_pair`, `kto`, `simpo`: all that
+            `infopo.trl_names.LOSS_TYPES` has. Several are added up.
         loss_weights: Weights of several loss types; 1 each by default.
         beta: β of the objective. None: the objective's default (InfoPO 1, DPO 0.1).
         objective_parameters: Further parameters of the objective, e.g. `{"length_normalized": True}`.
@@ -127,7 +81,7 @@ class InfoPOConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay off: it hides NaN losses."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Has no effect: rows are tokenized here."}
+        default=True, metadata={"help": "Has no effect: rows are tokenized here."}
     )
 
     objective: str | None = field(default=None, metadata={"help": "Name of the loss; default InfoPO."})
@@ -181,8 +135,28 @@ class InfoPOConfig(TrainingArguments):
         default="auto", metadata={"help": "Not honoured: refused when set."}
     )
     ld_alpha: float | None = field(default=None, metadata={"help": "Not honoured: refused when set."})
-    f_divergence_type: str = field(default="reverse_kl", metadata={"help": "reverse_kl only."})
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Has no effect with reverse_kl."})
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence of DPO's loss: the objective fdpo, if not reverse_kl."},
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "alpha of alpha_divergence."})
+    desirable_weight: float | None = field(
+        default=None, metadata={"help": "KTO's weight of chosen responses."}
+    )
+    undesirable_weight: float | None = field(
+        default=None, metadata={"help": "KTO's weight of rejected responses."}
+    )
+    simpo_gamma: float | None = field(default=None, metadata={"help": "SimPO's margin."})
+    cpo_alpha: float | None = field(default=None, metadata={"help": "Weight of CPO's likelihood."})
+    alpha: float = field(default=0.0, metadata={"help": "Not honoured: refused when set."})
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Not honoured: refused when set."}
+    )
+    padding_value: int | None = field(default=None, metadata={"help": "Not honoured: refused when set."})
+    generate_during_eval: bool = field(default=False, metadata={"help": "Not honoured: refused when set."})
+    is_encoder_decoder: bool | None = field(
+        default=None, metadata={"help": "Not honoured: refused when set."}
+    )
     use_weighting: bool = field(default=False, metadata={"help": "Not honoured: refused when set."})
     discopop_tau: float = field(
         default=0.05, metadata={"help": "Has no effect: the loss discopop is refused."}
@@ -213,12 +187,10 @@ class InfoPOConfig(TrainingArguments):
         self.asks_for_checkpointing = True in (old, new)  # else it is switched off where the model has none
         super().__post_init__()
         loss_type: Any = self.loss_type  # TRL takes a name as well as a list of them
-        self.loss_type = [loss_type] if isinstance(loss_type, str) else loss_type
-        refused = [
-            f"{name}={getattr(self, name)!r}: {why}; expected {neutral[0]!r}"
-            for name, (neutral, why) in _NOT_HONOURED.items()
-            if getattr(self, name) not in neutral
-        ]
+        names = [loss_type] if isinstance(loss_type, str) else loss_type
+        self.loss_type = names and [trl_names.canonical(name) for name in names]
+        self.objective = trl_names.canonical(self.objective)
+        refused = trl_names.refused(self)
         problems = self._problems()
         if old is not None and new is not None and old != new:
             problems.append(f"gradient_checkpointing={old} contradicts activation_checkpointing={new}")
@@ -229,22 +201,7 @@ class InfoPOConfig(TrainingArguments):
         ranks.refuse_strangers(self.world_size)
 
     def _problems(self) -> list[str]:
-        problems = []
-        if self.objective is not None and self.loss_type is not None:
-            problems.append(
-                f"objective={self.objective!r} and loss_type={self.loss_type!r}: give one of the two"
-            )
-        if self.loss_type is not None and not self.loss_type:
-            problems.append("loss_type: is empty; name a loss, or leave it out for InfoPO")
-        for name in self.loss_type or []:
-            if name not in TRL_LOSS_TYPES:
-                problems.append(
-                    f"loss_type: {name!r} is not implemented; there are {', '.join(TRL_LOSS_TYPES)}"
-                )
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type or []):
-            problems.append(f"loss_weights: expected one weight a loss type, got {self.loss_weights!r}")
-        if not all(0 <= weight < math.inf for weight in self.loss_weights or []):
-            problems.append(f"loss_weights: expected finite numbers >= 0, got {self.loss_weights!r}")
+        problems = self._loss().problems()
         for name in ("model_init_kwargs", "objective_parameters"):
             if not isinstance(getattr(self, name), dict | None):
                 problems.append(
@@ -275,13 +232,7 @@ class InfoPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 problems.append(f"{name}: expected a positive number or None, got {value!r}")
-        if self.logging_nan_inf_filter:
-            problems.append("logging_nan_inf_filter: must be False; it would hide a loss that is NaN")
-        problems += self._loader_problems()
-        if not problems:
-            for name, parameters, _ in self._mixture():
-                problems += [p.removeprefix("objective.") for p in check_objective(name, parameters)]
-        return problems
+        return problems + self._loader_problems()
 
     def _loader_problems(self) -> list[str]:
         """accelerate's settings that would repeat rows, or take a batch of another kind apart."""
@@ -296,40 +247,18 @@ class InfoPOConfig(TrainingArguments):
             else []
         )
 
-    def _mixture(self) -> list[tuple[str, dict[str, Any], float]]:
-        given = _as_dict(self.objective_parameters)
-        if not self.loss_type:
-            name = self.objective or "infopo"
-            if self.beta is not None:
-                given["beta"] = self.beta
-            if self.label_smoothing:
-                given["label_smoothing"] = self.label_smoothing
-            return [(name, given, 1.0)]
-        weights = self.loss_weights or [1.0] * len(self.loss_type)
-        return [
-            (TRL_LOSS_TYPES[t], self._for_loss_type(t), w)
-            for t, w in zip(self.loss_type, weights, strict=True)
-        ]
-
-    def _for_loss_type(self, loss_type: str) -> dict[str, Any]:
-        """Parameters in the sense of TRL: one β for all, SFT as a mean over tokens.
-
-        Of several losses each takes what it knows; a single one takes all that is given, to refuse what it does not.
-        """
-        known = OBJECTIVES[TRL_LOSS_TYPES[loss_type]].parameters
-        given = _as_dict(self.objective_parameters)
-        if self.beta is not None:
-            given["beta"] = self.beta
-        if self.label_smoothing:
-            given["label_smoothing"] = self.label_smoothing
-        if len(self.loss_type or []) > 1:
-            given = {name: value for name, value in given.items() if name in known}
-        defaults = {"token_mean": True, "beta": 0.1}
-        return {name: value for name, value in defaults.items() if name in known} | given
+    def _loss(self) -> trl_names.LossSettings:
+        """What names the loss."""
+        values = {f.name: getattr(self, f.name) for f in fields(trl_names.LossSettings)}
+        return trl_names.LossSettings(
+            **values | {"objective_parameters": _as_dict(self.objective_parameters)}
+        )
 
     def mixture(self) -> list[tuple[str, dict[str, Any], float]]:
         """The objectives to add up: (name, all parameters, weight); one, unless `loss_type` names several."""
-        return [(name, complete_parameters(name, given), weight) for name, given, weight in self._mixture()]
+        return [
+            (name, complete_parameters(name, given), weight) for name, given, weight in self._loss().mixture()
+        ]
 
 
 def _as_dict(setting: dict[str, Any] | str | None) -> dict[str, Any]:

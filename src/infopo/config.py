@@ -22,7 +22,7 @@ from infopo.catalog import (
     suggestion,
 )
 from infopo.errors import RecipeError
-from infopo.losses.catalog import check_objective, complete_parameters
+from infopo.losses.catalog import check_objective, complete_parameters, objective_name
 from infopo.secrets import learn, masked_tree
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
 
@@ -132,6 +132,7 @@ class ObjectiveSection:
     """Values by parameter name; what is not given takes the catalog's default, so that a written recipe is complete."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", objective_name(self.name))
         object.__setattr__(self, "parameters", complete_parameters(self.name, self.parameters))
 
 
@@ -353,6 +354,7 @@ def _read_objective(value: Any, problems: Problems) -> Tree:
     if not isinstance(name, str):
         problems.add("objective.name", f"expected text, got {shown(name)}")
         return {}
+    name = objective_name(name)
     for sentence in check_objective(name, parameters):
         path, _, message = sentence.partition(": ")
         problems.add(path, message)

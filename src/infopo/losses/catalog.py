@@ -4,6 +4,7 @@ Recipes, command line, documentation and trainer check names and values against 
 against the functions.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -482,6 +483,22 @@ OBJECTIVES: Mapping[str, Objective] = {
 """All objectives by the name that recipes use."""
 
 
+def objective_name(name: str) -> str:
+    """The catalog's spelling of an objective's name or title: case, hyphens and spaces do not matter.
+
+    >>> objective_name("KTO"), objective_name("R-DPO"), objective_name("SFT on chosen"), objective_name("nonsense")
+    ('kto', 'rdpo', 'sft', 'nonsense')
+    """
+
+    def bare(text: str) -> str:
+        return re.sub(r"[^\w]|_", "", text.lower())
+
+    known = {bare(spec.title): key for key, spec in OBJECTIVES.items()} | {
+        bare(key): key for key in OBJECTIVES
+    }
+    return known.get(bare(name), name)
+
+
 def check_objective(name: str, parameters: Mapping[str, Any]) -> list[str]:
     """Everything wrong with an objective's name and parameters, one sentence each, with its place.
 
@@ -490,17 +507,15 @@ def check_objective(name: str, parameters: Mapping[str, Any]) -> list[str]:
         parameters: Values by parameter name.
     """
     if name not in OBJECTIVES:
-        return [
-            f"objective.name: no objective {name!r}{suggestion(name, OBJECTIVES)}; there are {', '.join(OBJECTIVES)}"
-        ]
-    known = OBJECTIVES[name].parameters
+        meant, known = suggestion(name.lower(), OBJECTIVES), ", ".join(OBJECTIVES)
+        return [f"objective.name: no objective {name!r}{meant}; there are {known}"]
+    of_objective = OBJECTIVES[name].parameters
     problems = []
     for key, value in parameters.items():
-        if key not in known:
-            problems.append(
-                f"objective.{key}: {name} has no such parameter{suggestion(key, known)}; it has {', '.join(known)}"
-            )
-        elif problem := known[key].problem(value):
+        if key not in of_objective:
+            meant, known = suggestion(key, of_objective), ", ".join(of_objective)
+            problems.append(f"objective.{key}: {name} has no such parameter{meant}; it has {known}")
+        elif problem := of_objective[key].problem(value):
             problems.append(f"objective.{key}: {problem}")
     return problems
 

@@ -1,0 +1,291 @@
+"""TRL's names: which objective and parameters its settings mean here, and which settings cannot be honoured.
+
+Read by `InfoPOConfig`, by the documentation (`docs/from-trl.md`, whose lists a test compares with these tables) and by
+the tests of every setting. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from infopo.catalog import suggestion
+from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name
+
+_OF_DPO_TRAINER = {spec.trl_loss_type: name for name, spec in OBJECTIVES.items() if spec.trl_loss_type}
+LOSS_TYPES: Mapping[str, str] = _OF_DPO_TRAINER | {n: n for n in OBJECTIVES if n not in _OF_DPO_TRAINER}
+"""Names that `loss_type` takes -> objective: those of TRL's DPOTrainer, and every name of the catalog."""
+
+TOLD: Mapping[str, str] = {
+    "apo_zero_unpaired": "objective='apo_zero' is this loss; it adds the means of both sides (1.0 at the start), where "
+    "TRL takes one mean over them (0.5)",
+    "alphapo": "AlphaPO is not implemented; loss_type='simpo' is the nearest",
+    "sigmoid_norm": "it is not implemented; loss_type='simpo' normalises by length too",
+    "sppo_hard": "it is not implemented; objective='nca' and objective='cal_dpo' pull log-ratios to targets too",
+    "aot": "it is not implemented; loss_type='sigmoid' compares the pairs one by one",
+    "aot_unpaired": "it is not implemented; objective='kto' takes unpaired data too",
+    "discopop": "it is not implemented; loss_type='sigmoid' is what it modulates",
+    "kto_pair": "TRL removed it; objective='kto' takes pairs too",
+}
+"""Loss types of TRL that are not here -> what to write."""
+
+FEEDBACK = "scales the loss of one side in KTO; write objective='kto' beside it"
+PARAMETERS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
+    "desirable_weight": ("desirable_weight", ("kto",), FEEDBACK),
+    "undesirable_weight": ("undesirable_weight", ("kto",), FEEDBACK),
+    "simpo_gamma": ("gamma", ("simpo",), "is SimPO's margin; write loss_type='simpo' beside it"),
+    "cpo_alpha": (
+        "nll_weight",
+        ("cpo", "slic"),
+        "is the weight of CPO's likelihood; write objective='cpo' beside it (CPOTrainer's default loss), or "
+        "objective='slic' for its hinge; with SimPO, loss_type=['simpo', 'sft'] and loss_weights=[1.0, cpo_alpha]",
+    ),
+}
+"""Setting of KTOConfig or CPOConfig -> (parameter here, objectives that have it, what to do with another one)."""
+
+DIVERGENCES: Mapping[str, str] = {
+    "forward_kl": "forward_kl",
+    "js_divergence": "js",
+    "alpha_divergence": "alpha",
+}
+"""`f_divergence_type` -> `divergence` of the objective fdpo; `reverse_kl` is DPO itself."""
+
+NOT_HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "truncation_mode": (
+        ("keep_start",),
+        "a response's end is cut, its start is kept; cut prompts with max_prompt_length",
+    ),
+    "padding_free": (
+        (False,),
+        "nothing is padded already, where the model's attention allows it (see logps_path)",
+    ),
+    "pad_to_multiple_of": (
+        (None, "auto"),
+        "nothing is padded where the model's attention allows it; else rows are, to the longest of their batch",
+    ),
+    "padding_value": ((None,), "tokens are padded with pad_token"),
+    "max_completion_length": (
+        (None,),
+        "a response may have what max_length leaves after its prompt; set max_length and max_prompt_length",
+    ),
+    "is_encoder_decoder": ((None, False), "models are decoders: causal language models"),
+    "generate_during_eval": ((False,), "generate in a TrainerCallback's on_evaluate"),
+    "alpha": (
+        (0.0,),
+        "AlphaPO is not implemented; parameters of an objective go into objective_parameters",
+    ),
+    "ld_alpha": ((None,), "the length-desensitised loss (LD-DPO) is not implemented"),
+    "use_weighting": ((False,), "the WPO weighting is not implemented"),
+    "activation_offloading": ((False,), "use gradient_checkpointing to save memory"),
+    "sync_ref_model": ((False,), "the reference is frozen: it is part of InfoPO's definition"),
+    "router_aux_loss_coef": (
+        (None, 0.0),
+        "the load-balancing loss of mixture-of-experts models is not added",
+    ),
+    "train_sampling_strategy": (
+        ("random", "group_by_length", "sequential"),
+        "use group_by_length for batches of similar rows",
+    ),
+    "label_smoothing_factor": (
+        (0.0,),
+        "smooths tokens of a cross-entropy; of preferences, set label_smoothing",
+    ),
+    "neftune_noise_alpha": ((None, 0), "noise on the policy alone makes it differ from its reference"),
+    "use_liger_kernel": (
+        (False,),
+        "its kernels replace modules of the policy alone, after the reference was computed with the model's own; the "
+        "chunked head that saves the memory is always on here (see logps_path)",
+    ),
+    "liger_kernel_config": ((None,), "goes with use_liger_kernel, which is refused"),
+    "use_cache": ((False,), "training keeps no cache of keys and values"),
+    "parallelism_config": (
+        (None,),
+        "tensor, sequence and context parallelism would split prompts that are shared; use FSDP or DDP",
+    ),
+    "prediction_loss_only": ((False,), "evaluation always gives the loss and the metrics"),
+    "include_for_metrics": (([],), "there is no compute_metrics to pass anything to"),
+    "batch_eval_metrics": ((False,), "there is no compute_metrics to call"),
+    "eval_accumulation_steps": ((None,), "evaluation keeps no predictions"),
+    "label_names": ((None,), "responses are their own labels"),
+    "fp16_full_eval": ((False,), "evaluation runs in the precision of training, as its reference did"),
+    "bf16_full_eval": ((False,), "evaluation runs in the precision of training, as its reference did"),
+    "average_tokens_across_devices": ((True,), "the loss is always a mean over all ranks"),
+    "logging_nan_inf_filter": ((False,), "it would hide a loss that is NaN"),
+}
+"""Setting -> (values that change nothing, why others are refused)."""
+
+
+def refused(settings: object) -> list[str]:
+    """A sentence for each setting that is not honoured and was set."""
+    return [
+        f"{name}={getattr(settings, name)!r}: {why}; expected {neutral[0]!r}"
+        for name, (neutral, why) in NOT_HONOURED.items()
+        if getattr(settings, name) not in neutral
+    ]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What names the loss, under TRL's and our names; see `InfoPOConfig` for each."""
+
+    objective: str | None = None
+    loss_type: list[str] | None = None
+    loss_weights: list[float] | None = None
+    beta: float | None = None
+    objective_parameters: Mapping[str, Any] | None = None
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    desirable_weight: float | None = None
+    undesirable_weight: float | None = None
+    simpo_gamma: float | None = None
+    cpo_alpha: float | None = None
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with them, one sentence each."""
+        problems = self._names() + self._weights()
+        if problems:
+            return problems
+        problems += self._divergence() + self._foreign()
+        for name, parameters, _ in self.mixture():
+            problems += [in_arguments(problem) for problem in check_objective(name, parameters)]
+        return problems
+
+    def _names(self) -> list[str]:
+        problems = []
+        if self.objective is not None and self.loss_type is not None:
+            problems.append(
+                f"objective={self.objective!r} and loss_type={self.loss_type!r}: give one of the two"
+            )
+        if self.loss_type is not None and not self.loss_type:
+            problems.append("loss_type: is empty; name a loss, or leave it out for InfoPO")
+        for name in self.loss_type or []:
+            if name in TOLD:
+                problems.append(f"loss_type={name!r}: {TOLD[name]}")
+            elif name not in LOSS_TYPES:
+                problems.append(
+                    f"loss_type: {name!r} is not implemented{suggestion(str(name), LOSS_TYPES)}; there are "
+                    f"{', '.join(LOSS_TYPES)}"
+                )
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            problems += [in_arguments(problem) for problem in check_objective(self.objective, {})]
+        return problems
+
+    def _weights(self) -> list[str]:
+        weights = self.loss_weights
+        problems = []
+        if weights is not None and len(weights) != len(self.loss_type or []):
+            problems.append(f"loss_weights: expected one weight a loss type, got {weights!r}")
+        if not all(0 <= weight < float("inf") for weight in weights or []):
+            problems.append(f"loss_weights: expected finite numbers >= 0, got {weights!r}")
+        return problems
+
+    def _divergence(self) -> list[str]:
+        kind = self.f_divergence_type
+        if kind == "reverse_kl":
+            return []
+        if kind not in DIVERGENCES:
+            return [
+                f"f_divergence_type: expected one of reverse_kl, {', '.join(DIVERGENCES)}, got {kind!r}"
+                f"{suggestion(str(kind), DIVERGENCES)}"
+            ]
+        losses = [*([self.objective] if self.objective else []), *(self.loss_type or [])]
+        if not losses or any(LOSS_TYPES.get(loss, loss) not in ("dpo", "fdpo") for loss in losses):
+            return [
+                f"f_divergence_type={kind!r}: belongs to DPO's loss, not to {' + '.join(losses) or 'InfoPO'}; "
+                f"write loss_type='sigmoid' beside it (or objective='fdpo', objective_parameters="
+                f"{{'divergence': {DIVERGENCES[kind]!r}}})"
+            ]
+        return []
+
+    def _foreign(self) -> list[str]:
+        """Settings of KTOConfig and CPOConfig beside an objective that has no such parameter."""
+        losses = [name for name, _, _ in self.mixture()]
+        title = " + ".join(OBJECTIVES[name].title for name in losses)
+        problems = []
+        for setting, (_, owners, remedy) in PARAMETERS.items():
+            value = getattr(self, setting)
+            # TRL's CPOTrainer reads the margin of SimPO with that loss only, and takes a weight of 0 with every loss.
+            is_ignored = setting == "simpo_gamma" and bool({"cpo", "slic"} & set(losses))
+            is_neutral = value is None or is_ignored or (setting == "cpo_alpha" and value == 0)
+            if not is_neutral and not set(owners) & set(losses):
+                problems.append(f"{setting}={value!r}: {remedy} (the loss is {title})")
+        return problems
+
+    def mixture(self) -> list[tuple[str, dict[str, Any], float]]:
+        """The objectives to add up: (name, the parameters that are given, weight)."""
+        if not self.loss_type:
+            return [self._as_divergence(self.objective or "infopo", self._given(), 1.0)]
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return [
+            self._as_divergence(LOSS_TYPES[loss], self._of_trl(loss), weight)
+            for loss, weight in zip(self.loss_type, weights, strict=True)
+        ]
+
+    def _given(self) -> dict[str, Any]:
+        """All parameters that were set, whatever objective has them."""
+        given = dict(self.objective_parameters or {})
+        if self.beta is not None:
+            given["beta"] = self.beta
+        if self.label_smoothing:
+            given["label_smoothing"] = self.label_smoothing
+        names = [self.objective] if self.objective else [LOSS_TYPES[loss] for loss in self.loss_type or []]
+        for setting, (parameter, owners, _) in PARAMETERS.items():
+            if getattr(self, setting) is not None and set(owners) & set(names):
+                given[parameter] = getattr(self, setting)
+        return given
+
+    def _of_trl(self, loss_type: str) -> dict[str, Any]:
+        """Parameters in the sense of TRL: one β for all, SFT as a mean over tokens.
+
+        Of several losses each takes what it knows; a single one takes all that is given, to refuse what it does not.
+        """
+        known = OBJECTIVES[LOSS_TYPES[loss_type]].parameters
+        given = self._given()
+        if len(self.loss_type or []) > 1:
+            given = {name: value for name, value in given.items() if name in known}
+        is_trls = loss_type in _DEFAULT_BETA_OF_TRL
+        defaults = {"token_mean": True} | ({"beta": 0.1} if is_trls else {})
+        return {name: value for name, value in defaults.items() if name in known} | given
+
+    def _as_divergence(
+        self, name: str, parameters: dict[str, Any], weight: float
+    ) -> tuple[str, dict[str, Any], float]:
+        """DPO under `f_divergence_type` is the objective fdpo; TRL's α is 1 - α there."""
+        divergence = DIVERGENCES.get(self.f_divergence_type)
+        if divergence is None or name not in ("dpo", "fdpo"):
+            return name, parameters, weight
+        of_divergence: dict[str, Any] = {"divergence": divergence}
+        if divergence == "alpha":
+            of_divergence["alpha"] = 1 - self.f_alpha_divergence_coef
+        return "fdpo", of_divergence | parameters, weight
+
+
+_DEFAULT_BETA_OF_TRL = {*_OF_DPO_TRAINER, "kto", "simpo", "cpo", "orpo"}
+"""Losses of TRL, whose β is 0.1 where none is set; others take the catalog's."""
+
+
+def in_arguments(problem: str) -> str:
+    """A problem of an objective, under the name of the argument that a caller from Python has set.
+
+    >>> in_arguments("objective.beta: expected a value > 0, got -1")
+    'beta: expected a value > 0, got -1'
+    >>> in_arguments("objective.gamma: infopo has no such parameter")
+    'objective_parameters.gamma: infopo has no such parameter'
+    """
+    place, _, rest = problem.partition(": ")
+    key = place.removeprefix("objective.")
+    if key == "name":
+        return f"objective: {rest}"
+    return f"{key if key in ('beta', 'label_smoothing') else f'objective_parameters.{key}'}: {rest}"
+
+
+def canonical(name: Any) -> Any:
+    """The catalog's spelling of an objective or loss type; what is no text, or unknown, as it came.
+
+    >>> canonical("KTO"), canonical("APO-zero"), canonical("Sigmoid"), canonical("nonsense")
+    ('kto', 'apo_zero', 'sigmoid', 'nonsense')
+    """
+    if not isinstance(name, str):
+        return name
+    lower = name.lower()
+    return lower if lower in LOSS_TYPES or lower in TOLD else objective_name(name)

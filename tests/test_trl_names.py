@@ -1,0 +1,239 @@
+"""What settings of TRL's trainers mean here: the loss that they name, or a message with the line that works."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import ParallelismConfig
+from transformers import HfArgumentParser
+
+from infopo import trl_names
+from infopo.arguments import InfoPOConfig
+from infopo.errors import RecipeError, UnsupportedArgumentError
+from infopo.lab import policy_path
+from infopo.losses.catalog import OBJECTIVES
+
+
+def mixture(**settings: Any) -> list[tuple[str, dict[str, Any], float]]:
+    if isinstance(name := settings.get("loss_type"), str):  # text is taken too, as in TRL, but not annotated
+        settings["loss_type"] = [name]
+    return InfoPOConfig(output_dir="unused", use_cpu=True, **settings).mixture()
+
+
+def parameters(name: str, **changed: Any) -> dict[str, Any]:
+    return {key: p.default for key, p in OBJECTIVES[name].parameters.items()} | changed
+
+
+def message(**settings: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        mixture(**settings)
+    text = str(caught.value)
+    assert len(text) < 500, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "changed"),
+    [
+        ({"loss_type": "kto"}, "kto", {}),
+        (
+            {"loss_type": "kto", "desirable_weight": 1.33, "undesirable_weight": 0.5, "beta": 0.2},
+            "kto",
+            {"desirable_weight": 1.33, "undesirable_weight": 0.5, "beta": 0.2},
+        ),
+        ({"objective": "kto", "undesirable_weight": 2.0}, "kto", {"undesirable_weight": 2.0}),
+        (
+            {"loss_type": "simpo", "simpo_gamma": 1.4, "cpo_alpha": 0.0, "beta": 2.5},
+            "simpo",
+            {"gamma": 1.4, "beta": 2.5},
+        ),
+        ({"loss_type": "simpo"}, "simpo", {"beta": 0.1}),  # TRL's default, not the paper's
+        ({"loss_type": "cpo", "cpo_alpha": 0.4}, "cpo", {"nll_weight": 0.4}),
+        ({"objective": "slic", "cpo_alpha": 0.5}, "slic", {"nll_weight": 0.5}),
+        ({"loss_type": "orpo", "beta": 0.3}, "orpo", {"beta": 0.3}),
+        ({"loss_type": "infopo"}, "infopo", {}),
+        (
+            {"loss_type": "sigmoid", "f_divergence_type": "js_divergence", "beta": 0.2},
+            "fdpo",
+            {"divergence": "js", "beta": 0.2},
+        ),
+        ({"objective": "dpo", "f_divergence_type": "forward_kl"}, "fdpo", {"divergence": "forward_kl"}),
+        ({"objective": "fdpo", "f_divergence_type": "js_divergence"}, "fdpo", {"divergence": "js"}),
+        (
+            {"loss_type": "sigmoid", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+            "fdpo",
+            {"divergence": "alpha", "alpha": pytest.approx(0.3)},
+        ),
+    ],
+    ids=repr,
+)
+def test_settings_of_other_trainers_of_trl_name_the_same_loss(
+    settings: dict[str, Any], name: str, changed: dict[str, Any]
+) -> None:
+    """That the losses themselves agree is `parity/test_trl_losses.py`."""
+    assert mixture(**settings) == [(name, parameters(name, **changed), 1.0)]
+
+
+def test_the_sum_that_trl_makes_of_simpo_and_cpo_alpha_is_a_list_of_losses() -> None:
+    both = mixture(loss_type=["simpo", "sft"], loss_weights=[1.0, 0.5], simpo_gamma=0.3)
+    assert both == [
+        ("simpo", parameters("simpo", gamma=0.3, beta=0.1), 1.0),
+        ("sft", parameters("sft", token_mean=True), 0.5),
+    ]
+
+
+@pytest.mark.parametrize("loss_type", trl_names.LOSS_TYPES)
+def test_every_loss_type_that_is_listed_is_taken_in_any_case(loss_type: str) -> None:
+    assert mixture(loss_type=loss_type.upper())[0][0] == trl_names.LOSS_TYPES[loss_type]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_found_by_name_and_title_in_any_case(name: str) -> None:
+    for spelling in (name.upper(), OBJECTIVES[name].title, name.replace("_", "-")):
+        assert mixture(objective=spelling)[0][0] == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "works"),
+    [
+        ({"desirable_weight": 1.0}, "objective='kto'"),
+        ({"undesirable_weight": 1.0, "loss_type": "sigmoid"}, "objective='kto'"),
+        ({"simpo_gamma": 0.5}, "loss_type='simpo'"),
+        ({"cpo_alpha": 1.0}, "objective='cpo'"),
+        ({"cpo_alpha": 1.0, "loss_type": "sigmoid"}, "objective='cpo'"),  # CPOConfig's default loss
+        ({"cpo_alpha": 0.5, "loss_type": "simpo"}, "loss_type=['simpo', 'sft']"),
+        ({"loss_type": "apo_zero_unpaired"}, "objective='apo_zero'"),
+        ({"loss_type": "alphapo"}, "loss_type='simpo'"),
+        ({"loss_type": "kto_pair"}, "objective='kto'"),
+        ({"f_divergence_type": "js_divergence"}, "loss_type='sigmoid'"),
+        ({"f_divergence_type": "js_divergence", "loss_type": "hinge"}, "loss_type='sigmoid'"),
+        ({"f_divergence_type": "js", "loss_type": "sigmoid"}, "js_divergence"),
+        ({"loss_type": "sigmod"}, "did you mean 'sigmoid'?"),
+        ({"objective": "KT0"}, "did you mean 'kto'?"),
+        ({"objective": "infop"}, "objective: no objective 'infop' (did you mean 'infopo'?)"),
+        ({"beta": -1.0}, "beta: expected a value > 0"),
+        ({"objective_parameters": {"gamma": 1.0}}, "objective_parameters.gamma: infopo has no such parameter"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_names_no_loss_is_answered_with_the_line_that_works(
+    settings: dict[str, Any], works: str
+) -> None:
+    assert works in message(**settings)
+
+
+def test_the_loss_types_of_trls_trainers_are_all_mapped_or_told() -> None:
+    """Read from the texts of TRL's own errors, so that a new version with a new loss fails here."""
+    pytest.importorskip("trl")
+    import trl
+    from trl.experimental import cpo
+
+    sources = [
+        Path(trl.__file__).parent / "trainer" / "dpo_trainer.py",
+        Path(cpo.__file__).parent / "cpo_trainer.py",
+    ]
+    named = {
+        name
+        for source in sources
+        for names in re.findall(r"Unknown loss type: .*?\[(.*?)\]", source.read_text(), flags=re.DOTALL)
+        for name in re.findall(r"'(\w+)'", names)
+    }
+    assert len(named) > 14
+    assert named <= trl_names.LOSS_TYPES.keys() | trl_names.TOLD.keys()
+
+
+@pytest.mark.parametrize("trainer", ["DPO", "KTO", "CPO", "ORPO"])
+def test_every_setting_of_trls_trainers_is_known_and_their_defaults_are_taken(trainer: str) -> None:
+    pytest.importorskip("trl")
+    from dataclasses import MISSING, fields
+
+    from trl import DPOConfig, KTOConfig
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    theirs = {"DPO": DPOConfig, "KTO": KTOConfig, "CPO": CPOConfig, "ORPO": ORPOConfig}[trainer]
+    ours = {f.name for f in fields(InfoPOConfig)}
+    assert {f.name for f in fields(theirs)} <= ours
+    own = {f.name for f in fields(theirs)} - {f.name for f in fields(InfoPOConfig.__mro__[1])}
+    spelled_out = {
+        f.name: f.default for f in fields(theirs) if f.name in own and f.default is not MISSING
+    } | {"loss_type": {"DPO": "sigmoid", "KTO": "kto", "CPO": "cpo", "ORPO": "orpo"}[trainer]}
+    (loss,) = mixture(**spelled_out)
+    assert loss[0] == {"DPO": "dpo"}.get(trainer, trainer.lower())
+
+
+@pytest.mark.long
+def test_trls_own_script_trains_with_its_documented_command_line(tmp_path: Path) -> None:
+    """`trl/scripts/dpo.py` with two names changed, and the flags that its docstring shows."""
+    trl = pytest.importorskip("trl")
+    source = (Path(trl.__file__).parent / "scripts" / "dpo.py").read_text(encoding="utf-8")
+    source = source.replace("DPOTrainer", "InfoPOTrainer").replace("DPOConfig", "InfoPOConfig")
+    source = source.replace(
+        "from trl import ", "from infopo import InfoPOConfig, InfoPOTrainer\nX from trl import "
+    )
+    source = re.sub(
+        r"( *)from infopo import (.*)\nX from trl import (.*)",
+        lambda m: (
+            f"{m[1]}from infopo import {m[2]}\n{m[1]}from trl import "
+            + ", ".join(n for n in m[3].split(", ") if not n.startswith("InfoPO"))
+        ),
+        source,
+    )
+    (tmp_path / "dpo.py").write_text(source, encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": " 0"} for i in range(8)]
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    line = (
+        f"--dataset_name data --model_name_or_path {policy_path()} --learning_rate 5.0e-6 --num_train_epochs 1 "
+        "--per_device_train_batch_size 2 --max_steps 2 --gradient_accumulation_steps 2 --eval_strategy steps "
+        "--eval_steps 1 --output_dir out --no_remove_unused_columns --use_peft --lora_r 4 --lora_alpha 16 --use_cpu"
+    )
+    done = subprocess.run(
+        [sys.executable, "dpo.py", *line.split()],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "eval_rewards/accuracies" in done.stdout
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_flag_that_trl_documents_is_parsed() -> None:
+    parser = HfArgumentParser(InfoPOConfig)
+    assert not parser.parse_args(["--no_remove_unused_columns"]).remove_unused_columns
+    assert parser.parse_args(["--loss_type", "sigmoid", "sft"]).loss_type == ["sigmoid", "sft"]
+
+
+def test_everything_that_is_not_honoured_is_refused_at_once_and_by_name() -> None:
+    other: dict[str, Any] = {
+        "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "train_sampling_strategy": "batch_rebalance",
+        "average_tokens_across_devices": False, "include_for_metrics": ["inputs"], "label_names": ["labels"],
+        "liger_kernel_config": {"rope": True}, "eval_accumulation_steps": 2, "padding_value": 0,
+        "max_completion_length": 9, "alpha": 0.1, "ld_alpha": 0.5, "router_aux_loss_coef": 0.1,
+        "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "parallelism_config": ParallelismConfig(),
+    }  # fmt: skip
+    settings = {name: other.get(name, True) for name in trl_names.NOT_HONOURED} | {"fp16_full_eval": False}
+    with pytest.raises(UnsupportedArgumentError) as caught:
+        InfoPOConfig(output_dir="unused", use_cpu=True, **settings)
+    named = [p.split("=")[0] for p in caught.value.problems]
+    assert named == [name for name in trl_names.NOT_HONOURED if name != "fp16_full_eval"]  # not with bf16's
+    assert max(map(len, caught.value.problems)) < 400
+
+
+def test_a_setting_left_alone_is_never_refused() -> None:
+    assert trl_names.refused(InfoPOConfig(output_dir="unused", use_cpu=True)) == []
