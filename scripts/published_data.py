@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from infopo.data.columns import label_of, list_of, text_of, value_of
+from infopo.data.door import check_object
 from infopo.data.files import file_rows
-from infopo.data.shapes import check_object
 from infopo.errors import DataError, RecipeError
 
 MBPP_TEST_TASKS = range(11, 511)
@@ -65,7 +65,7 @@ def mbpp_rows(
     prompts, labels = dict[int, str](), dict[int, dict[str, set[bool]]]()
     times = Counter[tuple[int, str]]()
     for file in files:
-        for number, raw in file_rows(Path(file), str(file), None):
+        for number, raw in file_rows(Path(file), str(file)):
             task, prompt, solution, is_solved = _solution(raw, f"{file}:{number}")
             result.items += 1
             if task not in tasks:
@@ -134,7 +134,7 @@ def squality_rows(
         DataError: The file or one of its stories cannot be used.
     """
     result = Converted("scored")
-    for number, raw in file_rows(Path(file), str(file), None):
+    for number, raw in file_rows(Path(file), str(file)):
         row_id = f"{file}:{number}"
         if isinstance(raw, DataError):
             raise raw

@@ -15,13 +15,17 @@ DATA_SHAPES: Mapping[str, str] = {
     "conversational_implicit": "chosen, rejected: whole conversations; the prompt is the leading turns they share",
     "hh": "chosen, rejected: transcripts of Anthropic's hh-rlhf, '\\n\\nHuman: ...\\n\\nAssistant: ...'",
     "sharegpt": "conversations: turns {from, value}; chosen, rejected: a turn each",
-    "alpaca": "instruction (or question), chosen, rejected: text; input, system, history where there are any",
+    "alpaca": "instruction (or question, query, input), chosen, rejected: text; input, system, history",
     "alpaca_unpaired": "instruction (or question), output: text; kto_tag (or label): true or false",
     "unpaired": "prompt, completion: text or messages; label: true or false",
     "unpaired_messages": "messages (or conversations): turns, the last of which is the response; label: true or false",
     "lists": "prompt: text or messages; chosen, rejected: lists of such responses, one of which may be empty",
     "scored": "prompt: text or messages; responses: list of such; scores: a number each",
     "votes": "instruction, response1, response2: text; annotator1, annotator2, ...: 0 (tie), 1 or 2",
+    "compared": "prompt, two responses, and a column that says which is better, as data sets were published",
+    "rated": "prompt (or instruction, question): text; completions (or answers): objects of a response and its rating",
+    "openai": "input: {messages, tools}; preferred_output, non_preferred_output: lists of messages",
+    "swift": "messages: turns, the last of which is chosen; rejected_response: text (or rejected_messages: turns)",
 }
 """All shapes by the name that recipes use; a shape is detected where none is named."""
 

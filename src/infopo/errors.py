@@ -17,16 +17,39 @@ All of them mean that the input or the set-up is at fault: the command line prin
 and exits with status 2. Any other exception is a bug of ours.
 """
 
+import re
 from collections.abc import Sequence
 
 from infopo.secrets import masked
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and line feed, marks that turn the direction of writing, and halves of pairs."""
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters written as escapes, so that it may go to a terminal.
+
+    Rows, templates, file names and model configurations come from strangers: raw, an escape sequence among them could
+    rewrite what a terminal shows, or what its user pastes next.
+
+    >>> print(printable("\x1b[31mred"))
+    \x1b[31mred
+    """
+    return _UNPRINTABLE.sub(lambda match: _escape(ord(match[0])), text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
 
 class InfoPOError(Exception):
-    """Base of all errors that infopo raises on purpose. Secrets are masked in their messages."""
+    """Base of all errors that infopo raises on purpose. In their text secrets are masked, control characters escaped."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(masked(arg) if isinstance(arg, str) else arg for arg in args))
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class RecipeError(InfoPOError, ValueError):
@@ -67,7 +90,10 @@ class DataError(InfoPOError, ValueError):
         self.problem = problem
         self.row_id = row_id
         self.reason = reason
-        super().__init__(f"{row_id}: {problem}")
+        where = row_id.replace(
+            "\n", "\\n"
+        )  # of a file's name: a line of its own could pass for another message
+        super().__init__(f"{where}: {problem}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         # The default rebuilds from `args`, which holds the joined message only: it would not survive a process pool.

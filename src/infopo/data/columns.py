@@ -1,26 +1,15 @@
-"""What the columns of a row hold: text, messages, labels, tools; each read by one function or refused by name."""
+"""What single columns of a row hold: text, lists, labels, tools; each read by one function or refused by name."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import reprlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from infopo.errors import DataError
-
-if TYPE_CHECKING:
-    from infopo.records import Message, Text
-
-ROLES = ("system", "user", "assistant", "tool")
-
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-} | {role: role for role in ROLES}
 
 _TRUE, _FALSE = (True, "true", "1"), (False, "false", "0")
 
@@ -37,10 +26,8 @@ def value_of(row: Mapping[str, Any], column: str, row_id: str) -> Any:
         DataError: `missing column`, `null value`.
     """
     if column not in row:
-        found = ", ".join(map(str, row)) or "none"
-        raise DataError(
-            f"expected a column {column!r}; columns are: {reprlib.repr(found)}", row_id, "missing column"
-        )
+        problem = f"expected a column {column!r}; columns are: {names(row) or 'none'}"
+        raise DataError(problem, row_id, "missing column")
     if row[column] is None:
         raise DataError(f"column {column!r}: expected a value, got null", row_id, "null value")
     return row[column]
@@ -72,11 +59,11 @@ def as_text(value: object, where: str, row_id: str) -> str:
     """
     if not isinstance(value, str):
         raise DataError(f"{where}: expected text, got {shown(value)}", row_id, "wrong type")
-    return _check_encodable(value, where, row_id)
+    return check_encodable(value, where, row_id)
 
 
 def list_of(row: Mapping[str, Any], column: str, row_id: str, what: str) -> list[Any]:
-    """The column's list.
+    """The column's list; JSON text of one is accepted, for CSV knows nothing else.
 
     Args:
         row: The row.
@@ -88,62 +75,13 @@ def list_of(row: Mapping[str, Any], column: str, row_id: str, what: str) -> list
         DataError: As `value_of`; `wrong type`.
     """
     value = value_of(row, column, row_id)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parsed(value, f"column {column!r}: expected a list of {what}", row_id)
     if not isinstance(value, list):
         raise DataError(
             f"column {column!r}: expected a list of {what}, got {shown(value)}", row_id, "wrong type"
         )
     return value
-
-
-def messages_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Message]:
-    """The column's messages {role, content}.
-
-    Raises:
-        DataError: As `value_of`; `wrong type`, `wrong role`, `message without content`, `images`, `invalid UTF-8`.
-    """
-    items = list_of(row, column, row_id, "messages")
-    return [_message(item, f"column {column!r}, message {i}", row_id) for i, item in enumerate(items, 1)]
-
-
-def sharegpt_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Message]:
-    """The column's turns as messages: one or a list of them, each {from, value} or {role, content}.
-
-    Raises:
-        DataError: As `messages_of`; `invalid JSON` for a function call.
-    """
-    value = value_of(row, column, row_id)
-    items = [value] if isinstance(value, Mapping) else list_of(row, column, row_id, "turns")
-    return [_turn(item, f"column {column!r}, turn {i}", row_id) for i, item in enumerate(items, 1)]
-
-
-def prompt_of(row: Mapping[str, Any], row_id: str) -> Text:
-    """The column `prompt`, as text or messages.
-
-    Raises:
-        DataError: As `text_of` and `messages_of`; `empty prompt`.
-    """
-    if not isinstance(row.get("prompt"), list):
-        return text_of(row, "prompt", row_id)
-    prompt = messages_of(row, "prompt", row_id)
-    if not prompt:
-        problem = "column 'prompt': expected at least one message, got an empty list"
-        raise DataError(problem, row_id, "empty prompt")
-    return prompt
-
-
-def responses_of(row: Mapping[str, Any], column: str, prompt: Text, row_id: str) -> list[Text]:
-    """The column's responses: texts to a prompt of text, lists of messages to a prompt of messages.
-
-    Raises:
-        DataError: As `list_of`, `as_text` and `messages_of`.
-    """
-    chat = isinstance(prompt, list)
-    items = list_of(row, column, row_id, "lists of messages" if chat else "texts")
-    return [_response(item, chat, f"{column}, response {i}", row_id) for i, item in enumerate(items, 1)]
-
-
-def _response(item: Any, chat: bool, name: str, row_id: str) -> Text:
-    return messages_of({name: item}, name, row_id) if chat else text_of({name: item}, name, row_id)
 
 
 def label_of(row: Mapping[str, Any], column: str, row_id: str) -> bool:
@@ -154,6 +92,8 @@ def label_of(row: Mapping[str, Any], column: str, row_id: str) -> bool:
     """
     value = value_of(row, column, row_id)
     key = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(key, str) and key in ("1.0", "0.0"):  # what pandas makes of integers beside a null
+        key = key[0]
     if key in _TRUE or key in _FALSE:  # 1 == True
         return key in _TRUE
     raise DataError(f"column {column!r}: expected true or false, got {shown(value)}", row_id, "wrong type")
@@ -169,7 +109,7 @@ def tools_of(row: Mapping[str, Any], row_id: str) -> list[Any] | None:
     if isinstance(tools, str):
         if not tools.strip():  # LLaMA-Factory's way to say that there are none
             return None
-        tools = _parsed(tools, "column 'tools': expected a JSON list", row_id)
+        tools = parsed(tools, "column 'tools': expected a JSON list", row_id)
     if tools is not None and not isinstance(tools, list):
         raise DataError(
             f"column 'tools': expected a list of schemas, got {shown(tools)}", row_id, "wrong type"
@@ -185,65 +125,51 @@ def chat_template_kwargs_of(row: Mapping[str, Any], row_id: str) -> dict[str, An
         DataError: `wrong type`.
     """
     kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str):
+        kwargs = parsed(kwargs or "{}", "column 'chat_template_kwargs': expected a JSON object", row_id)
     if kwargs is not None and not isinstance(kwargs, Mapping):
         problem = f"column 'chat_template_kwargs': expected an object, got {shown(kwargs)}"
         raise DataError(problem, row_id, "wrong type")
     return {key: value for key, value in (kwargs or {}).items() if value is not None}
 
 
-def _message(item: object, where: str, row_id: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise DataError(f"{where}: expected {{role, content}}, got {shown(item)}", row_id, "wrong type")
-    # Columnar files fill the keys that other messages have with null; templates would render "None".
-    message = {key: value for key, value in item.items() if value is not None}
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        hint = (
-            "; turns of 'from' and 'value' (ShareGPT) stand in 'conversations'" if "from" in message else ""
-        )
-        raise DataError(
-            f"{where}: expected role {', '.join(ROLES)}, got {shown(role)}{hint}", row_id, "wrong role"
-        )
-    if content is None and not (role == "assistant" and message.get("tool_calls")):
-        raise DataError(f"{where}: expected content, got none", row_id, "message without content")
-    if _holds_image(content):
-        raise DataError(f"{where}: images are not supported; expected text only", row_id, "images")
-    if content is not None and not isinstance(content, str):
-        raise DataError(f"{where}: expected content as text, got {shown(content)}", row_id, "wrong type")
-    _check_encodable(content or "", where, row_id)
-    return message
+def number_of(value: object, where: str, row_id: str) -> float:
+    """The value, if it is a finite number; text of one is accepted, for CSV knows nothing else.
+
+    Raises:
+        DataError: `wrong type`.
+    """
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise DataError(f"{where}: expected a finite number, got {shown(value)}", row_id, "wrong type")
 
 
-def _holds_image(content: object) -> bool:
-    parts = content if isinstance(content, list) else []
-    return any(isinstance(p, Mapping) and p.get("type") in ("image", "image_url") for p in parts)
+def parsed(text: object, expected: str, row_id: str) -> Any:
+    """The value that JSON text stands for.
 
-
-def _turn(item: object, where: str, row_id: str) -> Message:
-    """A turn of ShareGPT as a message; one that is a message already is judged as such."""
-    if not isinstance(item, Mapping) or not has_value(item, "from"):
-        return _message(item, where, row_id)
-    speaker = item["from"]
-    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-        known = ", ".join(_SHAREGPT_ROLES)
-        raise DataError(f"{where}: expected 'from' to be {known}, got {shown(speaker)}", row_id, "wrong role")
-    if speaker == "function_call":
-        call = _parsed(item.get("value"), f"{where}: expected a function call as JSON", row_id)
-        calls = [
-            {"type": "function", "function": each} for each in (call if isinstance(call, list) else [call])
-        ]
-        return {"role": "assistant", "tool_calls": calls}
-    return _message({"role": _SHAREGPT_ROLES[speaker], "content": item.get("value")}, where, row_id)
-
-
-def _parsed(text: object, expected: str, row_id: str) -> Any:
+    Raises:
+        DataError: `invalid JSON`.
+    """
     try:
         return json.loads(text)  # type: ignore[arg-type]
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{expected}, got {shown(text)}", row_id, "invalid JSON") from error
 
 
-def _check_encodable(text: str, where: str, row_id: str) -> str:
+def check_encodable(text: str, where: str, row_id: str) -> str:
+    """The text, if it is Unicode throughout.
+
+    Raises:
+        DataError: `invalid UTF-8`.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -259,4 +185,24 @@ def kind(value: object) -> str:
 
 def shown(value: object) -> str:
     """Type and beginning of a value, for errors."""
-    return f"{kind(value)} {reprlib.repr(value)}" if value is not None else "null"
+    if value is None:
+        return "null"
+    try:
+        return f"{kind(value)} {reprlib.repr(value)}"
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+        return kind(value)
+
+
+def names(columns: Iterable[object]) -> str:
+    """Names of columns in a line, for errors: all of them, unless they are very many or very long.
+
+    >>> names(f"column_{number:03}" for number in range(400))[-24:]
+    'column_016 and 383 more'
+    """
+    each = [str(column) if len(str(column)) <= 60 else f"{str(column)[:57]}..." for column in columns]
+    line, rest = "", len(each)
+    for name in each:
+        if line and len(line) + len(name) > 200:
+            return f"{line} and {rest} more"
+        line, rest = f"{line}, {name}" if line else name, rest - 1
+    return line

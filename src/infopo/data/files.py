@@ -4,27 +4,26 @@ Each reader yields (number, row). Numbers count from 1: the line in JSON lines (
 as lines), the position of the row everywhere else. A row that cannot be read on its own is yielded as the `DataError`
 that reading it gave; what spoils the whole file is raised.
 
-All but JSON arrays are read in constant memory.
+All are read in constant memory: no row may have more than `LONGEST_ROW` bytes, so that a small compressed file cannot
+fill the machine's memory.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
-from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, cast
 
 import pyarrow as pa
 
-from infopo.data.shapes import columns_to_read
+from infopo.data.door import Door
 from infopo.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _COMPRESSED = ("", ".gz", ".zst")
 
@@ -42,17 +41,17 @@ _READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 _ROWS_A_BATCH = 256
 
-_LONGEST_CELL = 2**30
-"""Characters of a CSV cell. The csv module refuses more than 2^17 unless told otherwise."""
+LONGEST_ROW = 2**26
+"""Bytes of a row of JSON, and characters of a CSV cell: 64 MiB, some 16 million tokens."""
 
 
-def file_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
+def file_rows(path: Path, name: str, door: Door | None = None) -> Iterator[RawRow]:
     """Rows of a file, read as its name's ending says.
 
     Args:
         path: The file.
         name: What errors call it.
-        shape: The shape that the recipe names; decides which columns of a columnar file must be there.
+        door: Says which columns of a columnar file are read, and takes its nulls out; None: all, as they are.
 
     Raises:
         DataError: The file has another ending; while iterating: it cannot be read, or lacks columns.
@@ -63,7 +62,7 @@ def file_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
         (".arrow", _arrow_rows),
     ):  # fmt: skip
         if kind.startswith(ending):
-            return reader(path, name, shape)
+            return reader(path, name, door)
     raise DataError(f"expected a file that ends in {', '.join(SUFFIXES)}", name, "unknown suffix")
 
 
@@ -80,14 +79,29 @@ def _open_bytes(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def _json_lines(path: Path, name: str, shape: str | None = None) -> Iterator[RawRow]:
+def _json_lines(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
     try:
         with _open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _json_value(line, f"{name}:{number}")
+            yield from _lines_of(file, name)
     except _READ_ERRORS as error:
         raise unreadable(name, error) from error
+
+
+def _lines_of(file: io.BufferedIOBase, name: str) -> Iterator[RawRow]:
+    number = 0
+    while line := file.readline(LONGEST_ROW + 1):
+        number += 1
+        if len(line) > LONGEST_ROW:
+            yield number, _too_long(f"{name}:{number}")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_ROW)
+        elif line.strip():
+            yield number, _json_value(line, f"{name}:{number}")
+
+
+def _too_long(row_id: str) -> DataError:
+    problem = f"expected a row of at most {LONGEST_ROW >> 20} MiB, this one is longer; is it one row a line?"
+    return DataError(problem, row_id, "row too long")
 
 
 def _json_value(data: bytes, row_id: str) -> object:
@@ -106,36 +120,113 @@ def _json_value(data: bytes, row_id: str) -> object:
         return DataError(f"expected one JSON object a line, got invalid JSON: {what}", row_id, "invalid JSON")
 
 
-def _json_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
+def _json_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
     """Rows of a `.json` file: an array, or JSON lines where it does not begin with a bracket."""
     try:
         with _open_bytes(path) as file:
             head = file.read(4096)
-            is_array = head.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
-            content = head + file.read() if is_array else b""
+            is_array = head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            if is_array:
+                yield from _ArrayReader(file, head, name).rows()
+        if not is_array:
+            yield from _json_lines(path, name, door)
     except _READ_ERRORS as error:
         raise unreadable(name, error) from error
-    yield from _json_array(content, name) if is_array else _json_lines(path, name)
 
 
-def _json_array(content: bytes, name: str) -> Iterator[RawRow]:
-    try:
-        rows = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"expected UTF-8, line {line} is not; save the file as UTF-8", name, "invalid UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"expected a JSON array of rows, got invalid JSON: {error}", name, "invalid JSON"
-        ) from error
-    return enumerate(rows, 1)
+class _ArrayReader:
+    """Items of a JSON array, one by one: no more of it is in memory than the item that is read, and a piece more.
+
+    `_text` is what is in memory, `_at` the place in it that is read next, `_lines` the number of the line that it
+    begins on.
+    """
+
+    _PIECE = 2**16
+    _SPACE = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, file: io.BufferedIOBase, head: bytes, name: str) -> None:
+        self._file = file
+        self._name = name
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._json = json.JSONDecoder()
+        self._text, self._at, self._lines = "", 0, 1
+        self._has_ended = False
+        self._take(head)
+
+    def rows(self) -> Iterator[RawRow]:
+        self._next_character()
+        self._at += 1  # the bracket, which the caller has seen
+        number = 0
+        while not self._ends(is_first=number == 0):
+            number += 1
+            yield number, self._item(number)
+        self._at += 1
+        if self._next_character():
+            raise self._invalid("text after the array's end")
+
+    def _ends(self, *, is_first: bool) -> bool:
+        """Whether the array ends here; moves to the next item otherwise."""
+        following = self._next_character()
+        if following == "]" or is_first:
+            return following == "]"
+        if following != ",":
+            raise self._invalid("expected ',' or ']' after an item")
+        self._at += 1
+        if self._next_character() == "]":
+            raise self._invalid("expected an item after ','")
+        return False
+
+    def _item(self, number: int) -> object:
+        piece = self._PIECE
+        while True:
+            problem: Exception | None = None
+            try:
+                value, end = self._json.raw_decode(self._text, self._at)
+                # A number at the end of what is in memory may go on.
+                if end < len(self._text) or self._has_ended:
+                    self._at = end
+                    return value
+            except (ValueError, RecursionError) as error:
+                problem = error
+            if self._has_ended or isinstance(problem, RecursionError):
+                raise self._invalid(str(problem).partition(": line")[0], problem) from problem
+            if len(self._text) - self._at > LONGEST_ROW:
+                raise _too_long(f"{self._name}:{number}")
+            self._take(self._file.read(piece))
+            piece *= 2  # so that a long item is not parsed anew for each of many small pieces
+
+    def _next_character(self) -> str:
+        """The next character that is no space, at which reading then stands; empty at the file's end."""
+        while True:
+            match = self._SPACE.match(self._text, self._at)
+            assert match is not None  # of no space at all, if there is none
+            self._at = match.end()
+            if self._at < len(self._text) or self._has_ended:
+                return self._text[self._at : self._at + 1]
+            self._take(self._file.read(self._PIECE))
+
+    def _take(self, data: bytes) -> None:
+        """Adds what has been read to the text, and lets go of what stands before the place that is read next."""
+        self._lines += self._text.count("\n", 0, self._at)
+        self._text, self._at = self._text[self._at :], 0
+        self._has_ended = not data
+        try:
+            self._text += self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            line = self._lines + self._text.count("\n") + error.object.count(b"\n", 0, error.start)
+            problem = f"expected UTF-8, line {line} is not; save the file as UTF-8"
+            raise DataError(problem, self._name, "invalid UTF-8") from error
+
+    def _invalid(self, what: str, cause: Exception | None = None) -> DataError:
+        place = cause.pos if isinstance(cause, json.JSONDecodeError) else self._at
+        line = self._lines + self._text.count("\n", 0, place)
+        problem = f"expected a JSON array of rows, got invalid JSON: {what} (line {line})"
+        return DataError(problem, self._name, "invalid JSON")
 
 
-def _csv_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
+def _csv_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
     """Rows below the header; every cell is text."""
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(LONGEST_ROW)
     try:
         with ExitStack() as stack:
             file = stack.enter_context(_open_bytes(path))
@@ -143,22 +234,33 @@ def _csv_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
             text = io.TextIOWrapper(
                 cast(IO[bytes], file), encoding="utf-8-sig", errors="surrogateescape", newline=""
             )
-            lines = csv.reader(stack.enter_context(text), strict=True)
+            lines = csv.reader(_bounded_lines(stack.enter_context(text), name), strict=True)
             header = next(lines, [])
             if len(set(header)) < len(header):
                 twice = next(column for column in header if header.count(column) > 1)
                 raise DataError(f"column {twice!r} stands in the header twice", name, "invalid CSV")
-            if header:
-                columns_to_read(header, name, shape)
+            if header and door:
+                door.columns(header, name)
             for number, cells in enumerate((cells for cells in lines if cells), 1):
                 yield number, _csv_row(header, cells, f"{name}:{number}")
     except csv.Error as error:
+        if "field limit" in str(error):
+            raise _too_long(name) from error
         raise DataError(f"expected CSV with quotes that end: {error}", name, "invalid CSV") from error
     except _READ_ERRORS as error:
         raise unreadable(name, error) from error
 
 
-def _csv_row(header: "Sequence[str]", cells: "Sequence[str]", row_id: str) -> object:
+def _bounded_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+    number = 0
+    while line := text.readline(LONGEST_ROW + 1):
+        number += 1
+        if len(line) > LONGEST_ROW:
+            raise _too_long(f"{name}, line {number}")
+        yield line
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str], row_id: str) -> object:
     if len(cells) != len(header):
         problem = (
             f"expected {len(header)} cells, as in the header, got {len(cells)}; quote cells that hold commas"
@@ -171,18 +273,29 @@ def _csv_row(header: "Sequence[str]", cells: "Sequence[str]", row_id: str) -> ob
     return dict(zip(header, cells, strict=True))
 
 
-def _parquet_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
+def _parquet_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = columns_to_read(file.schema_arrow.names, name, shape)
-            yield from _numbered(file.iter_batches(batch_size=_ROWS_A_BATCH, columns=columns), name)
+            columns = _columns(file.schema_arrow, name, door)
+            yield from _numbered(file.iter_batches(batch_size=_ROWS_A_BATCH, columns=columns), name, door)
     except _READ_ERRORS as error:
         raise unreadable(name, error) from error
 
 
-def _arrow_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
+def _columns(schema: "pa.Schema", name: str, door: Door | None) -> list[str]:
+    if door is None:
+        return list(schema.names)
+    texts = [
+        column
+        for column, kind in zip(schema.names, schema.types, strict=True)
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
+    ]
+    return door.columns(schema.names, name, texts)
+
+
+def _arrow_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
     """Rows of an Arrow IPC file, or of an IPC stream, which is what `datasets` writes."""
     try:
         with pa.memory_map(str(path)) as file:
@@ -192,29 +305,29 @@ def _arrow_rows(path: Path, name: str, shape: str | None) -> Iterator[RawRow]:
             else:
                 file.seek(0)
                 batches = reader = pa.ipc.open_stream(file)
-            columns = columns_to_read(reader.schema.names, name, shape)
+            columns = _columns(reader.schema, name, door)
             small = (
                 batch.select(columns).slice(start, _ROWS_A_BATCH)
                 for batch in batches
                 for start in range(0, batch.num_rows, _ROWS_A_BATCH)
             )
-            yield from _numbered(small, name)
+            yield from _numbered(small, name, door)
     except _READ_ERRORS as error:
         raise unreadable(name, error) from error
 
 
-def _numbered(batches: "Iterable[pa.RecordBatch]", name: str) -> Iterator[RawRow]:
+def _numbered(batches: "Iterable[pa.RecordBatch]", name: str, door: Door | None) -> Iterator[RawRow]:
     number = 0
     for batch in batches:
         for row in _batch_rows(batch, name, number):
             number += 1
-            yield number, row
+            yield number, door.columnar(row) if door and isinstance(row, Mapping) else row
 
 
 def _batch_rows(batch: "pa.RecordBatch", name: str, rows_before: int) -> Iterator[object]:
     """Rows of a batch; one by one where a value cannot be turned into Python, to name the row that holds it."""
     try:
-        yield from batch.to_pylist()
+        yield from batch.to_pylist(maps_as_pydicts="lossy")
     except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
             problem = f"expected UTF-8 text, got a value that cannot be read: {error}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infopo.catalog import SCORE_RULES, suggestion
 from infopo.data.columns import shown, value_of
 from infopo.data.counts import TIE
+from infopo.data.messages import TOOL_ROLES
 from infopo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -124,7 +125,11 @@ def _is_blank(response: Text) -> bool:
 def _check_response_roles(response: Text, name: str, row_id: str) -> None:
     """A response is spoken by the assistant; what tools answer may come between its turns."""
     roles = [message["role"] for message in response if isinstance(message, dict)]
-    if roles[0] != "assistant" or roles[-1] != "assistant" or not {"assistant", "tool"}.issuperset(roles):
+    if (
+        roles[0] != "assistant"
+        or roles[-1] != "assistant"
+        or not {"assistant", *TOOL_ROLES}.issuperset(roles)
+    ):
         problem = f"{name}: expected assistant turns (with tool turns between them), got {', '.join(roles)}"
         raise DataError(problem, row_id, "wrong role")
 

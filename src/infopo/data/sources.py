@@ -7,18 +7,23 @@ are no exception.
 """
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+import os.path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infopo.catalog import DATA_SHAPES, suggestion
+from infopo.data.columns import names
 from infopo.data.counts import DataCounts
+from infopo.data.door import Door
 from infopo.data.files import SUFFIXES, RawRow, file_rows, unreadable
 from infopo.data.responses import ScoreRule
-from infopo.data.shapes import check_object, columns_to_read, detect_shape, parse_row
+from infopo.data.shapes import detect_shape, parse_row
+from infopo.data.strays import ignored_columns, refuse_texts_beside
 from infopo.errors import DataError, RecipeError
 from infopo.records import PreferenceRow
+from infopo.vocabulary import check_columns
 
 if TYPE_CHECKING:
     import datasets
@@ -33,7 +38,7 @@ NamedRow = tuple[str, object]
 
 
 def read_rows(
-    source: "str | Path | datasets.Dataset | datasets.IterableDataset",
+    source: "str | Path | list[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset",
     counts: DataCounts,
     *,
     split: str = "train",
@@ -41,6 +46,7 @@ def read_rows(
     rule: ScoreRule | None = None,
     streaming: bool = False,
     name: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
 ) -> Iterator[PreferenceRow]:
     """Rows of a dataset, whatever its shape.
 
@@ -48,13 +54,14 @@ def read_rows(
 
     Args:
         source: A file (see `SUFFIXES`), a glob of files, a folder of them or one written by `Dataset.save_to_disk`, a
-            `datasets.Dataset` or `IterableDataset`, or a name on the Hugging Face hub.
+            `datasets.Dataset` or `IterableDataset`, a list of rows, or a name on the Hugging Face hub.
         counts: Ledger; decides what happens to bad rows, and is told the shape.
         split: Split of a hub dataset, of a folder whose files are named by split, or of a saved `DatasetDict`.
         shape: A name of `DATA_SHAPES`; None: detect it.
         rule: How scored responses are split; None: by the default rule.
         streaming: Read a hub dataset row by row instead of downloading and preparing it first.
         name: What rows of a `datasets` object are called; None: what the ledger calls its source.
+        columns: Columns of the source by the names that shapes know them under; see `infopo.vocabulary.check_columns`.
 
     Raises:
         DataError: The source cannot be read, holds no row, or no row that can be used. Or a row cannot be used and
@@ -66,9 +73,13 @@ def read_rows(
         raise RecipeError(
             f"data.shape: no shape {shape!r}{suggestion(shape, DATA_SHAPES)}; there are {known}"
         )
-    name, raw_rows = _open_source(source, name or counts.source or "dataset", split, shape, streaming)
-    counts.source = counts.source or name
-    return _judged_rows(raw_rows, name, counts, shape, rule)
+    if columns and (problems := check_columns(columns)):
+        raise RecipeError([f"data.columns.{problem}" for problem in problems])
+    default = name or counts.source or "dataset"
+    door = Door(str(source) if isinstance(source, str | Path) else default, shape, columns, counts)
+    raw_rows = _open_source(source, door, split, streaming)
+    counts.source = counts.source or door.name
+    return _judged_rows(raw_rows, door, rule)
 
 
 def read_mixture(
@@ -110,53 +121,72 @@ def _in_proportion(
         yield index, row
 
 
-def _judged_rows(
-    raw_rows: Iterator[NamedRow], name: str, counts: DataCounts, shape: str | None, rule: ScoreRule | None
-) -> Iterator[PreferenceRow]:
-    required, seen, used = shape, 0, 0
+def _judged_rows(raw_rows: Iterator[NamedRow], door: Door, rule: ScoreRule | None) -> Iterator[PreferenceRow]:
+    counts, name = door.counts, door.name
+    required, seen, used = door.shape, 0, 0
     first_problem: DataError | None = None
     for row_id, raw in raw_rows:
         counts.rows += 1
         seen += 1
         try:
-            row, required = _parse(raw, row_id, shape, required, rule)
+            row, required = _parse(raw, row_id, door, required, rule)
         except DataError as error:
             first_problem = first_problem or error
             counts.bad_row(error)
             continue
         if not used:
-            counts.shapes[name] = f"{required} ({'named' if shape else 'detected'}): {DATA_SHAPES[required]}"
+            how = "named" if door.shape else "detected"
+            counts.shapes[name] = f"{required} ({how}): {DATA_SHAPES[required]}"
         used += 1
         yield row
     if not seen:
         raise DataError("expected rows, got none: the file is empty", name, "no rows")
+    door.close()
     if not used:
         problem = f"none of its {seen} rows can be used; the first: {first_problem}"
         raise DataError(problem, name, "no usable row")
 
 
 def _parse(
-    raw: object, row_id: str, named: str | None, required: str | None, rule: ScoreRule | None
+    raw: object, row_id: str, door: Door, required: str | None, rule: ScoreRule | None
 ) -> tuple[PreferenceRow, str]:
     """The row and its shape, which is the required one or, while none is required yet, the row's own."""
     if isinstance(raw, DataError):
         raise raw
-    row = check_object(raw, row_id)
+    try:
+        return _parsed(door.opened(raw, row_id), row_id, door, required, rule)
+    except RecursionError as error:
+        raise DataError("objects and lists are nested too deeply", row_id, "wrong type") from error
+
+
+def _parsed(
+    row: Mapping[str, Any], row_id: str, door: Door, required: str | None, rule: ScoreRule | None
+) -> tuple[PreferenceRow, str]:
     shape = required or detect_shape(row, row_id)
+    is_named = door.shape is not None
+    is_implicit = not is_named and _own_shape(row, row_id) == shape == "standard_implicit"
+    if is_implicit and (texts := refuse_texts_beside(row)):
+        problem = (
+            f"beside chosen and rejected there is text in {names(texts)}, which may be the prompt: say so with "
+            f"data.columns: {{prompt: {texts[0]}}}, leave it out with {{{texts[0]}: null}}, or name data.shape: "
+            "standard_implicit (the prompt is what chosen and rejected begin with alike)"
+        )
+        raise DataError(problem, row_id, "ignored column")
     try:
         parts = parse_row(row, shape, row_id, rule)
     except DataError as error:
-        if named is None and required and _own_shape(row, row_id) not in (None, shape):
+        if not is_named and required and _own_shape(row, row_id) not in (None, shape):
             looks_like = f"the rows before are {shape}, this one looks like {_own_shape(row, row_id)}"
             problem = f"{error.problem}; {looks_like}"
             raise DataError(problem, row_id, error.reason) from error
         raise
     # After parsing, whose errors say which column is wrong; here a row is sound but of the wrong kind.
-    if named is None and (own := detect_shape(row, row_id)) != shape:
+    if not is_named and (own := detect_shape(row, row_id)) != shape:
         before, here = f"{shape} ({DATA_SHAPES[shape]})", f"{own} ({DATA_SHAPES[own]})"
         problem = f"expected the shape of the rows before, {before}, got {here}"
         raise DataError(problem, row_id, "another shape")
     prompt, chosen, rejected, tools, chat_template_kwargs = parts
+    door.counts.ignored.update(ignored_columns(row, shape, [prompt, *chosen, *rejected], tools, row_id))
     return PreferenceRow(prompt, chosen, rejected, row_id, chat_template_kwargs, tools), shape
 
 
@@ -167,41 +197,42 @@ def _own_shape(row: Mapping[str, Any], row_id: str) -> str | None:
         return None
 
 
-def _open_source(
-    source: Any, default_name: str, split: str, shape: str | None, streaming: bool
-) -> tuple[str, Iterator[NamedRow]]:
-    """The source's name, and its rows yet to be judged."""
+def _open_source(source: Any, door: Door, split: str, streaming: bool) -> Iterator[NamedRow]:
+    """The source's rows, yet to be judged."""
+    name = door.name
+    if isinstance(source, list | tuple):
+        return _named(name, enumerate(source, 1))
     if not isinstance(source, str | Path):
-        dataset = _check_dataset(source, default_name)
-        return default_name, _named(default_name, _dataset_rows(dataset, default_name, shape))
-    name, path = str(source), Path(source).expanduser()
+        return _named(name, _dataset_rows(_check_dataset(source, name), door))
+    path = Path(source).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:  # a name that is too long for a file, a folder that may not be read
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a name too long for a file, one with a null, a folder that may not be read
         raise unreadable(name, error) from error
     if is_folder and any((path / mark).exists() for mark in _SAVED):
-        return name, _named(name, _dataset_rows(_load_saved(path, name, split), name, shape))
+        return _named(name, _dataset_rows(_load_saved(path, name, split), door))
     if is_folder:
-        return name, _rows_of_files(_files_in(path, name, split), shape)
+        return _rows_of_files(_files_in(path, name, split), door)
     if exists:
-        return name, _rows_of_files([path], shape, [name])
+        return _named(name, file_rows(path, name, door))
     if glob.has_magic(name):
-        return name, _rows_of_files(_matches(path, name), shape)
+        return _rows_of_files(_matches(path, name), door)
     if isinstance(source, Path) or name.endswith(SUFFIXES) or name.startswith(("./", "../", "/", "~")):
         raise DataError(f"no such file (looked in {Path.cwd()})", name, "no such file")
-    return name, _named(name, _dataset_rows(_load_from_hub(name, split, streaming), name, shape))
+    return _named(name, _dataset_rows(_load_from_hub(name, split, streaming), door))
 
 
-def _named(name: str, rows: Iterator[RawRow]) -> Iterator[NamedRow]:
+def _named(name: str, rows: Iterable[RawRow]) -> Iterator[NamedRow]:
     return ((f"{name}:{number}", row) for number, row in rows)
 
 
-def _rows_of_files(
-    paths: Sequence[Path], shape: str | None, names: Sequence[str] | None = None
-) -> Iterator[NamedRow]:
+def _rows_of_files(paths: Sequence[Path], door: Door) -> Iterator[NamedRow]:
     """Rows of the files, one file after the other. Endings are judged at once, contents when their turn comes."""
-    files = zip(paths, names or map(str, paths), strict=True)
-    return chain.from_iterable([_named(name, file_rows(path, name, shape)) for path, name in files])
+    door.counts.files[door.name] = [str(path) for path in paths]
+    return chain.from_iterable([_named(str(path), file_rows(path, str(path), door)) for path in paths])
 
 
 def _matches(path: Path, name: str) -> list[Path]:
@@ -229,34 +260,42 @@ def _files_in(folder: Path, name: str, split: str) -> list[Path]:
             f"no files of the split {split!r}; by their names there are {there_are}", name, "no such file"
         )
     found = DataFilesList.from_patterns(patterns[split], base_path=str(folder))
-    root = folder.resolve()
-    files = sorted(folder / Path(file).relative_to(root) for file in found if file.endswith(SUFFIXES))
+    # Relative to the folder as the user named it; links and `..` stand resolved on neither side or on both.
+    files = sorted(folder / os.path.relpath(file, folder) for file in found if file.endswith(SUFFIXES))
     if not files:
         raise DataError(f"{expected}; none of its {len(found)} files is one", name, "no such file")
     return files
 
 
-def _dataset_rows(
-    dataset: "datasets.Dataset | datasets.IterableDataset", name: str, shape: str | None
-) -> Iterator[RawRow]:
+def _dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset", door: Door) -> Iterator[RawRow]:
     import datasets
 
+    if isinstance(dataset, datasets.IterableDataset):
+        return _stream_rows(dataset.with_format(None), door)
+    if dataset.format["type"] == "custom":  # a transform, whose rows are what training is to see
+        return _stream_rows(dataset, door)
     # Without its format: a format set for training would hand out tensors.
     dataset = dataset.with_format(None)
-    if isinstance(dataset, datasets.IterableDataset):
-        return _stream_rows(dataset, name)
-    columns = columns_to_read(dataset.column_names, name, shape) if len(dataset) else []
-    return enumerate(dataset.select_columns(columns), 1)
+    found = dataset.column_names
+    texts = [column for column, kind in dataset.features.items() if getattr(kind, "dtype", "") in _TEXTS]
+    columns = door.columns(found, door.name, texts) if len(dataset) else []
+    return ((number, door.columnar(row)) for number, row in enumerate(dataset.select_columns(columns), 1))
 
 
-def _stream_rows(dataset: "datasets.IterableDataset", name: str) -> Iterator[RawRow]:
+_TEXTS = ("string", "large_string")
+
+
+def _stream_rows(dataset: "datasets.Dataset | datasets.IterableDataset", door: Door) -> Iterator[RawRow]:
+    """Rows of a stream, or of a dataset with a transform: columns are known when a row comes."""
     number = 0
     try:
         for number, row in enumerate(dataset, 1):
-            yield number, row
-    except Exception as error:  # network, files and generators of the user's each have their own classes
-        problem = f"the stream broke off after this row: {error or type(error).__name__}"
-        raise DataError(problem, f"{name}:{number}", "unreadable") from error
+            yield number, door.columnar(row) if isinstance(row, Mapping) else row
+    except (
+        Exception
+    ) as error:  # network, files, generators and transforms of the user's each have their own classes
+        problem = f"the stream, or the dataset's transform, broke off after this row: {error or type(error).__name__}"
+        raise DataError(problem, f"{door.name}:{number}", "unreadable") from error
 
 
 def _check_dataset(source: object, name: str) -> "datasets.Dataset | datasets.IterableDataset":
@@ -269,7 +308,10 @@ def _check_dataset(source: object, name: str) -> "datasets.Dataset | datasets.It
         raise DataError(
             f"expected one dataset, got a dictionary of splits; pick one of: {splits}", name, "several splits"
         )
-    raise RecipeError(f"data: expected a file, a hub name or a datasets.Dataset, got {type(source).__name__}")
+    raise RecipeError(
+        f"data: expected a file, a hub name, a datasets.Dataset or a list of rows, got "
+        f"{type(source).__name__} (datasets.Dataset.from_dict, from_generator and the like make one)"
+    )
 
 
 def _load_saved(path: Path, name: str, split: str) -> "datasets.Dataset | datasets.IterableDataset":

@@ -1,0 +1,191 @@
+"""Columns that do not fit: those of no shape are refused in one message, those that a shape leaves are counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from infopo.data.columns import names
+from infopo.errors import DataError
+from infopo.vocabulary import COLUMNS, CONVERSATION, IMAGE_COLUMNS, NEEDED, guessed
+
+if TYPE_CHECKING:
+    from infopo.records import Text
+
+ANNOTATOR = re.compile(r"annotator\d+")
+
+_METADATA = re.compile(
+    r"(.*_)?(id|ids|idx|index|uuid|hash|source|dataset|subset|domain|model|models|lang|language|category|categories|"
+    r"type|kind|task|topic|split|url|link|date|time|timestamp|created|license|version|tag|tags|label|labels|winner|"
+    r"score|scores|rating|ratings|rank|reward|margin|difficulty|annotator|author|user|count|length|tokens)(_.*)?|"
+    r"__.*__|unnamed.*",
+    re.IGNORECASE,
+)
+"""Names of columns that say something about a row, and are no part of what was said."""
+
+_ANSWERS = ("response", "completion", "answer", "output")
+
+
+def no_shape(found: Sequence[str], where: str, shape: str | None = None) -> DataError:
+    """The error for columns of no shape: what there is, what the nearest shape lacks, and a mapping that may help.
+
+    Args:
+        found: Columns of the row or file.
+        where: The row or file.
+        shape: The shape that the recipe names; None: any.
+    """
+    shapes = [shape] if shape else list(NEEDED)
+    lacking = {
+        (name, needed): [column for column in needed if not set(column.split("|")) & set(found)]
+        for name in shapes
+        for needed in NEEDED[name]
+    }
+    (nearest, needed), missing = min(lacking.items(), key=lambda item: len(item[1]) - 0.01 * len(item[0][1]))
+    guess = {} if shape else guessed(list(found))
+    if guess:
+        nearest, needed = "standard", ("prompt", "chosen", "rejected")
+        missing = [column for column in needed if column not in found]
+    expected, absent = (", ".join(columns).replace("|", " or ") for columns in (needed, missing))
+    problem = (
+        f"expected the columns {expected} ({nearest}); {absent} missing among {names(found) or 'none'}. "
+    )
+    if guess:
+        mapping = ", ".join(f"{target}: {column}" for target, column in guess.items())
+        problem += f"Perhaps data.columns: {{{mapping}}} (`columns` of InfoPOConfig) reads them"
+    elif set(_ANSWERS) & set(found) and "rejected_response" not in found:
+        answer = next(column for column in _ANSWERS if column in found)
+        problem += (
+            f"One {answer} a row: give it a label (data.columns: {{completion: {answer}, label: ...}}), or collect "
+            f'those of a prompt: df.groupby("prompt").agg(responses=("{answer}", list), scores=("SCORE", list))'
+        )
+    else:
+        problem += "Columns of other names are read with data.columns: {chosen: YOURS, ...}"
+    return DataError(f"{problem}. Shapes: docs/data.md", where, "missing column")
+
+
+def columns_to_read(
+    found: Sequence[str], name: str, shape: str | None, texts: Iterable[str] = ()
+) -> list[str]:
+    """Columns of a columnar source that are read; one that is missing there is missing in all its rows.
+
+    Args:
+        found: Columns of the source.
+        name: Name of the source, for errors.
+        shape: The shape that the recipe names; None: any.
+        texts: Columns that hold text, which are looked at where a prompt may stand among them.
+
+    Raises:
+        DataError: There are images, or columns of no shape (of the named shape) are all there.
+    """
+    if images := [column for column in IMAGE_COLUMNS if column in found]:
+        raise DataError(
+            f"column {images[0]!r}: images are not supported; drop the column to train on text",
+            name,
+            "images",
+        )
+    if not has_columns(found, shape):
+        raise no_shape(found, name, shape)
+    read = {*COLUMNS, *texts}
+    return [column for column in found if column in read or ANNOTATOR.fullmatch(column)]
+
+
+def has_columns(found: Iterable[str], shape: str | None) -> bool:
+    """Whether all columns are there that the shape needs, or any shape where none is named."""
+    found = set(found)
+    return any(
+        all(found & set(column.split("|")) for column in needed)
+        for name in ([shape] if shape else NEEDED)
+        for needed in NEEDED[name]
+    )
+
+
+def refuse_texts_beside(row: Mapping[str, Any]) -> list[str]:
+    """Columns of text that may hold the prompt of a row which has only `chosen` and `rejected`."""
+    return [
+        column
+        for column, value in row.items()
+        if column not in ("chosen", "rejected", "tools")
+        and isinstance(value, str)
+        and value.strip()
+        and not _METADATA.fullmatch(column)
+        and not ANNOTATOR.fullmatch(column)
+    ]
+
+
+def ignored_columns(
+    row: Mapping[str, Any], shape: str, used: Sequence[Text], tools: object, row_id: str
+) -> list[str]:
+    """Columns with values that the shape does not read.
+
+    Args:
+        row: The row, under the names that shapes know.
+        shape: Its shape.
+        used: Prompt and responses that the row became.
+        tools: The tools that it became; None: none.
+        row_id: Name of the row, for errors.
+
+    Raises:
+        DataError: `ignored column`: one of `CONVERSATION` holds text that is nowhere in what the row became.
+    """
+    if tools is not None and isinstance(used[0], str):
+        raise _dropped("tools", "a prompt of text has no place for tools", row_id)
+    needed = {name for columns in NEEDED[shape] for column in columns for name in column.split("|")}
+    said: str | None = None
+    ignored = []
+    for column, value in row.items():
+        if value is None or value in ("", [], {}) or column in ("tools", "chosen", "rejected"):
+            continue
+        if _leaf(column) in CONVERSATION and (texts := list(_texts(value))):
+            if said is None:
+                said = _squeezed(" ".join(text for each in used for text in _texts(each)))
+            if all(_squeezed(text) in said for text in texts):
+                continue
+            if (
+                shape == "conversational_implicit" and column == "prompt"
+            ):  # TRL's convention: the turns are the prompt
+                ignored.append(column)
+                continue
+            if column in ("system", "system_prompt") and _begins_with_system(used[0]):
+                ignored.append(column)
+                continue
+            raise _dropped(
+                column, f"shape {shape} does not read it, and the prompt does not hold its text", row_id
+            )
+        is_for_template = column == "chat_template_kwargs" and isinstance(used[0], list)
+        if column not in needed and not is_for_template and not ANNOTATOR.fullmatch(column):
+            ignored.append(column)
+    return ignored
+
+
+def _dropped(column: str, why: str, row_id: str) -> DataError:
+    remedy = (
+        f"map it (data.columns, e.g. {{instruction: prompt}} reads text prompts as conversations with a system turn), "
+        f"or leave it out with data.columns: {{{column}: null}}"
+    )
+    return DataError(f"column {column!r} would be dropped: {why}; {remedy}", row_id, "ignored column")
+
+
+def _leaf(column: str) -> str:
+    return column.rpartition(".")[2]
+
+
+def _begins_with_system(prompt: Text) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and prompt[0]["role"] in ("system", "developer")
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All text that was said, in a text, in messages or in rounds of a history."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in ("content", "value", "text", "full_text"):
+            if value.get(key) is not None:
+                yield from _texts(value[key])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
