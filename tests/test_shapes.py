@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infopo.catalog import DATA_SHAPES, SCORE_RULES
-from infopo.data.messages import ROLES
 from infopo.data.counts import DataCounts
+from infopo.data.messages import ROLES
 from infopo.data.responses import ScoreRule
 from infopo.data.shapes import detect_shape, parse_row
 from infopo.data.sources import read_rows

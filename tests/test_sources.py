@@ -421,7 +421,7 @@ def test_a_named_shape_is_taken_at_its_word(tmp_path: Path):
         ("long.jsonl", b"1" * 5000, "invalid JSON"),
         ("columns.jsonl", b'{"question": "a"}\n', r"expected the columns .* missing among question"),
         ("rows.txt", b"prompt,chosen\n", "expected a file that ends in .json, .jsonl"),
-        ("rows.csv", b"prompt,chosen\n", r"expected the columns prompt, chosen, rejected \(standard\); rejected missing"),
+        ("rows.csv", b"prompt,chosen\n", r"prompt, chosen, rejected \(standard\); rejected missing"),
         ("rows.csv", b"", "expected rows, got none"),
         ("rows.csv", b"chosen,rejected\n", "expected rows, got none"),
         ("rows.csv", b"chosen,rejected,chosen\na,b,c\n", "column 'chosen' stands in the header twice"),
@@ -492,7 +492,8 @@ def test_invalid_utf8_in_parquet_is_named_by_row(tmp_path: Path):
 def test_columns_that_all_rows_lack_are_the_files_fault(tmp_path: Path, skip: bool):
     path = write_parquet(tmp_path / "rows.parquet", [{"chosen": "a", "response": "b"}])
     with pytest.raises(
-        DataError, match=r"rows\.parquet: expected the columns chosen, rejected \(standard_implicit\); rejected missing"
+        DataError,
+        match=r"rows\.parquet: expected the columns chosen, rejected \(standard_implicit\); rejected missing",
     ):
         read(path, skip=skip)
     with pytest.raises(DataError, match="prompt missing"):

@@ -43,7 +43,7 @@ def _escape(code: int) -> str:
 
 
 class InfoPOError(Exception):
-    """Base of all errors that infopo raises on purpose. In their text secrets are masked, control characters escaped."""
+    """Base of all errors that infopo raises on purpose. Secrets in its text are masked, control characters escaped."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(masked(arg) if isinstance(arg, str) else arg for arg in args))
