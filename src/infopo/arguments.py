@@ -23,6 +23,7 @@ from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
 from infopo.errors import RecipeError, UnsupportedArgumentError
 from infopo.losses.catalog import complete_parameters
+from infopo.vocabulary import check_columns
 
 
 @dataclass
@@ -47,6 +48,8 @@ class InfoPOConfig(TrainingArguments):
         score_rule: How responses with scores are split into chosen and rejected ones: `best-worst`, `best-rest`,
             or `threshold` with `score_threshold`.
         score_threshold: Least score of a chosen response.
+        columns: Columns of the data by the names that shapes know, for data of other names:
+            `{"prompt": "question", "chosen": "good", "rejected": "bad"}`; a name mapped to None is left out.
         on_bad_row: `raise` stops at the first row that cannot be used, `skip` counts it and goes on.
         reference: `precompute` (once, before training), `live` (a second model beside the policy), `adapter-off` (the
             policy without its adapter), `auto` (`precompute` where rows can be enumerated, else `live`), or the path of
@@ -100,6 +103,9 @@ class InfoPOConfig(TrainingArguments):
     score_rule: str = field(default=SCORE_RULES[0], metadata={"help": "best-worst, best-rest or threshold."})
     score_threshold: float | None = field(
         default=None, metadata={"help": "Least score of a chosen response."}
+    )
+    columns: dict[str, str | None] | str | None = field(
+        default=None, metadata={"help": "Columns of the data by the names that shapes know (JSON)."}
     )
     on_bad_row: str = field(default="raise", metadata={"help": "raise or skip."})
     reference: str = field(
@@ -175,6 +181,7 @@ class InfoPOConfig(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "objective_parameters",
+        "columns",
     ]
 
     def __post_init__(self) -> None:
@@ -207,6 +214,8 @@ class InfoPOConfig(TrainingArguments):
                 problems.append(
                     f"{name}: expected a dict (on the command line, JSON), got {getattr(self, name)!r}"
                 )
+        if isinstance(self.columns, dict):
+            problems += [f"columns: {problem}" for problem in check_columns(self.columns)]
         if self.on_bad_row not in ON_BAD_ROW:
             problems.append(f"on_bad_row: expected one of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}")
         if self.reference_store is not None and (
@@ -253,6 +262,10 @@ class InfoPOConfig(TrainingArguments):
         return trl_names.LossSettings(
             **values | {"objective_parameters": _as_dict(self.objective_parameters)}
         )
+
+    def column_names(self) -> dict[str, str | None]:
+        """The setting `columns`; empty where there is none."""
+        return _as_dict(self.columns)
 
     def mixture(self) -> list[tuple[str, dict[str, Any], float]]:
         """The objectives to add up: (name, all parameters, weight); one, unless `loss_type` names several."""

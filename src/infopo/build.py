@@ -38,7 +38,7 @@ from infopo.yaml_tree import shown
 _SET_ELSEWHERE = {
     "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
     "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
-    "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold",
+    "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold", "columns",
     "model_init_kwargs", "trust_remote_code",
 }  # fmt: skip
 """Arguments that have a place of their own in a recipe, outside `train`."""
@@ -160,6 +160,7 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             on_bad_row=data.on_bad_row,
             score_rule=data.score_rule,
             score_threshold=data.score_threshold,
+            columns=data.columns,
             dataset_num_proc=data.num_proc,
             reference=reference.source,
             reference_sides=reference.sides,
@@ -311,7 +312,10 @@ def build_examples(
                 examples
             )
         if evaluation and path == data.path:
-            counts.notes["to evaluate on, and to train on as well: name data.eval_path"] = len(examples)
+            counts.warnings.append(
+                f"these {len(examples)} rows are evaluated on, and trained on as well: name data.eval_path, or set "
+                "data.eval_split to null"
+            )
     return examples, counts
 
 
@@ -359,6 +363,7 @@ def _open_rows(
                 rule=rule,
                 streaming=data.streaming,
                 name=name,
+                columns=None if is_lab_source(name) else data.columns,
             ),
         )
         for name in _names(path)

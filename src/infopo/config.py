@@ -24,6 +24,7 @@ from infopo.catalog import (
 from infopo.errors import RecipeError
 from infopo.losses.catalog import check_objective, complete_parameters, objective_name
 from infopo.secrets import learn, masked_tree
+from infopo.vocabulary import check_columns
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class DataSection:
     """Split to train on."""
     shape: str | None = field(default=None, metadata=_one_of(*DATA_SHAPES))
     """Shape of the rows; null recognises it from the columns."""
+    columns: dict[str, str | None] | None = None
+    """Columns of the data by the names that shapes know: `{prompt: question}`; a name mapped to null is left out."""
     score_rule: str = field(default=SCORE_RULES[0], metadata=_one_of(*SCORE_RULES))
     """How scored responses are split into chosen and rejected ones."""
     score_threshold: float | None = None
@@ -407,6 +410,10 @@ def _check_data(data: Tree, train: Tree, problems: Problems) -> None:
             "data.max_prompt_length",
             f"{prompt} leaves no room for a response within max_length ({longest} tokens)",
         )
+    if _fits(data["columns"], dict[str, str | None]):
+        for problem in check_columns(data["columns"]):
+            target, _, sentence = problem.partition(": ")
+            problems.add(f"data.columns.{target}", sentence)
     for key in ("path", "eval_path"):
         value = data[key]
         if value in ([], {}):
@@ -493,6 +500,7 @@ _WORDS = {
     list: "a list",
     list[str]: "a list of texts",
     dict[str, float]: "a mapping to numbers",
+    dict[str, str | None]: "a mapping of a shape's columns to those of the data",
     dict: "a mapping",
 }
 

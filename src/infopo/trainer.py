@@ -49,7 +49,7 @@ from infopo.errors import (
 )
 from infopo.logps import attention
 from infopo.logps.forward import response_logps, with_layout
-from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.catalog import OBJECTIVES, UNPAIRED
 from infopo.losses.coupling import step_parts
 from infopo.losses.registry import loss_function, step_statistic
 from infopo.metrics import (
@@ -377,7 +377,10 @@ class InfoPOTrainer(Trainer):
             return self._judged(dataset, name)
         counts = DataCounts(on_bad_row=args.on_bad_row, source=name)
         examples = encode_rows(
-            read_rows(dataset, counts, rule=self._rule), self._encoder, counts, num_proc=args.dataset_num_proc
+            read_rows(dataset, counts, rule=self._rule, columns=args.column_names()),
+            self._encoder,
+            counts,
+            num_proc=args.dataset_num_proc,
         )
         if args.process_index == 0:
             print(*counts.lines(), sep="\n")
@@ -388,9 +391,11 @@ class InfoPOTrainer(Trainer):
     ) -> ExampleStream:
         """The stream, each of whose examples is judged when it comes as a dataset is as a whole."""
         if not isinstance(dataset, ExampleStream):
-            rows, rule = dataset, self._rule
+            rows, rule, columns = dataset, self._rule, args.column_names()
             counts = DataCounts(on_bad_row=args.on_bad_row, source="train_dataset")
-            dataset = ExampleStream(lambda c: read_rows(rows, c, rule=rule), self._encoder, counts)
+            dataset = ExampleStream(
+                lambda c: read_rows(rows, c, rule=rule, columns=columns), self._encoder, counts
+            )
 
         def judge(example: PreferenceExample) -> None:
             alone = ExampleDataset.from_examples([example])
@@ -421,7 +426,8 @@ class InfoPOTrainer(Trainer):
             for side, present in sides.items():
                 if objective.pairs and not present.all():
                     raise DataError(
-                        f"has no {side} response; {objective.title} compares pairs. InfoPO and SFT take unpaired data",
+                        f"has no {side} response; {objective.title} compares pairs; data with one side "
+                        f"train {', '.join(UNPAIRED)}",
                         dataset.row_ids[int(present.argmin())],
                     )
 

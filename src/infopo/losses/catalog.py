@@ -482,6 +482,9 @@ OBJECTIVES: Mapping[str, Objective] = {
 }
 """All objectives by the name that recipes use."""
 
+UNPAIRED = tuple(name for name, objective in OBJECTIVES.items() if not objective.pairs)
+"""Objectives that compare no pairs: rows with one side train them too."""
+
 
 def objective_name(name: str) -> str:
     """The catalog's spelling of an objective's name or title: case, hyphens and spaces do not matter.
