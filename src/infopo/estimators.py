@@ -10,15 +10,15 @@ constant, this critic is among the optima. `losses/family.py` puts f = β log r 
 | function | bounds, from below | its maximum | shift of f |
 |---|---|---|---|
 | `nwj` | KL(P‖Q) | none | matters |
-| `donsker_varadhan` | KL(P‖Q) where E_Q is exact; from n samples it is biased upwards | none | free |
-| `mine` | as `donsker_varadhan`; other gradient | none | free |
+| `donsker_varadhan` | KL(P‖Q) if E_Q is exact (biased upwards from n samples) | none | free |
+| `mine` | as `donsker_varadhan`, with another gradient | none | free |
 | `infonce` | KL(P‖Q) | log(1 + K), K negatives | free |
 | `interpolated` | KL(P‖Q) | 1 + log((1 + K)/α) | free at α = 1 |
 | `jensen_shannon` | JS(P, Q) | log 2 | matters |
-| `nwj_at_js_critic` | as `nwj`; gradient of `jensen_shannon` | none | matters |
+| `nwj_at_js_critic` | as `nwj`, with the gradient of `jensen_shannon` | none | matters |
 | `pearson_chi2` | χ²(P‖Q) | none | matters |
 | `squared_hellinger` | H²(P, Q) | 2 | matters |
-| `smile` | nothing: may lie on either side of KL(P‖Q) | E_P[f] + τ | free where no score is clipped |
+| `smile` | nothing: may lie on either side of KL(P‖Q) | E_P[f] + τ | free if no score is clipped |
 
 All functions take scores of any floating type and return a scalar of that type, with a gradient. They do not look for
 NaN or infinite scores, which propagate as they do in the formula. Training needs `DIVERGENCES` and `log_mixture` only.
@@ -113,7 +113,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
         maximum=2.0,
     ),
 }
-"""The f-divergences whose bounds are used here. χ² and H² are numbers without a unit; KL and JS are in nats."""
+"""The f-divergences whose bounds are used here. χ² and H² have no unit, KL and JS are in nats."""
 
 
 def variational_bound(divergence: Divergence, joint: Joint, marginal: Marginal) -> Estimate:
@@ -136,7 +136,7 @@ def variational_bound(divergence: Divergence, joint: Joint, marginal: Marginal) 
 
 
 def nwj(joint: Joint, marginal: Marginal) -> Estimate:
-    """NWJ, with its constant: 1 + E_P[f] - E_Q[e^f] ≤ KL(P‖Q). Unbiased; no maximum.
+    """NWJ, with its constant: 1 + E_P[f] - E_Q[e^f] ≤ KL(P‖Q). It is unbiased and has no maximum.
 
     Equality at f = log dP/dQ and nowhere else. (Poole et al. write the critic as 1 + f.) At the optimum, n times
     the variance from n samples of each is Var_P[f] + E_P[dP/dQ] - 1, which grows as e^KL at least.
@@ -178,17 +178,17 @@ def donsker_varadhan(joint: Joint, marginal: Marginal) -> Estimate:
 def mine(
     joint: Joint, marginal: Marginal, log_mean: Estimate | None = None, *, rate: float = 0.01
 ) -> tuple[Estimate, Estimate]:
-    """MINE: the value of Donsker-Varadhan; in its gradient, E_Q[e^f] is a moving average over batches.
+    """MINE: the value of Donsker-Varadhan, with a moving average over batches for E_Q[e^f] in its gradient.
 
         ∇ = E_P[∇f] - E_Q[e^f ∇f] / m,   m ← (1 - rate) m + rate E_Q[e^f]
 
-    DV's own gradient divides by this batch's mean, which makes it biased; with m over many batches that bias fades.
+    DV's own gradient divides by this batch's mean, which makes it biased. With m over many batches that bias fades.
     Without `log_mean` (the first batch), m is the batch's mean and the gradient is DV's.
 
     Args:
         joint: Scores f of samples of P.
         marginal: Scores f of samples of Q.
-        log_mean: log m after the last batch; None at the first.
+        log_mean: log m after the last batch, or None at the first.
         rate: Weight of the new batch in m, in (0, 1].
 
     Returns:
@@ -345,7 +345,7 @@ def jensen_shannon(joint: Joint, marginal: Marginal) -> Estimate:
 def nwj_at_js_critic(joint: Joint, marginal: Marginal) -> Estimate:
     """The value of NWJ with the gradient of Jensen-Shannon: a critic trained stably, read off as a KL.
 
-    Both have the optimum f = log dP/dQ. ≤ KL(P‖Q) in expectation, whatever the critic; no maximum.
+    Both have the optimum f = log dP/dQ. ≤ KL(P‖Q) in expectation, whatever the critic. There is no maximum.
 
     Raises:
         RecipeError: No joint or no marginal sample.
@@ -362,7 +362,7 @@ def nwj_at_js_critic(joint: Joint, marginal: Marginal) -> Estimate:
 
 
 def pearson_chi2(joint: Joint, marginal: Marginal) -> Estimate:
-    """Pearson's χ²: E_P[2(e^f - 1)] - E_Q[e^2f - 1] ≤ χ²(P‖Q) = E_Q[(dP/dQ - 1)²]. Unbiased; no maximum, no unit.
+    """Pearson's χ²: E_P[2(e^f - 1)] - E_Q[e^2f - 1] ≤ χ²(P‖Q) = E_Q[(dP/dQ - 1)²]. Unbiased, without maximum.
 
     Raises:
         RecipeError: No joint or no marginal sample.
@@ -402,7 +402,7 @@ def smile(joint: Joint, marginal: Marginal, tau: float) -> Estimate:
     Args:
         joint: Scores f of samples of P. They are not clipped.
         marginal: Scores f of samples of Q.
-        tau: τ > 0, in nats; infinity clips nothing.
+        tau: τ > 0, in nats. Infinity clips nothing.
 
     Raises:
         RecipeError: No joint or no marginal sample, or τ not above 0.

@@ -21,8 +21,8 @@ class Parameter:
     Attributes:
         default: Value when the user names none.
         kind: Type of the value (`float` takes integers too).
-        domain: The admissible values in words, e.g. `> 0`.
-        admits: Whether a value of the right type lies in the domain.
+        domain: Description of the admissible values, e.g. `> 0`.
+        admits: Returns whether a value of the right type lies in the domain.
         help: One sentence for recipe authors.
     """
 
@@ -33,14 +33,18 @@ class Parameter:
     help: str
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with `value`, or None."""
+        """Returns what is wrong with `value`, or None if nothing is.
+
+        Example:
+            >>> OBJECTIVES["dpo"].parameters["beta"].problem(-1.0)
+            'expected a value > 0, got -1.0'
+        """
         accepted = int | float if self.kind is float else self.kind
         right_type = isinstance(value, accepted) and isinstance(value, bool) == (self.kind is bool)
         if not right_type:
             return f"expected {self.kind.__name__} {self.domain}, got {value!r}"
-        if (
-            self.kind is float and not abs(value) <= sys.float_info.max
-        ):  # NaN, infinities, integers beyond any float
+        # The comparison fails for NaN, infinities, and integers that no float can represent.
+        if self.kind is float and not abs(value) <= sys.float_info.max:
             return f"expected a finite number {self.domain}, got {value!r}"
         return None if self.admits(value) else f"expected a value {self.domain}, got {value!r}"
 
@@ -87,21 +91,22 @@ class Objective:
     """One row of the table of objectives.
 
     Attributes:
-        title: What a table of results calls it.
+        title: Name of the objective in tables of results.
         formula: The loss in one line, w for chosen and l for rejected, r = π_θ/π_ref.
         parameters: Its parameters by name.
-        reference: Sides whose reference log-probs the *loss* needs: subset of {chosen, rejected}.
+        reference: Sides whose reference log-probs the *loss* needs, a subset of {chosen, rejected}.
         pairs: Whether it needs a chosen and a rejected response of the same prompt.
-        sides: Sides whose policy log-probs it uses; data must hold at least one of them.
-        source: Where it was published.
+        sides: Sides whose policy log-probs it uses. Data must contain at least one of them.
+        source: Publication of the loss.
         bound: The divergence of p_w from p_l that minus the loss bounds from below, up to stated constants and factors,
             and its maximum. Empty if the loss is not a bound on a divergence. (SMILE is an estimate, not a bound.)
-        statistic: The number of the whole optimizer step that couples its examples, a key of `STEP_STATISTICS`; empty
-            where the loss of a step is a sum over examples.
-        trl_loss_type: Name in TRL's `DPOConfig.loss_type`, where there is one.
-        ratio: Whether the loss contains r(l)^β itself, whose tail `ratio/*` shows.
-        reward: What metrics call the reward of a response: `log_ratio` is β log r; of losses without a reference, as in
-            TRL's trainers for them, `logp` is β log π_θ and `mean_logp` is β log π_θ / |y| (β = 1 for SFT).
+        statistic: The number of the whole optimizer step that couples its examples, a key of `STEP_STATISTICS`. Empty
+            if the loss of a step is a sum over examples.
+        trl_loss_type: Name in TRL's `DPOConfig.loss_type`, or None if TRL lacks the loss.
+        ratio: Whether the loss contains r(l)^β itself, whose tail the metrics `ratio/*` show.
+        reward: What metrics call the reward of a response. `log_ratio` is β log r. Losses without a reference have
+            the rewards of TRL's trainers for them: `logp` is β log π_θ, and `mean_logp` is β log π_θ / |y| (β = 1 for
+            SFT).
     """
 
     title: str
@@ -123,7 +128,7 @@ STEP_STATISTICS: Mapping[str, str] = {
     "moving_log_mean": "log of a moving average, over steps, of the mean of e^f over rejected responses",
     "kl": "mean log-ratio of the step's prompts with responses to other prompts (role kl), at least 0",
 }
-"""What an objective may need to know of the whole optimizer step, in words."""
+"""Descriptions of the numbers of a whole optimizer step that an objective may need."""
 
 _BOTH = frozenset({"chosen", "rejected"})
 _REJECTED = frozenset({"rejected"})
@@ -487,50 +492,61 @@ UNPAIRED = tuple(name for name, objective in OBJECTIVES.items() if not objective
 
 
 def objective_name(name: str) -> str:
-    """The catalog's spelling of an objective's name or title: case, hyphens and spaces do not matter.
+    """Returns the catalog's spelling of an objective's name or title. Case, hyphens and spaces do not matter.
 
-    >>> objective_name("KTO"), objective_name("R-DPO"), objective_name("SFT on chosen"), objective_name("nonsense")
-    ('kto', 'rdpo', 'sft', 'nonsense')
+    Example:
+        >>> objective_name("KTO"), objective_name("R-DPO"), objective_name("SFT on chosen"), objective_name("nonsense")
+        ('kto', 'rdpo', 'sft', 'nonsense')
     """
 
     def bare(text: str) -> str:
         return re.sub(r"[^\w]|_", "", text.lower())
 
-    known = {bare(spec.title): key for key, spec in OBJECTIVES.items()} | {
-        bare(key): key for key in OBJECTIVES
-    }
-    return known.get(bare(name), name)
+    titles = {bare(spec.title): key for key, spec in OBJECTIVES.items()}
+    names = {bare(key): key for key in OBJECTIVES}
+    return (titles | names).get(bare(name), name)
 
 
 def check_objective(name: str, parameters: Mapping[str, Any]) -> list[str]:
-    """Everything wrong with an objective's name and parameters, one sentence each, with its place.
+    """Returns everything that is wrong with an objective's name and parameters.
 
     Args:
         name: Name of the objective.
         parameters: Values by parameter name.
+
+    Returns:
+        One sentence per problem, which begins with the path of the setting.
+
+    Example:
+        >>> check_objective("ipo", {"beta": 0.0})
+        ['objective.beta: expected a value > 0, got 0.0']
     """
     if name not in OBJECTIVES:
-        meant, known = suggestion(name.lower(), OBJECTIVES), ", ".join(OBJECTIVES)
-        return [f"objective.name: no objective {name!r}{meant}; there are {known}"]
-    of_objective = OBJECTIVES[name].parameters
+        hint, names = suggestion(name.lower(), OBJECTIVES), ", ".join(OBJECTIVES)
+        return [f"objective.name: no objective {name!r}{hint}; there are {names}"]
+    specs = OBJECTIVES[name].parameters
     problems = []
     for key, value in parameters.items():
-        if key not in of_objective:
-            meant, known = suggestion(key, of_objective), ", ".join(of_objective)
-            problems.append(f"objective.{key}: {name} has no such parameter{meant}; it has {known}")
-        elif problem := of_objective[key].problem(value):
+        if key not in specs:
+            hint, names = suggestion(key, specs), ", ".join(specs)
+            problems.append(f"objective.{key}: {name} has no such parameter{hint}; it has {names}")
+        elif problem := specs[key].problem(value):
             problems.append(f"objective.{key}: {problem}")
     return problems
 
 
 def complete_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of an objective, defaults filled in.
+    """Returns all parameters of an objective, with defaults filled in and numbers as floats.
 
     Raises:
         RecipeError: A name or a value is wrong.
+
+    Example:
+        >>> complete_parameters("dpo", {"beta": 1})
+        {'beta': 1.0, 'label_smoothing': 0.0, 'nll_weight': 0.0}
     """
     if problems := check_objective(name, parameters):
         raise RecipeError(problems)
-    given = {key: parameters.get(key, spec.default) for key, spec in OBJECTIVES[name].parameters.items()}
-    kinds = {key: spec.kind for key, spec in OBJECTIVES[name].parameters.items()}
-    return {key: float(value) if kinds[key] is float else value for key, value in given.items()}
+    specs = OBJECTIVES[name].parameters
+    values = {key: parameters.get(key, spec.default) for key, spec in specs.items()}
+    return {key: float(value) if specs[key].kind is float else value for key, value in values.items()}

@@ -51,7 +51,7 @@ def infopo(
 
 
 def infonce(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
-    """InfoNCE: a chosen response against all K rejected ones of its prompt; with K = 1 it is DPO.
+    """InfoNCE: a chosen response against all K rejected ones of its prompt. With K = 1 it is DPO.
 
         L = E_w[-log(e^f(w) / (e^f(w) + Σ_l e^f(l)))],   f = β log r
 

@@ -38,7 +38,7 @@ def ipo(logps: ResponseLogps, *, beta: float = 0.1, length_normalized: bool = Tr
 
         L = E_pairs[(h(w) - h(l) - 1/(2β))²],   h = log r / |y|   (log r without `length_normalized`)
 
-    The paper writes sums; its authors ran means over tokens, which is what TRL and this default do.
+    The paper writes sums over tokens. Its authors ran means over tokens, as TRL and this default do.
 
     References:
         Azar et al., 2023, arXiv 2310.12036, eq. 17 (β is its τ).
@@ -97,7 +97,7 @@ def fdpo(
     """f-DPO: DPO with another divergence from the reference than reverse KL (with which it is DPO).
 
         L = E_pairs[-log σ(β (φ'(r(w)) - φ'(r(l))))],
-        φ'(r) = 1 - 1/r (forward KL);   log(2r/(1 + r)) (JS);   (1 - r^-α)/α (α-divergence; forward KL at α = 1)
+        φ'(r) = 1 - 1/r (forward KL),   log(2r/(1 + r)) (JS),   (1 - r^-α)/α (α-divergence, forward KL at α = 1)
 
     Beyond `cap` nats of -log r (or -α log r), 1/r is extended linearly (`capped_exp`). TRL's α is 1 - α here.
 
@@ -125,7 +125,7 @@ def cpo(
 
         L = E_pairs[-(1-ε) log σ(β δ) - ε log σ(-β δ)] + a Σ_w -log π(w) / Σ_w |w|,   δ = log π(w) - log π(l)
 
-    The likelihood is a mean over tokens, as in TRL (its `cpo_alpha` is `nll_weight`); the paper writes a sum.
+    The likelihood is a mean over tokens, as in TRL (its `cpo_alpha` is `nll_weight`). The paper writes a sum.
 
     References:
         Xu et al., 2024, arXiv 2401.08417.
@@ -140,11 +140,11 @@ def cpo(
 
 
 def slic(logps: ResponseLogps, *, beta: float = 1.0, nll_weight: float = 0.0) -> LossTerms:
-    """SLiC-HF: hinge on the log-prob margin, zero once it reaches 1/β nats (β times the paper's loss; δ is 1/β).
+    """SLiC-HF: hinge on the log-prob margin, zero once it reaches 1/β nats (β times the paper's loss, whose δ is 1/β).
 
         L = E_pairs[max(0, 1 - β (log π(w) - log π(l)))] + a Σ_w -log π(w) / Σ_w |w|
 
-    The paper regularises by the likelihood of an SFT target; here that is the chosen response.
+    The paper regularises by the likelihood of an SFT target. Here the target is the chosen response.
 
     References:
         Zhao et al., 2023, arXiv 2305.10425.
@@ -219,7 +219,7 @@ def dpop(logps: ResponseLogps, *, beta: float = 0.3, penalty: float = 50.0) -> L
 
 
 def nca(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
-    """NCA on pairs: noise contrast of each response with the reference; the reward of a chosen one is absolute.
+    """NCA on pairs: noise contrast of each response with the reference, so that rewards are absolute.
 
         L = E_pairs[-log σ(f(w)) - ½ log σ(-f(w)) - ½ log σ(-f(l))],   f = β log r
 

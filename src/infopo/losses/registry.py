@@ -54,7 +54,8 @@ def loss_function(name: str, parameters: Mapping[str, Any] | None = None) -> Los
         >>> [term.per for term in loss(ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0)))]
         ['chosen', 'rejected']
     """
-    bound = complete_parameters(name, parameters or {})  # also refuses an unknown name
+    # Unknown names are refused here, so the look-up below cannot fail.
+    bound = complete_parameters(name, parameters or {})
     return partial(FUNCTIONS[name], **bound)
 
 
