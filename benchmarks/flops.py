@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from infopo.data.packing import pack, split_by_tokens
-from infopo.logps.lm_head import KEPT
+from infopo.logps.lm_head import KEPT_LOGITS
 from infopo.records import PreferenceExample
 from infopo.startup import CPU_TOKENS_PER_FORWARD
 
@@ -109,7 +109,7 @@ def padded_work(pairs: Sequence[PreferenceExample], responses_only: bool, unpadd
 
 def our_head_matmuls(config: Any, work: Work) -> float:
     """Our head keeps the logits that fit a fixed budget."""
-    return HEAD_MATMULS - min(1.0, KEPT / (work.scored * config.vocab_size))
+    return HEAD_MATMULS - min(1.0, KEPT_LOGITS / (work.scored * config.vocab_size))
 
 
 def variant_flops(

@@ -19,7 +19,7 @@ WIDTH = 256
 SHAPES = ((1_123, 4_096), (4_346, 4_096), (2_201, 32_000))  # scored tokens, vocabulary
 TILES = (2**18, 2**20, 2**22)
 COLUMNS = (1_024, 4_096, 32_000)
-KEPT = lm_head.KEPT
+KEPT = lm_head.KEPT_LOGITS
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def tiled(tile: int, columns: int, kept: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        lm_head.TILE["cpu"], lm_head.COLUMNS["cpu"], lm_head.KEPT = tile, columns, kept
+        lm_head.TILE_LOGITS["cpu"], lm_head.TILE_COLUMNS["cpu"], lm_head.KEPT_LOGITS = tile, columns, kept
         return lm_head.token_logps(hidden, weight, None, targets)
 
     return run
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    default = lm_head.TILE["cpu"], lm_head.COLUMNS["cpu"]
+    default = lm_head.TILE_LOGITS["cpu"], lm_head.TILE_COLUMNS["cpu"]
     for scored, vocabulary in SHAPES:
         hidden = torch.randn(scored, WIDTH, requires_grad=True)
         weight = (torch.randn(vocabulary, WIDTH) / 16).requires_grad_()

@@ -47,9 +47,9 @@ def logit_map(request: pytest.FixtureRequest) -> LogitMap:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in both directions, some of them kept and some computed again, and none that fits evenly."""
-    monkeypatch.setitem(lm_head.TILE, "cpu", 15)
-    monkeypatch.setitem(lm_head.COLUMNS, "cpu", 5)
-    monkeypatch.setattr(lm_head, "KEPT", 40)
+    monkeypatch.setitem(lm_head.TILE_LOGITS, "cpu", 15)
+    monkeypatch.setitem(lm_head.TILE_COLUMNS, "cpu", 5)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS", 40)
 
 
 def tensors(
@@ -144,8 +144,8 @@ class Largest(TorchDispatchMode):
 def test_memory_does_not_grow_with_vocabulary_times_tokens(
     monkeypatch: pytest.MonkeyPatch, scored: int
 ) -> None:
-    monkeypatch.setitem(lm_head.TILE, "cpu", 2**14)
-    monkeypatch.setattr(lm_head, "KEPT", 2**16)
+    monkeypatch.setitem(lm_head.TILE_LOGITS, "cpu", 2**14)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS", 2**16)
     hidden, weight, bias, targets = tensors(torch.float32, scored=scored, width=4, vocabulary=5000)
     with Largest() as largest:
         token_logps(hidden, weight, bias, targets).sum().backward()
@@ -153,8 +153,8 @@ def test_memory_does_not_grow_with_vocabulary_times_tokens(
 
 
 def test_logits_are_kept_up_to_a_bound_and_only_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lm_head.TILE, "cpu", 2**14)
-    monkeypatch.setattr(lm_head, "KEPT", 2**16)
+    monkeypatch.setitem(lm_head.TILE_LOGITS, "cpu", 2**14)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS", 2**16)
     hidden, weight, bias, targets = tensors(torch.float32, scored=1000, width=4, vocabulary=5000)
     kept = token_logps(hidden, weight, bias, targets).grad_fn.kept.values()  # type: ignore[union-attr]
     assert 2**15 < sum(logits.numel() for logits in kept) <= 2**16

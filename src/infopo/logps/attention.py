@@ -8,10 +8,23 @@ from infopo.logps.wrappers import base_of
 
 
 def enable(model: nn.Module) -> str | None:
-    """Switches a model to forest attention; returns the reason where it cannot share prefixes, and None where it can.
+    """Switches a model to forest attention if it can share prefixes.
 
     Args:
         model: A causal language model of transformers, or one with a PEFT adapter.
+
+    Returns:
+        None if the model is switched, else the reason why it cannot share prefixes.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **tiny))
+        >>> enable(model), is_enabled(model)
+        (None, True)
+        >>> disable(model)
+        >>> is_enabled(model)
+        False
     """
     disable(model)
     reason = obstacle(model)
@@ -25,18 +38,18 @@ def enable(model: nn.Module) -> str | None:
 
 
 def disable(model: nn.Module) -> None:
-    """Gives a model the attention back that it was loaded with."""
+    """Gives a model back the attention that it was loaded with."""
     if is_enabled(model):
         base_of(model).set_attn_implementation(implementation_of(model))
 
 
 def is_enabled(model: nn.Module) -> bool:
-    """Whether the model, or the one it wraps, attends over forests."""
+    """Returns whether the model, or the one that it wraps, is switched to forest attention."""
     model = base_of(model)
     return getattr(getattr(model, "config", None), "_attn_implementation", None) in NAMES.values()
 
 
 def implementation_of(model: nn.Module) -> str | None:
-    """The attention implementation that the model was loaded with, which `from_pretrained` knows."""
+    """Returns the name of the attention implementation that the model was loaded with, for `from_pretrained`."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return next((original for original, ours in NAMES.items() if ours == name), name)

@@ -1,4 +1,4 @@
-"""Which models can share the prompt of several responses."""
+"""Decides which models can share the prompt of several responses."""
 
 import copy
 import inspect
@@ -16,7 +16,15 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why responses of a prompt cannot share it in this model, or None."""
+    """Returns why responses cannot share their prompt in this model, or None if they can.
+
+    Args:
+        model: A causal language model, with or without wrappers and adapters.
+
+    Example:
+        >>> obstacle(nn.Linear(2, 2))
+        'it is not a model of transformers'
+    """
     base = base_of(model)
     if has_virtual_tokens(model):
         return "its adapter puts virtual tokens before each row"
@@ -42,7 +50,11 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def _refusal(base: PreTrainedModel) -> str | None:
-    """What forest attention itself would say against this model, tried without weights or data, on one layer."""
+    """Returns why forest attention refuses this model, or None if it does not.
+
+    One layer of the architecture runs on the meta device, without weights or data. That shows which keywords its
+    attention passes, and whether the layout reaches it, which no field of the config tells.
+    """
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="meta")
     layout = ForestLayout([0, 1, 2], [-1, -1])
@@ -60,6 +72,7 @@ def _refusal(base: PreTrainedModel) -> str | None:
             layer(**inputs, use_cache=False, logits_to_keep=1)
     except LogpsError as error:
         return str(error).removesuffix(WAY_OUT)
-    except Exception:  # this architecture cannot be tried so; the self-test stays
+    except Exception:
+        # Some architectures cannot run on the meta device. The self-test at start-up still checks their numbers.
         return None
     return None

@@ -1,6 +1,7 @@
-"""Each token once: prompts shared, no padding, and only positions before scored tokens go through the head.
+"""The fast path: each token is computed once, because responses share their prompt and there is no padding.
 
-Needs a model that `attention.enable` has switched to forest attention.
+Only positions before scored tokens go through the head. The model must be one that `attention.enable` has switched to
+forest attention.
 """
 
 from itertools import chain
@@ -16,21 +17,26 @@ from infopo.records import PackedBatch
 
 
 def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " response_tokens"]:
-    """log π(y_t | x, y_<t) of every token of every response (nats), response after response.
+    """Returns log π(y_t | x, y_<t) of every token of every response (nats), response after response.
 
-    A token that several responses share is scored once. The first token of each segment is scored from the last
-    position of its parent.
+    A token that several responses share is computed once, and appears once for each of them. The first token of each
+    segment is scored from the last position of its parent.
+
+    Args:
+        model: A model that is switched to forest attention.
+        batch: The packed segments, on the model's device.
     """
     if batch.num_responses == 0:
         return naive.token_logps(model, batch)
-    before, target, first_of = _scored(batch)
+    before, target, first_target = _scored(batch)
     device = batch.input_ids.device
     positions = torch.tensor(before, device=device)
     targets = batch.input_ids[torch.tensor(target, device=device)]
     inputs = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
-        # Taken for a finished mask, and ignored; without one, a model looks at position ids and waits for the device.
+        # Models take a mask of four dimensions as finished, and forest attention ignores it. Without a mask, a model
+        # would look for packed rows in the position ids, which synchronises with the GPU.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
         "use_cache": False,
         "forest": ForestLayout(batch.segment_start, batch.segment_parent),
@@ -38,28 +44,35 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
     with layout_given():
         if lm_head.plain_head(model) is not None:
             scored = lm_head.logps_of(model, positions, targets, **inputs)
-        else:  # a head with an adapter, or quantised: its logits are held whole
+        else:
+            # A head with an adapter, or a quantised one, runs as it is, so that its logits exist all at once.
             logits = model(**inputs, logits_to_keep=positions).logits[0]
             scored = naive.logps_from(logits, targets)
-    if list(first_of) == batch.leaf:
-        return scored  # each scored segment is a response, in their order: nothing to put in place
+    if list(first_target) == batch.leaf:
+        # Each scored segment is one whole response, and they are in order already.
+        return scored
     start = batch.segment_start
-    places = chain.from_iterable(
-        range(first_of[s], first_of[s] + start[s + 1] - start[s])
+    order = chain.from_iterable(
+        range(first_target[s], first_target[s] + start[s + 1] - start[s])
         for response in range(batch.num_responses)
         for s in batch.path(response)
         if batch.segment_scored[s]
     )
-    return scored[torch.tensor(list(places), device=device)]
+    return scored[torch.tensor(list(order), device=device)]
 
 
 def _scored(batch: PackedBatch) -> tuple[list[int], list[int], dict[int, int]]:
-    """Of each scored token, the position before it on its path and its own; and where each segment's begin."""
-    before, target, first_of = list[int](), list[int](), dict[int, int]()
+    """Returns which position scores which token.
+
+    Returns:
+        Two lists with one entry per scored token, its predecessor's position on the path and its own position, and the
+        index in these lists at which each scored segment begins.
+    """
+    before, target, first_target = list[int](), list[int](), dict[int, int]()
     for segment, parent in enumerate(batch.segment_parent):
         if batch.segment_scored[segment]:
             begin, end = batch.segment_start[segment], batch.segment_start[segment + 1]
-            first_of[segment] = len(target)
+            first_target[segment] = len(target)
             before += [batch.segment_start[parent + 1] - 1, *range(begin, end - 1)]
             target += range(begin, end)
-    return before, target, first_of
+    return before, target, first_target

@@ -1,8 +1,9 @@
 """The kernels that compute shared-prefix attention, as a table, and the choice among them.
 
-A kernel is an entry of `KERNELS`: why it cannot take a call (or None), and the function. `choose` takes the first that
-can. A kernel that depends on the machine is first tried on a tiny case, in both directions, against `written out`: a
-GPU's generation, a library's version or a head that is too wide then costs time, and never a run or its numbers.
+A kernel is an entry of `KERNELS`: a check that says why it cannot take a call, and the function that computes it.
+`choose` takes the first kernel that has no obstacle. A kernel that depends on the machine is tried first: it runs a
+tiny case forward and backward, and its results are compared with those of `written out`. An old GPU, another version of
+torch or a head that is too wide then makes training slower, but neither stops it nor changes its numbers.
 """
 
 import contextlib
@@ -40,10 +41,10 @@ class Options:
     """How a layer computes its scores.
 
     Attributes:
-        scaling: Factor of q·k. None: 1/√width.
+        scaling: Factor of q·k, or None for 1/√width.
         window: Sliding window in tokens (distance < window), or None.
         softcap: c in c·tanh(q·k scaling / c), or None.
-        sinks: Logit of a sink for each head, which takes probability and gives no value, or None.
+        sinks: Logit of each head's sink, or None. A sink takes part in the softmax and has no value.
     """
 
     scaling: float | None = None
@@ -54,10 +55,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice of a kernel depends on: all calls of a layer, and of layers like it, are one `Call`.
+    """Everything that the choice of a kernel depends on.
+
+    All calls of a layer, and of layers like it, are equal as `Call`s, so that the choice is made once.
 
     Attributes:
-        device: Where the tensors are.
+        device: Device of the tensors.
         capability: Compute capability of the GPU, or None on other devices.
         dtype: Type of queries, keys and values, after autocast.
         heads: Number of query heads.
@@ -82,7 +85,7 @@ class Call:
 
     @classmethod
     def of(cls, query: Query, key: Key, value: Value, options: Options) -> "Call":
-        """Describes a call by its tensors and options."""
+        """Describes the call that has these tensors and options."""
         return cls(
             query.device,
             torch.cuda.get_device_capability(query.device) if query.is_cuda else None,
@@ -102,7 +105,7 @@ class Kernel:
     """One way to compute attention over a layout.
 
     Attributes:
-        name: What logs call it.
+        name: Name of the kernel in logs.
         obstacle: Why the kernel cannot take a call, or None if it can.
         run: Computes the attention from queries, keys, values, layout and options.
         is_tried: Whether it is tried on a tiny case before its first call.
@@ -115,14 +118,23 @@ class Kernel:
 
 
 def attend(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
-    """Attention of each token to its path, by the first kernel of `KERNELS` that takes the call.
+    """Computes the attention of each token to its path, by the first kernel of `KERNELS` that takes the call.
 
     Args:
-        query: Queries after rotary embedding.
-        key: Keys after rotary embedding, not repeated for grouped queries.
-        value: Values, not repeated either.
+        query: Queries after rotary embedding, (1, heads, tokens, width).
+        key: Keys after rotary embedding, (1, kv_heads, tokens, width), not repeated for grouped queries.
+        value: Values, (1, kv_heads, tokens, value_width), not repeated either.
         layout: Which tokens attend to which.
         options: How scores are computed.
+
+    Returns:
+        The attended values, (1, tokens, heads, value_width), as transformers' attention functions return them.
+
+    Example:
+        >>> from infopo.logps.layout import ForestLayout
+        >>> row = torch.zeros(1, 2, 7, 8)  # 2 heads, 7 tokens, width 8
+        >>> attend(row, row, row, ForestLayout([0, 3, 5, 7], [-1, 0, 0]), Options()).shape
+        torch.Size([1, 7, 2, 8])
     """
     query, key, value = as_under_autocast(query, key, value)
     kernel = choose(Call.of(query, key, value, options))
@@ -130,10 +142,10 @@ def attend(query: Query, key: Key, value: Value, layout: ForestLayout, options: 
 
 
 def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the type that matrix products have under autocast.
+    """Returns the tensors in the type that matrix products have under autocast, or as they are without autocast.
 
-    Rotary embeddings leave queries and keys in float32 there, and values are in half precision. A kernel that is no
-    operation of autocast's list needs one type for the three.
+    Under autocast, rotary embeddings leave queries and keys in float32 while values are in half precision. Kernels that
+    autocast does not know need all three in one type. Float64 stays as it is, as autocast leaves it.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -146,9 +158,14 @@ _chosen: dict[Call, Kernel] = {}
 
 
 def choose(call: Call) -> Kernel:
-    """The first kernel of the table that takes the call and, if it has to be tried, works on this machine.
+    """Returns the first kernel of the table that takes the call and, if it has to be tried, works on this machine.
 
-    The choice is made once for each kind of call, and logged with the reasons why the kernels before it are not taken.
+    The choice is made once for each distinct `Call`. It is logged, with the reasons why earlier kernels are not taken.
+
+    Example:
+        >>> call = Call(torch.device("cpu"), None, torch.float32, heads=2, kv_heads=2, width=8, value_width=8)
+        >>> choose(call).name
+        'sdpa'
     """
     if call not in _chosen:
         reasons = []
@@ -163,13 +180,17 @@ def choose(call: Call) -> Kernel:
 
 
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest error in a trial, relative to the largest value: a few roundings of the type. A wrong kernel is off by more.
-Other types: 1e-2, because a GPU may compute float32 products in TF32."""
+"""Largest error that a trial allows, relative to the largest value. It is a few roundings of the type, and a wrong
+kernel is off by more. Types that are not listed have 1e-2, because a GPU may compute float32 products in TF32."""
 
 
 def failure(kernel: Kernel, call: Call) -> str | None:
-    """Why a kernel does not work for a call on this machine, or None if it does. A failure is logged as a warning."""
-    # In a thread of its own, where the autograd state of the forward pass around this (checkpointing) is not.
+    """Returns why a kernel does not work for a call on this machine, or None if it does.
+
+    A failure is logged as a warning.
+    """
+    # The choice is made within a model's forward pass. A thread of its own has none of that pass's autograd state, such
+    # as the hooks with which activation checkpointing replaces saved tensors.
     with ThreadPoolExecutor(1) as pool:
         error = pool.submit(_try, kernel, call).exception()
     if error is None:
@@ -179,7 +200,7 @@ def failure(kernel: Kernel, call: Call) -> str | None:
 
 
 def _try(kernel: Kernel, call: Call) -> None:
-    """Runs a prompt with two responses forward and backward; raises if the kernel does, or if it is wrong."""
+    """Runs a prompt with two responses forward and backward, and raises if the kernel fails or is wrong."""
     layout = ForestLayout([0, 130, 140, 150], [-1, 0, 0])
     generator = torch.Generator().manual_seed(0)
     shapes = ((call.heads, call.width), (call.kv_heads, call.width), (call.kv_heads, call.value_width))
@@ -224,15 +245,15 @@ def _arguments(function: Any) -> frozenset[str]:
 
 
 def _by_varlen(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
-    """All runs in one call. If a run has fewer queries than keys, its queries are the last ones."""
+    """Computes all runs in one call, in which the queries of a run are aligned with the last of its keys."""
     runs = range(len(layout.sizes))
-    # Parts put together, not rows gathered: the gradient of a gather adds up in no fixed order.
+    # The parts are concatenated, because the gradient of a gather (indexing) adds up in no fixed order on a GPU.
     k, v = (
         torch.cat([part for run in runs for part in _seen(parts, layout, run)], dim=2)[0].transpose(0, 1)
         for parts in (_by_run(key, layout), _by_run(value, layout))
     )
     ends_of_queries, ends_of_keys = layout.ends(query.device)
-    # torch 2.11 takes groups as they are, and has no such argument.
+    # torch 2.11 takes grouped heads as they are and has no such argument. Later versions refuse them without it.
     is_grouped = (
         {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _arguments(varlen_attn) else {}
     )
@@ -269,7 +290,8 @@ def _flex_kernel(backend: str = "inductor") -> Any:
     limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        # A graph for each combination of windows, frozen projections and gradients; 8 by default, then no kernel.
+        # Each combination of windows, frozen projections and gradients needs a graph of its own. Beyond the default
+        # limit of 8 graphs, a function that is compiled with `fullgraph` raises.
         with settings.patch({limit: 64}):
             return compiled(*args, **kwargs)
 
@@ -277,9 +299,14 @@ def _flex_kernel(backend: str = "inductor") -> Any:
 
 
 def _by_flex(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
-    """The whole row in one kernel. A sink takes e^sink / (e^sink + Σ e^score) of each head's probability."""
+    """Computes the whole row in one call, with soft cap and sinks.
+
+    A sink takes the share e^sink / (e^sink + Σ e^score) of each head's probability, so the output without sinks is
+    scaled by what remains, σ(log Σ e^score - sink).
+    """
     device, softcap = query.device, options.softcap
-    cap = torch.full((), softcap or 0.0, device=device)  # a tensor, as in the mask
+    # The cap enters as a tensor, because flex_attention would be compiled again for each Python number.
+    cap = torch.full((), softcap or 0.0, device=device)
     output, log_total = _flex_kernel()(
         query,
         key,
@@ -291,8 +318,8 @@ def _by_flex(query: Query, key: Key, value: Value, layout: ForestLayout, options
         return_lse=True,
     )
     if options.sinks is not None:
-        kept = torch.sigmoid(log_total - options.sinks.to(log_total.dtype)[None, :, None])
-        output = (output * kept[..., None]).to(value.dtype)
+        remaining = torch.sigmoid(log_total - options.sinks.to(log_total.dtype)[None, :, None])
+        output = (output * remaining[..., None]).to(value.dtype)
     return output.transpose(1, 2)
 
 
@@ -308,7 +335,7 @@ def _by_sdpa(query: Query, key: Key, value: Value, layout: ForestLayout, options
     for q, k, v, run in _runs(query, key, value, layout):
         mask = layout.mask(run, options.window, query.device)
         if mask is not None and query.device.type == "cuda":
-            # No fused kernel there has both a mask and groups.
+            # No fused kernel on a GPU takes both a mask and grouped heads, so keys and values are repeated.
             k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (k, v))
         outputs.append(
             F.scaled_dot_product_attention(
@@ -323,7 +350,7 @@ def _by_sdpa(query: Query, key: Key, value: Value, layout: ForestLayout, options
 
 
 def _written_out(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
-    """softmax over all scores of a run at once: takes every call, and defines what the others compute."""
+    """Computes the softmax over all scores of a run at once, and so defines what the other kernels compute."""
     outputs = []
     for q, k, v, run in _runs(query, key, value, layout):
         mask = layout.mask(run, options.window, query.device)
@@ -351,14 +378,14 @@ def _softmax_attention(
 
 
 def _by_run(tensor: Tensor, layout: ForestLayout) -> Sequence[Tensor]:
-    # Split, not sliced: the gradient of a slice is as large as the whole.
+    # The gradient of `split` is one concatenation. The gradient of each slice would be as large as the whole tensor.
     return tensor.split(layout.sizes, dim=2)
 
 
 def _runs(
     query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Queries of each run, the keys and values that they may see, and the run's number."""
+    """Yields the queries of each run, the keys and values that they may see, and the run's index."""
     queries, keys, values = (_by_run(t, layout) for t in (query, key, value))
     for run, before in enumerate(layout.context):
         k, v = (torch.cat(_seen(t, layout, run), dim=2) if before else t[run] for t in (keys, values))
@@ -366,14 +393,17 @@ def _runs(
 
 
 def _seen(parts: Sequence[Tensor], layout: ForestLayout, run: int) -> list[Tensor]:
-    """Keys (or values) that a run sees, oldest first: those of its context, then its own."""
+    """Returns the keys (or values) that a run sees, oldest first: those of its context, then its own."""
     return [*(parts[other][:, :, :tokens] for other, tokens in layout.context[run]), parts[run]]
 
 
+# The fastest come first. Varlen and flex compute the whole row in one call, and their obstacles exclude each other:
+# flex is for soft caps and sinks, which varlen lacks. SDPA needs a call, and often a dense mask, per run, but works on
+# every device. The last one forms the scores as they are defined, and therefore takes every call.
 KERNELS: tuple[Kernel, ...] = (
     Kernel("varlen", _varlen_obstacle, _by_varlen, is_tried=True),
     Kernel("flex", _flex_obstacle, _by_flex, is_tried=True),
     Kernel("sdpa", _sdpa_obstacle, _by_sdpa),
     Kernel("written out", lambda call: None, _written_out),
 )
-"""In the order of preference: one call for the whole row, then one per run, and last what takes every call."""
+"""All kernels in the order in which `choose` asks them."""

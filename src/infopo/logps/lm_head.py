@@ -1,6 +1,6 @@
-"""Chunked LM head: hidden states of scored positions -> log-probs, never the whole (tokens, vocabulary) matrix.
+"""Chunked LM head: hidden states of scored positions -> log-probs, without the whole (tokens, vocabulary) matrix.
 
-`token_logps` is the function; `logps_of` has a model of transformers use it within its own forward pass, so that
+`token_logps` is the function. `logps_of` makes a model of transformers use it within its own forward pass, so that
 wrappers which shard or gather the head's weight see the call that they expect.
 """
 
@@ -16,23 +16,29 @@ from torch import Tensor, nn
 from infopo.errors import LogpsError
 from infopo.logps.wrappers import base_of
 
-TILE = {"cpu": 2**20}
-"""Logits at a time, by device type: on a CPU, what stays in its cache."""
-TILE_ELSEWHERE = 2**26
-COLUMNS = {"cpu": 1024}
-"""Tokens of the vocabulary at a time; all of them where no entry says otherwise."""
+TILE_LOGITS = {"cpu": 2**20}
+"""Logits that are computed at a time, by device type. A CPU is fastest if they stay in its cache."""
+DEFAULT_TILE_LOGITS = 2**26
+"""Logits at a time on devices that `TILE_LOGITS` does not list."""
+TILE_COLUMNS = {"cpu": 1024}
+"""Tokens of the vocabulary in a tile, by device type. Other devices take the whole vocabulary."""
 
-KEPT = 2**24
-"""Logits (64 MiB in float32) that are kept for the backward pass, which computes all others again."""
+KEPT_LOGITS = 2**24
+"""Largest number of logits (64 MiB in float32) that are kept for the backward pass, which computes the others again.
+A tile is kept whole or not at all."""
 
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model does to the logits of its head: z -> u = c·tanh(s z / c), without the cap: u = s z.
+    """What a model does to the logits z of its head: u = c·tanh(s z / c), or u = s z without a cap.
 
     Attributes:
         scale: s.
         softcap: c, or None.
+
+    Example:
+        >>> LogitMap(scale=0.5).apply_(torch.tensor([[2.0, 4.0]]))
+        tensor([[1., 2.]])
     """
 
     scale: float = 1.0
@@ -40,7 +46,7 @@ class LogitMap:
 
     @classmethod
     def of(cls, model: nn.Module) -> "LogitMap":
-        """The map that `learn_map` has found, else what settings say (Gemma's cap, Granite's divisor)."""
+        """Returns the map that `learn_map` measured, else what settings say (Gemma's cap, Granite's divisor)."""
         learnt = getattr(model, _MAP, None)
         if learnt is not None:
             return learnt
@@ -49,7 +55,7 @@ class LogitMap:
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """In place: z -> u."""
+        """Replaces z by u, in place."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -64,17 +70,22 @@ def token_logps(
     targets: Int[Tensor, " scored"],
     logit_map: LogitMap | None = None,
 ) -> Float[Tensor, " scored"]:
-    """u_y − log Σ_v exp(u_v) with u = map(W h + b), in nats, in float32 at least.
+    """Returns u_y − log Σ_v exp(u_v) with u = map(W h + b), in nats, in float32 at least.
 
-    Under autocast the product is taken in autocast's precision, as the head itself would. Exact for any gradient
-    weights; at most `TILE` logits exist at a time beside the `KEPT` ones.
+    Values and gradients are those of the whole logits, for any weights of the gradient. At most `TILE_LOGITS` logits
+    exist at a time, beside the `KEPT_LOGITS` that wait for the backward pass. Under autocast the product is computed in
+    autocast's precision, as by the head itself.
 
     Args:
         hidden: Last hidden state before each scored token.
-        weight: Of the head.
-        bias: Of the head.
-        targets: Token ids.
-        logit_map: What the model does to its logits.
+        weight: The head's weight W.
+        bias: The head's bias b, or None.
+        targets: Id of each scored token, y.
+        logit_map: What the model does to its logits. By default nothing.
+
+    Example:
+        >>> token_logps(torch.ones(1, 2), torch.zeros(4, 2), None, torch.tensor([3]))  # -log 4
+        tensor([-1.3863])
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -91,11 +102,11 @@ class _TokenLogps(torch.autograd.Function):
         target_logit = hidden.new_zeros(len(hidden), dtype=exact)
         lse = hidden.new_full((len(hidden),), -torch.inf, dtype=exact)
         kept: dict[tuple[int, int], Tensor] = {}
-        room = KEPT if any(ctx.needs_input_grad) else 0
+        room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
         for rows, columns in _tiles(hidden, weight):
             logits = logit_map.apply_(_logits(hidden[rows], weight[columns], bias, columns))
-            inside, place = _targets_in(targets[rows], columns)
-            target_logit[rows] += logits.gather(1, place)[:, 0].where(inside, 0.0)
+            is_inside, column = _targets_in(targets[rows], columns)
+            target_logit[rows] += logits.gather(1, column)[:, 0].where(is_inside, 0.0)
             lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=1))
             if logits.numel() <= room:
                 room -= logits.numel()
@@ -110,22 +121,23 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         logit_map: LogitMap = ctx.logit_map
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        # Sums over tiles, in the precision of the sum; a gradient of the weight is as large as the weight.
+        # d_hidden is a sum over column tiles, and adds up in float32 at least. d_weight is a sum over row tiles, and
+        # adds up in the weight's own type, because it is as large as the weight.
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if to_hidden else None
         d_weight = torch.zeros_like(weight) if to_weight else None
         d_bias = torch.zeros_like(bias) if to_bias else None
         for rows, columns in _tiles(hidden, weight):
-            # Taken away, for it is changed below: a second backward pass computes it anew.
+            # A kept tile is removed, because it is changed in place below. A second backward pass computes it again.
             u = ctx.kept.pop((rows.start, columns.start), None)
             if u is None:
                 u = logit_map.apply_(_logits(hidden[rows], weight[columns], bias, columns))
             slope = None if logit_map.softcap is None else 1 - (u / logit_map.softcap).square_()
-            inside, place = _targets_in(targets[rows], columns)
+            is_inside, column = _targets_in(targets[rows], columns)
             g = grad[rows, None]
-            d_logits = u.sub_(lse[rows, None]).exp_().mul_(-g)  # ∂L/∂u = g (onehot(y) − softmax(u))
-            d_logits.scatter_add_(
-                1, place, g.where(inside[:, None], 0.0)
-            )  # one target a row: in a fixed order
+            # ∂L/∂u = g (onehot(y) − softmax(u))
+            d_logits = u.sub_(lse[rows, None]).exp_().mul_(-g)
+            # There is one target per row, so nothing adds up in an order that could change.
+            d_logits.scatter_add_(1, column, g.where(is_inside[:, None], 0.0))
             if slope is not None:
                 d_logits.mul_(slope)
             if logit_map.scale != 1.0:
@@ -141,9 +153,10 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yields the rows (scored tokens) and columns (vocabulary) of each tile of logits."""
     vocabulary = len(weight)
-    width = min(COLUMNS.get(hidden.device.type, vocabulary), vocabulary)
-    height = max(1, TILE.get(hidden.device.type, TILE_ELSEWHERE) // width)
+    width = min(TILE_COLUMNS.get(hidden.device.type, vocabulary), vocabulary)
+    height = max(1, TILE_LOGITS.get(hidden.device.type, DEFAULT_TILE_LOGITS) // width)
     for column in range(0, vocabulary, width):
         for row in range(0, len(hidden), height):
             yield slice(row, min(row + height, len(hidden))), slice(column, min(column + width, vocabulary))
@@ -151,7 +164,8 @@ def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.dtype != exact and hidden.is_cuda:  # products of halves, summed and returned in float32
+    if hidden.dtype != exact and hidden.is_cuda:
+        # A GPU multiplies half precision, and sums and returns in float32. A CPU has no such product.
         logits = torch.mm(hidden, weight.T, out_dtype=exact)
     else:
         logits = hidden.to(exact) @ weight.to(exact).T
@@ -159,10 +173,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice)
 
 
 def _targets_in(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in these columns, and where, (rows, 1); no wait for the device."""
-    place = targets - columns.start
-    inside = (place >= 0) & (targets < columns.stop)
-    return inside, place.clamp(0, columns.stop - columns.start - 1)[:, None]
+    """Returns which targets lie in these columns, (rows,), and their column in the tile, (rows, 1).
+
+    A target outside of the tile gets some column of the tile, which the caller masks. Selecting the targets inside
+    instead would synchronise with the GPU.
+    """
+    column = targets - columns.start
+    is_inside = (column >= 0) & (targets < columns.stop)
+    return is_inside, column.clamp(0, columns.stop - columns.start - 1)[:, None]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -175,11 +193,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 # ---- inside a model ----------------------------------------------------------------------------------------------
 
 _MAP = "_infopo_logit_map"
-"""Attribute of a model: what it does to its logits, as it was found out. None: nothing that `LogitMap` can say."""
+"""Attribute of a model for its measured `LogitMap`. It is None if no such map describes what the model does."""
 
 
 def learn_map(model: nn.Module) -> None:
-    """Finds out what a model does to the logits of its head, by one token for which the head returns known numbers.
+    """Measures what a model does to the logits of its head, by one token for which the head returns known numbers.
 
     Settings have other names and other senses in each architecture (Granite divides its logits by `logits_scaling`,
     HyperCLOVA X multiplies by it, MiniCPM3 divides the hidden states), so they are believed only if they explain the
@@ -196,7 +214,8 @@ def learn_map(model: nn.Module) -> None:
 
     def known_numbers(head: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
         grid = torch.linspace(-100.0, 100.0, logits.numel(), dtype=torch.float32)
-        grid[0], grid[-1] = 1.0, 1e9  # the cap shows at the end, and the factor where the cap does little
+        # A large number shows the cap, and a small one, on which the cap has little effect, shows the factor.
+        grid[0], grid[-1] = 1.0, 1e9
         calls.append(grid.reshape(logits.shape))
         return calls[-1].to(logits.device)
 
@@ -205,7 +224,8 @@ def learn_map(model: nn.Module) -> None:
         with torch.no_grad():
             ids = torch.zeros(1, 1, dtype=torch.long, device=base.get_input_embeddings().weight.device)
             mapped = base(input_ids=ids, use_cache=False).logits.float().cpu()
-    except Exception:  # the self-test stays
+    except Exception:
+        # Such a model keeps what its settings say, and the self-test at start-up still checks its numbers.
         return
     finally:
         handle.remove()
@@ -213,20 +233,29 @@ def learn_map(model: nn.Module) -> None:
 
 
 def _explained(said: LogitMap, calls: list[Tensor], mapped: Tensor) -> LogitMap | None:
-    """The map, of what settings say and what was measured, that turns the numbers of the head into these logits."""
+    """Returns the map, said by settings or measured, that turns the head's numbers into these logits, or None."""
     if len(calls) != 1 or calls[0].shape != mapped.shape:
         return None
     first, last = float(mapped.flatten()[0]), float(mapped.flatten()[-1])
     maps = [said, LogitMap(scale=first)]
-    if 0 < abs(first) < last < 1e6:  # tanh has long reached 1
+    # If there is a cap, tanh has reached 1 at the last number, so that the last logit is the cap.
+    if 0 < abs(first) < last < 1e6:
         maps.append(LogitMap(last * math.atanh(first / last), last))
     fits = (m for m in maps if torch.allclose(m.apply_(calls[0].clone()), mapped, rtol=1e-5, atol=1e-5))
     return next(fits, None)
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The output layer, if it is a linear layer and nothing more: no adapter, quantisation or offloading, and the model
-    does nothing to its logits beside a factor and a cap.
+    """Returns the output layer if its log-probs can be computed in tiles, else None.
+
+    It must be a linear layer without adapter, quantisation or offloading, and the model may do no more to its logits
+    than a `LogitMap` does.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> plain_head(LlamaForCausalLM(LlamaConfig(vocab_size=4, **tiny)))
+        Linear(in_features=8, out_features=4, bias=False)
     """
     base = base_of(model)
     if getattr(base, _MAP, LogitMap()) is None:
@@ -241,25 +270,28 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     return head if is_plain else None
 
 
-def _is_gathered(holders: Sequence[nn.Module], weight: Tensor) -> bool:
-    """Whether FSDP2, and nothing else, has cut the weight up: it is whole, and plain, while the model runs."""
+def _is_gathered(modules: Sequence[nn.Module], weight: Tensor) -> bool:
+    """Returns whether FSDP2, and nothing else, has sharded the weight, which is then whole while the model runs."""
     if not hasattr(weight, "device_mesh"):
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return weight.device_mesh.ndim == 1 and any(isinstance(holder, FSDPModule) for holder in holders)
+    return weight.device_mesh.ndim == 1 and any(isinstance(module, FSDPModule) for module in modules)
 
 
 def logps_of(
     model: nn.Module, positions: Int[Tensor, " scored"], targets: Int[Tensor, " scored"], **inputs: Any
 ) -> Float[Tensor, " scored"]:
-    """Log-probs of `targets` at `positions`: one call of a model with a plain head, which gives no logits in it.
+    """Calls a model whose head computes the log-probs of `targets` at `positions` instead of logits.
+
+    The chunked head runs in two hooks around the model's own head. They are there for this one call: weights that are
+    sharded are whole only then, and the model is not changed afterwards.
 
     Args:
-        model: With a `plain_head`, and whatever wrappers.
-        positions: Into the rows x width positions of the inputs, flattened.
+        model: A model with a `plain_head`, in any wrappers.
+        positions: Indices into the flattened (rows, width) positions of the inputs. Each is one before its target.
         targets: Token ids.
-        inputs: What the model is called with.
+        inputs: Keyword arguments of the model.
 
     Raises:
         LogpsError: The model does not call its output layer.
@@ -267,29 +299,30 @@ def logps_of(
     head = plain_head(model)
     assert head is not None
     logit_map = LogitMap.of(base_of(model))
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     states: list[Tensor] = []
 
     def before(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         states.append(args[0])
-        return (args[0][:, :0],)  # the head itself computes nothing
+        # The head itself gets no position, so that it computes no logits.
+        return (args[0][:, :0],)
 
-    def after(head: nn.Linear, args: tuple[Tensor], nothing: Tensor) -> Tensor:
+    def after(head: nn.Linear, args: tuple[Tensor], no_logits: Tensor) -> Tensor:
         hidden = states.pop().flatten(0, 1)[positions]
-        found.append(token_logps(hidden, head.weight, head.bias, targets, logit_map))
-        return found[-1][None, :, None]
+        results.append(token_logps(hidden, head.weight, head.bias, targets, logit_map))
+        return results[-1][None, :, None]
 
-    # First among the hooks after the head: a wrapper that takes its weight away again does so in one of them.
+    # This hook comes first among those after the head, because a wrapper shards the weight again in one of them.
     handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after, prepend=True)]
     try:
         output = model(**inputs).logits
     finally:
         for handle in handles:
             handle.remove()
-    if len(found) != 1:
+    if len(results) != 1:
         raise LogpsError(
             f"{type(base_of(model)).__name__} does not call its output layer once: set logps_path to 'naive'"
         )
-    # The model has put its map on what the head returned, so the head's own result is taken; but the gradient passes
-    # the output too, where wrappers that gather weights for the backward pass listen for it.
-    return found[0] + 0.0 * output.flatten()
+    # The model has applied its map to what the head returned, so its output is wrong and the result of the hook counts.
+    # The gradient passes through the output too, because wrappers that gather weights for the backward pass wait there.
+    return results[0] + 0.0 * output.flatten()

@@ -1,4 +1,4 @@
-"""One padded row a response, full logits: slow, short, and the definition of correct.
+"""The slow path: one padded row per response, and the whole logits. It is short, and defines what is correct.
 
 Every faster path must agree with this one in values and gradients.
 """
@@ -13,17 +13,23 @@ from infopo.records import PackedBatch
 
 
 def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " response_tokens"]:
-    """log π(y_t | x, y_<t) of every token of every response (nats), response after response.
+    """Returns log π(y_t | x, y_<t) of every token of every response (nats), response after response.
 
-    A response's first token is scored from the last position before it. Logits are taken to float32 at least
-    before they are normalised. A batch without responses runs one token through the model, so that ranks which
-    have run short of rows still take part in the collectives of the forward and backward pass.
+    A response's first token is scored from the last position before it. Logits are converted to float32 at least before
+    they are normalised. A batch without responses runs one token through the model, so that a rank which has run short
+    of rows still takes part in the collectives of the forward and backward pass.
+
+    Args:
+        model: Any causal language model.
+        batch: The packed segments, on the model's device.
     """
     inputs, is_scored = padded_rows(batch)
     input_ids, device = inputs["input_ids"], batch.input_ids.device
     logits = model(**inputs, use_cache=False).logits
-    logits = logits[:, -input_ids.shape[1] :]  # prompt tuning puts virtual tokens before the row
-    row, position = torch.nonzero(is_scored, as_tuple=True)  # on the host: no wait for the device
+    # Prompt tuning puts virtual tokens before each row, whose logits come first.
+    logits = logits[:, -input_ids.shape[1] :]
+    # The mask is on the CPU, because `nonzero` of a tensor on a GPU would synchronise with it.
+    row, position = torch.nonzero(is_scored, as_tuple=True)
     logits = logits[row.to(device), position.to(device) - 1]
     return logps_from(logits, input_ids[row.to(device), position.to(device)])
 
@@ -31,7 +37,12 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
 def logps_from(
     logits: Float[Tensor, "scored vocabulary"], targets: Int[Tensor, " scored"]
 ) -> Float[Tensor, " scored"]:
-    """log softmax(logits) at the targets (nats), in float32 at least."""
+    """Returns log softmax(logits) at the targets (nats), in float32 at least.
+
+    Example:
+        >>> logps_from(torch.zeros(1, 4), torch.tensor([3]))  # -log 4
+        tensor([-1.3863])
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
 
@@ -39,7 +50,11 @@ def logps_from(
 def padded_rows(
     batch: PackedBatch,
 ) -> tuple[dict[str, Int[Tensor, "rows width"]], Bool[Tensor, "rows width"]]:
-    """Input ids and attention mask of one row a response, and (on the host) which positions are scored."""
+    """Lays each response out as a row of its own, after its prompt and padded on the right.
+
+    Returns:
+        `input_ids` and `attention_mask` on the batch's device, and on the CPU the mask of scored positions.
+    """
     paths = [batch.path(response) for response in range(batch.num_responses)]
     spans = [[(batch.segment_start[s], batch.segment_start[s + 1]) for s in path] for path in paths]
     width = max((sum(end - begin for begin, end in row) for row in spans), default=1)
@@ -52,8 +67,10 @@ def padded_rows(
             is_scored[response, stop - (end - begin) : stop] = batch.segment_scored[segment]
     is_token = rows >= 0
     if batch.num_responses == 0:
-        is_token[:] = True  # a row that attends to nothing would give NaN
+        # A row that attends to nothing would give NaN.
+        is_token[:] = True
     device = batch.input_ids.device
-    tokens = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)])  # -1, padding, finds the last entry
+    # Padding has the index -1, which finds the added last entry.
+    tokens = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)])
     inputs = {"input_ids": tokens[rows.to(device)], "attention_mask": is_token.long().to(device)}
     return inputs, is_scored

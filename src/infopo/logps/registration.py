@@ -1,8 +1,8 @@
-"""Shared-prefix attention as transformers sees it: an attention implementation with a name.
+"""Registers shared-prefix attention with transformers as attention implementations that have names.
 
-There is one name for each implementation that it stands in for. Without a layout (in generation, and for padded rows)
-a call goes on to that implementation with its mask. The layout reaches the attention as an extra keyword of the model,
-through checkpointing, adapters and wrappers alike.
+There is one name for each implementation that is replaced. A call without a layout (in generation, and for padded rows)
+is passed on to the replaced implementation, with its mask. The layout reaches the attention layers as an extra keyword
+argument of the model, which checkpointing, adapters and wrappers pass through.
 """
 
 import contextlib
@@ -22,22 +22,23 @@ from infopo.logps.layout import ForestLayout
 
 # The names must not contain "sdpa", "eager" or "flash": transformers tests for these substrings.
 NAMES = {"sdpa": "infopo_forest", "eager": "infopo_forest_plain"}
-"""Implementation that a model was loaded with -> name under which the forest stands in for it."""
+"""Attention implementation that a model was loaded with -> name of the implementation that replaces it."""
 
 _WITHOUT_EFFECT = {
     "position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "output_hidden_states",
     "return_dict", "num_items_in_batch", "is_causal",
 }  # fmt: skip
-"""Keywords that attention functions receive and that change nothing here. Any other is refused, not swallowed."""
+"""Keywords that attention functions receive and that change nothing here. `forest_attention` refuses any other."""
 
 WAY_OUT = ": set logps_path to 'naive'"
+"""End of each error message of this module: what a user can do about it."""
 
 _has_layout: ContextVar[bool] = ContextVar("infopo_has_layout", default=False)
 
 
 @contextlib.contextmanager
 def layout_given() -> Iterator[None]:
-    """Within it, models build no mask: the layout says who attends to whom."""
+    """Keeps models from building attention masks within the block, because the layout takes their place."""
     token = _has_layout.set(True)
     try:
         yield
@@ -59,27 +60,31 @@ def forest_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Output, None]:
-    """Attention of each token to its path: softmax(q·k scaling) v over ancestors and earlier tokens of its segment.
+    """Computes softmax(q·k scaling) v of each token over its path: ancestors, and earlier tokens of its segment.
 
-    The signature is that of transformers' attention functions.
+    The signature is that of transformers' attention functions. A keyword that is not known is refused, because a window
+    or a sink that is ignored would change the numbers without a word.
 
     Args:
         module: The attention layer.
-        query: Queries after rotary embedding.
-        key: Keys after rotary embedding, not repeated for grouped queries.
-        value: Values, not repeated either.
+        query: Queries after rotary embedding, (1, heads, tokens, width).
+        key: Keys after rotary embedding, (1, kv_heads, tokens, width), not repeated for grouped queries.
+        value: Values, (1, kv_heads, tokens, value_width), not repeated either.
         layout: Which tokens attend to which.
-        scaling: Factor of q·k. None: 1/√width.
-        dropout: Must be 0, because responses would share their prompt's mask.
-        sliding_window: Distance (tokens) from which keys are out of sight.
-        softcap: c in c·tanh(q·k scaling / c).
-        s_aux: Logit of a sink for each head, which takes probability and gives no value.
-        kwargs: Keywords without effect on attention.
+        scaling: Factor of q·k, or None for 1/√width.
+        dropout: Must be 0, because responses of one prompt would share the prompt's dropout mask.
+        sliding_window: Distance in tokens from which on keys are not seen, or None.
+        softcap: c in c·tanh(q·k scaling / c), or None.
+        s_aux: Logit of each head's sink, or None. A sink takes part in the softmax and has no value.
+        kwargs: Keywords that have no effect on attention.
+
+    Returns:
+        The attended values, (1, tokens, heads, value_width), and None for the attention weights.
 
     Raises:
         LogpsError: A keyword is given that this function does not honour.
     """
-    unknown = {name for name, given in kwargs.items() if given is not None} - _WITHOUT_EFFECT
+    unknown = {name for name, argument in kwargs.items() if argument is not None} - _WITHOUT_EFFECT
     if unknown or dropout:
         raise LogpsError(
             f"{type(module).__name__} asks for {', '.join(sorted(unknown)) or 'dropout'}, which shared-prefix "
@@ -88,7 +93,9 @@ def forest_attention(
     return attend(query, key, value, layout, Options(scaling, sliding_window, softcap, s_aux)), None
 
 
-def _stand_in(original: str) -> Any:
+def _replacement_of(original: str) -> Any:
+    """Returns the attention function and the mask function that replace an implementation of transformers."""
+
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -105,6 +112,7 @@ def _stand_in(original: str) -> Any:
                 f"{type(module).__name__} is not given the layout of its batch, because its model does not pass "
                 f"unknown keywords on{WAY_OUT}"
             )
+        # Transformers' table has no entry for eager attention, which each modeling file defines for itself.
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(original, plain)(
             module, query, key, value, attention_mask, **kwargs
@@ -117,6 +125,6 @@ def _stand_in(original: str) -> Any:
 
 
 for _original, _name in NAMES.items():
-    _attention, _mask = _stand_in(_original)
+    _attention, _mask = _replacement_of(_original)
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, _mask)

@@ -1,4 +1,4 @@
-"""The model of transformers under what others put around it."""
+"""Finds the model of transformers inside the wrappers that other libraries put around it."""
 
 from typing import Any
 
@@ -6,14 +6,25 @@ from torch import nn
 
 
 def base_of(model: nn.Module) -> Any:
-    """The model itself, without the wrappers that distribute it and without the one that holds its adapters."""
+    """Returns the model itself, without wrappers that distribute it (DDP) and without PEFT's, which has its adapters.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> base_of(inner) is inner
+        True
+    """
     while not hasattr(model, "config") and isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:
-    """Whether an adapter puts tokens before each row (prompt tuning and its kin)."""
+    """Returns whether an adapter puts virtual tokens before each row, as prompt tuning does.
+
+    Example:
+        >>> has_virtual_tokens(nn.Linear(2, 2))
+        False
+    """
     while not hasattr(model, "config") and isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     adapters = getattr(model, "peft_config", None) or {}
