@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from infopo.data.columns import names
+from infopo.data.published import is_transcript, transcript_of
 from infopo.errors import DataError
 from infopo.vocabulary import COLUMNS, CONVERSATION, IMAGE_COLUMNS, NEEDED, guessed
 
@@ -16,9 +19,10 @@ if TYPE_CHECKING:
 ANNOTATOR = re.compile(r"annotator\d+")
 
 _METADATA = re.compile(
-    r"(.*_)?(id|ids|idx|index|uuid|hash|source|dataset|subset|domain|model|models|lang|language|category|categories|"
-    r"type|kind|task|topic|split|url|link|date|time|timestamp|created|license|version|tag|tags|label|labels|winner|"
-    r"score|scores|rating|ratings|rank|reward|margin|difficulty|annotator|author|user|count|length|tokens)(_.*)?|"
+    r"(.*_)?(id|ids|idx|index|uuid|hash|model|models|score|scores|rating|ratings|rank|reward|url|timestamp)|"
+    r"(model|score|rating|rank|reward|num|is|id)_.*|"
+    r"source|dataset|subset|domain|lang|language|category|categories|type|topic|split|link|date|time|created|license|"
+    r"version|tag|tags|label|labels|winner|margin|difficulty|annotator|author|count|length|tokens|status|"
     r"__.*__|unnamed.*",
     re.IGNORECASE,
 )
@@ -177,7 +181,7 @@ def _begins_with_system(prompt: Text) -> bool:
 def _texts(value: object) -> Iterator[str]:
     """All text that was said, in a text, in messages or in rounds of a history."""
     if isinstance(value, str):
-        yield value
+        yield from _told(value)
     elif isinstance(value, Mapping):
         for key in ("content", "value", "text", "full_text"):
             if value.get(key) is not None:
@@ -185,6 +189,18 @@ def _texts(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
+
+
+def _told(text: str) -> Iterable[str]:
+    """The text, or what is told in it where it is a transcript or a JSON list of rounds."""
+    if is_transcript(text):
+        return [str(turn["content"]) for turn in transcript_of(text)]
+    if text.lstrip().startswith('["'):
+        with contextlib.suppress(ValueError, RecursionError):
+            rounds = json.loads(text)
+            if all(isinstance(each, str) for each in rounds):
+                return list(rounds)
+    return [text]
 
 
 def _squeezed(text: str) -> str:
