@@ -301,7 +301,7 @@ def test_only_what_the_generation_prompt_shares_with_the_prompts_own_turns_must_
     encoded = encoder.encode(chat_row())
     assert encoded.notes == (NOT_A_PREFIX, NOT_A_PREFIX)
     assert encoder.tokenizer.decode(encoded.example.prompt_ids) == "<s>user: The sky?\n<think>"
-    assert encoder.tokenizer.decode(encoded.example.chosen_ids[0]) == "blue.\n</s>"
+    assert encoder.tokenizer.decode(encoded.example.chosen_ids[0]) == "assistant: blue.\n</s>"
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():

@@ -56,6 +56,10 @@ class PreferenceRow:
     tools: list[Any] | None = None
 
 
+Spans = Sequence[tuple[int, int]]
+"""Begin and end of runs of tokens, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
     """One row in token ids: a prompt with n >= 0 chosen and m >= 0 rejected responses, n + m >= 1.
@@ -69,6 +73,9 @@ class PreferenceExample:
         row_id: See `PreferenceRow`.
         reference: log π_ref of each response (nats), chosen first; NaN where not computed. None: not computed.
         kl_ids: Token ids of responses to other prompts, of role `KL`; empty where no objective asks for them.
+        context: For each of `response_ids`, the spans (begin, end) of its tokens that are context and not scored: what
+            tools answered between turns of the policy. They lie within the response, in order, and its last token is
+            scored. Empty if every token of every response is scored.
     """
 
     prompt_ids: Sequence[int]
@@ -77,6 +84,7 @@ class PreferenceExample:
     row_id: str
     reference: Sequence[float] | None = None
     kl_ids: Sequence[Sequence[int]] = ()
+    context: Sequence[Spans] = ()
 
     @property
     def response_ids(self) -> list[Sequence[int]]:
@@ -88,6 +96,28 @@ class PreferenceExample:
         """`Role` of each of `response_ids`."""
         sides = ((Role.CHOSEN, self.chosen_ids), (Role.REJECTED, self.rejected_ids), (Role.KL, self.kl_ids))
         return [role for role, ids in sides for _ in ids]
+
+    @property
+    def spans(self) -> list[Spans]:
+        """Context of each of `response_ids`, if there is none too."""
+        return list(self.context) or [()] * len(self.response_ids)
+
+
+def cut_response(
+    ids: Sequence[int], context: Spans, room: int | None
+) -> tuple[Sequence[int], list[tuple[int, int]]]:
+    """A response and its context, cut at the end to `room` tokens; None cuts nothing.
+
+    Context at the very end predicts nothing that is scored, and is left out.
+
+    >>> cut_response([5, 6, 7, 8, 9], [(1, 2), (3, 4)], 4)
+    ([5, 6, 7], [(1, 2)])
+    """
+    room = len(ids) if room is None else min(room, len(ids))
+    spans = [(begin, min(end, room)) for begin, end in context if begin < room]
+    if spans and spans[-1][1] == room:
+        room = spans.pop()[0]
+    return ids[:room], spans
 
 
 EMPTY_EXAMPLE = PreferenceExample(prompt_ids=(), chosen_ids=(), rejected_ids=(), row_id="")
@@ -105,7 +135,8 @@ class PackedBatch:
         position_ids: Position of each token on its path: a child goes on where its parent ended.
         segment_start: First token of each segment, and the number of tokens at the end. On the host.
         segment_parent: Parent of each segment, -1 for a root; a parent comes before its children. On the host.
-        segment_scored: Whether the segment belongs to responses (False: it is prompt). On the host.
+        segment_scored: Whether the policy wrote the segment (False: it is prompt, or context within a response). On the
+            host.
         leaf: Segment at which each response ends. On the host.
         role: `Role` of each response.
         example: Index (within the batch) of the example that each response belongs to.

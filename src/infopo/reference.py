@@ -27,7 +27,7 @@ from infopo.hashing import WeightsHash, config_hash
 from infopo.logps import attention
 from infopo.logps.forward import PATHS, path_of, response_lengths, response_logps
 from infopo.losses.catalog import OBJECTIVES
-from infopo.records import PackedBatch, PreferenceExample, Role, sum_dtype
+from infopo.records import PackedBatch, PreferenceExample, Role, Spans, sum_dtype
 from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,8 @@ def _plan(dataset: ExampleDataset, sides: frozenset[str], batch_size: int) -> _W
         new, example = list[int](), dataset[i]
         for response, ids in enumerate(example.response_ids, start=int(offsets[i])):
             if is_wanted[response]:
-                keys[response] = key = response_key(example.prompt_ids, ids)
+                spans = example.spans[response - int(offsets[i])]
+                keys[response] = key = response_key(example.prompt_ids, ids, spans)
                 if first.setdefault(key, response) == response:
                     new.append(response)
         if new and examples == batch_size:
@@ -303,11 +304,17 @@ def _token_logps(
     for i in dict.fromkeys(owner.tolist()):
         example, start = dataset[i], int(dataset.response_offsets[i])
         sides: dict[Role, list[Sequence[int]]] = {role: [] for role in Role}
+        context = list[Spans]()
         for response, of in zip(responses, owner.tolist(), strict=True):
             if of == i:
                 sides[Role(dataset.roles[response])].append(example.response_ids[response - start])
+                context.append(example.spans[response - start])
         chosen, rejected, kl = sides.values()
-        parts.append(PreferenceExample(example.prompt_ids, chosen, rejected, example.row_id, kl_ids=kl))
+        parts.append(
+            PreferenceExample(
+                example.prompt_ids, chosen, rejected, example.row_id, kl_ids=kl, context=context
+            )
+        )
     batch = pack(parts).to(device)
     tokens = PATHS[path_of(model)](model, batch).cpu()
     return [part.numpy() for part in tokens.split(response_lengths(batch))]

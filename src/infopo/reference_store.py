@@ -89,10 +89,20 @@ class ReferenceIdentity:
         return full and self.autocast == "off" and self.matmul == "ieee"
 
 
-def response_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
-    """16 bytes that stand for the tokens of a response and of its prompt, and for where one ends."""
+def response_key(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], context: Sequence[tuple[int, int]] = ()
+) -> bytes:
+    """16 bytes that stand for the tokens of a response and of its prompt, and for which of them are scored.
+
+    Args:
+        prompt_ids: Tokens of the prompt.
+        response_ids: Tokens of the response.
+        context: Begin and end of the spans of the response that are not scored.
+    """
     digest = hashlib.sha256(len(prompt_ids).to_bytes(8, "little"))
     digest.update(np.array([*prompt_ids, *response_ids], dtype="<i4").tobytes())
+    if context:  # else the key is that of values which were stored before there was any
+        digest.update(np.array([-1, *(place for span in context for place in span)], dtype="<i4").tobytes())
     return digest.digest()[:KEY_BYTES]
 
 

@@ -34,6 +34,7 @@ class DataCounts:
         files: Files that the rows of a folder or of a pattern come from, by source.
         ignored: Number of rows that hold a value in a column which is not read, by column.
         warnings: Sentences about the data as a whole that should not be missed.
+        first_noted: The first row of each note, as an example to look at.
     """
 
     on_bad_row: str = "raise"
@@ -48,6 +49,7 @@ class DataCounts:
     files: dict[str, list[str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
+    first_noted: dict[str, str] = field(default_factory=dict)
 
     def bad_row(self, error: DataError) -> None:
         """Applies the policy to a row that cannot be used.
@@ -63,6 +65,11 @@ class DataCounts:
         self.skipped[error.reason] += 1
         self.first_skipped.setdefault(error.reason, str(error))
 
+    def note(self, what: str, row_id: str) -> None:
+        """Counts something that was changed or found in a row that is used."""
+        self.notes[what] += 1
+        self.first_noted.setdefault(what, row_id)
+
     def lines(self) -> list[str]:
         """The ledger in words, for the log and for `infopo check`."""
         total_skipped = sum(self.skipped.values())
@@ -76,7 +83,9 @@ class DataCounts:
             f"  skipped {n}: {why} (first: {self.first_skipped[why]})"
             for why, n in self.skipped.most_common()
         ]
-        lines += [f"  {n} x {what}" for what, n in self.notes.most_common()]
+        for what, n in self.notes.most_common():
+            first = f" (first: {self.first_noted[what]})" if what in self.first_noted else ""
+            lines.append(f"  {n} x {what}{first}")
         if self.ignored:
             columns = [f"{name} ({n} rows)" for name, n in self.ignored.most_common()]
             lines.append(f"  ignored columns: {_listed(columns)}")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from infopo.errors import DataError
-from infopo.records import EMPTY_EXAMPLE, PreferenceExample, Role
+from infopo.records import EMPTY_EXAMPLE, PreferenceExample, Role, Spans, cut_response
 
 
 class ExampleDataset(Dataset[PreferenceExample]):
@@ -29,6 +29,8 @@ class ExampleDataset(Dataset[PreferenceExample]):
         roles: (responses,) `Role` of each response; within an example, chosen first, mismatched last.
         row_ids: Name of each example's row.
         reference: (responses,) float64 log π_ref of each response (nats), NaN where not computed; None: not computed.
+        context: (spans, 3) number of a response, begin and end within it of each span that is not scored, in order;
+            None: all tokens of all responses are scored.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
         roles: npt.NDArray[np.int8],
         row_ids: list[str],
         reference: npt.NDArray[np.float64] | None = None,
+        context: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Takes finished arrays; `from_examples` makes them.
 
@@ -53,6 +56,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
             roles: See the class.
             row_ids: See the class.
             reference: See the class.
+            context: See the class.
         """
         self._prompt_tokens = prompt_tokens
         self._prompt_offsets = prompt_offsets
@@ -62,18 +66,21 @@ class ExampleDataset(Dataset[PreferenceExample]):
         self.roles = roles
         self.row_ids = row_ids
         self.reference = reference
+        self.context = context
 
     @classmethod
     def from_examples(cls, examples: Iterable[PreferenceExample]) -> "ExampleDataset":
         """Collects examples, in their order, holding no more than one of them at a time."""
         prompt_tokens, response_tokens = array("i"), array("i")
         prompt_offsets, token_offsets, response_offsets = array("q", [0]), array("q", [0]), array("q", [0])
-        roles, row_ids, reference = array("b"), list[str](), array("d")
+        roles, row_ids, reference, context = array("b"), list[str](), array("d"), array("q")
         has_reference = False
         for example in examples:
             prompt_tokens.extend(example.prompt_ids)
             prompt_offsets.append(len(prompt_tokens))
-            for ids in example.response_ids:
+            for ids, spans in zip(example.response_ids, example.spans, strict=True):
+                for begin, end in spans:
+                    context.extend((len(token_offsets) - 1, begin, end))
                 response_tokens.extend(ids)
                 token_offsets.append(len(response_tokens))
             roles.extend(example.roles)
@@ -90,6 +97,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
             np.array(roles, dtype=np.int8),
             row_ids,
             np.array(reference, dtype=np.float64) if has_reference else None,
+            np.array(context, dtype=np.int64).reshape(-1, 3) if context else None,
         )
 
     def __len__(self) -> int:
@@ -118,6 +126,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
             row_id=self.row_ids[i],
             reference=None if self.reference is None else self.reference[first:end].tolist(),
             kl_ids=tuple(responses[num_chosen + num_rejected :]),
+            context=self._context(first, end),
         )
 
     def __iter__(self) -> Iterator[PreferenceExample]:
@@ -129,6 +138,16 @@ class ExampleDataset(Dataset[PreferenceExample]):
             self._token_offsets[index] : self._token_offsets[index + 1]
         ].tolist()
         return ids
+
+    def _context(self, first: int, end: int) -> tuple[Spans, ...]:
+        """Context of these responses; empty if there is none in any."""
+        if self.context is None:
+            return ()
+        begin, stop = np.searchsorted(self.context[:, 0], [first, end])
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(first, end)]
+        for response, a, b in self.context[begin:stop].tolist():
+            spans[response - first].append((a, b))
+        return tuple(map(tuple, spans)) if any(spans) else ()
 
     @property
     def num_responses(self) -> int:
@@ -190,8 +209,18 @@ class ExampleDataset(Dataset[PreferenceExample]):
         def complete(index: int) -> PreferenceExample:
             example = self[index]
             room = None if max_length is None else max(1, max_length - len(example.prompt_ids))
-            kl_ids = [ids[:room] for ids in self[donors[index]].response_ids]
-            return replace(example, kl_ids=kl_ids, reference=None)
+            donor = self[donors[index]]
+            cut = [
+                cut_response(ids, spans, room)
+                for ids, spans in zip(donor.response_ids, donor.spans, strict=True)
+            ]
+            context = [*example.spans, *(spans for _, spans in cut)]
+            return replace(
+                example,
+                kl_ids=[ids for ids, _ in cut],
+                reference=None,
+                context=context if any(context) else (),
+            )
 
         return ExampleDataset.from_examples(complete(i) for i in range(len(self)))
 
@@ -226,4 +255,6 @@ class ExampleDataset(Dataset[PreferenceExample]):
             # Each array with its length: else tokens could move from one array to the next unseen.
             digest.update(len(values).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
+        if self.context is not None:
+            digest.update(self.context.astype("<i8").tobytes())
         return digest.hexdigest()

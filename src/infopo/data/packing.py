@@ -1,14 +1,16 @@
 """PreferenceExamples -> PackedBatch: which tokens stand where, and who shares what. Knows no model.
 
 A batch is a forest of token segments (see `PackedBatch`). Each example gives one tree: its prompt is the root, and
-responses part where their tokens first differ.
+responses part where their tokens first differ, or whether these are scored. What is scored and what is context stands
+in segments of its own, one following the other.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 
-from infopo.records import PackedBatch, PreferenceExample, Role, response_indices
+from infopo.records import PackedBatch, PreferenceExample, Role, Spans, response_indices
 
 
 def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
@@ -39,13 +41,16 @@ def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
     for index, example in enumerate(examples):
         row_id = example.row_id
         root = add_segment(example.prompt_ids, -1, 0, is_scored=False)
-        responses = [list(ids) for ids in example.response_ids]
+        responses = [
+            marked(ids, spans) for ids, spans in zip(example.response_ids, example.spans, strict=True)
+        ]
         branches, leaf_of = [root], dict[int, int]()
         for above, begin, end, holders in _branches(responses):
-            ids = responses[holders[0]][begin:end]
-            branches.append(
-                add_segment(ids, branches[above], len(example.prompt_ids) + begin, is_scored=True)
-            )
+            segment, position = branches[above], len(example.prompt_ids) + begin
+            for is_scored, run in _runs(responses[holders[0]][begin:end]):
+                segment = add_segment(run, segment, position, is_scored)
+                position += len(run)
+            branches.append(segment)
             if len(holders) == 1:
                 leaf_of[holders[0]] = branches[-1]
         leaf += [leaf_of[i] for i in range(len(responses))]
@@ -56,6 +61,26 @@ def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
     return _build(
         tokens, positions, start, parent, scored, leaf, role, owner, reference, [e.row_id for e in examples]
     )
+
+
+def marked(ids: Sequence[int], context: Spans) -> list[int]:
+    """The tokens of a response, in which those that are context stand as -1 - token.
+
+    So one number says both what it is and whether it is scored, and two responses part where either differs.
+
+    >>> marked([7, 8, 9], [(1, 2)])
+    [7, -9, 9]
+    """
+    tokens = list(ids)
+    for begin, end in context:
+        tokens[begin:end] = [-1 - token for token in tokens[begin:end]]
+    return tokens
+
+
+def _runs(tokens: Sequence[int]) -> list[tuple[bool, list[int]]]:
+    """Runs of scored tokens and of context, as `marked` has them; one empty run if there are no tokens."""
+    runs = [(scored, list(run)) for scored, run in groupby(tokens, key=lambda token: token >= 0)]
+    return [(scored, run if scored else [-1 - t for t in run]) for scored, run in runs] or [(True, [])]
 
 
 def _branches(responses: Sequence[list[int]]) -> Iterator[tuple[int, int, int, list[int]]]:

@@ -1,0 +1,193 @@
+"""What a rendered response consists of: what the policy writes, what stands between its turns, and what is missing.
+
+A response may hold several turns of the policy with the answers of tools between them. The policy writes an assistant
+turn from the end of its generation prompt to the end of the turn, white space behind it included: what it writes when
+the turn stands alone as a response. Everything else (answers of tools, headers of turns) is context.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from infopo.data.templates import common_end, common_pieces, text_of
+from infopo.errors import DataError
+from infopo.records import Message
+
+Render = Callable[[Sequence[Message], bool], str]
+"""Turns, and whether a generation prompt follows them -> what the template writes."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message under which templates look for what was thought before its content."""
+
+IN_CONTENT = "reasoning in content"
+
+_THINK = re.compile(r"</?think>|\[/?THINK\]")
+
+
+def context_spans(
+    render: Render, prompt: Sequence[Message], response: Sequence[Message], text: str, row_id: str
+) -> list[tuple[int, int]]:
+    """Where the rendering of a conversation holds context within its response: begin and end of each span.
+
+    A turn is found in the whole from behind: what follows its content is what two renderings have in common that
+    differ in this content alone. So it does not matter whether a template writes earlier turns differently once others
+    follow, as those do that drop their reasoning.
+
+    Args:
+        render: The template.
+        prompt: The turns before the response.
+        response: Its turns.
+        text: The rendering of all of them.
+        row_id: Name of the row in errors.
+
+    Raises:
+        DataError: `turns cannot be told apart`; what `render` raises.
+    """
+    turns = [*prompt, *response]
+    policys = [i for i in range(len(prompt), len(turns)) if turns[i]["role"] == "assistant"]
+    spans = []
+    for before, after in pairwise(policys):
+        rest = _behind(render, turns, before, False, row_id)
+        alone = _behind(render, turns[: before + 1], before, False, row_id)
+        begin = len(text) - len(rest) + common_pieces(alone, rest)
+        rest = _behind(render, turns, after - 1, False, row_id)
+        generating = _behind(render, turns[:after], after - 1, True, row_id)
+        end = len(text) - len(rest) + common_pieces(generating, rest)
+        if not text.endswith(rest) or end < begin:
+            _refuse_turns(row_id)
+        spans.append((begin, end))
+    return spans
+
+
+def _behind(
+    render: Render, turns: Sequence[Message], index: int, add_generation_prompt: bool, row_id: str
+) -> str:
+    """What the rendering of `turns` holds behind the content of one of them."""
+    for pair in _variants(turns[index]):
+        try:
+            zero, one = (
+                render([*turns[:index], turn, *turns[index + 1 :]], add_generation_prompt) for turn in pair
+            )
+        except DataError:  # a template may refuse content beside tool calls
+            continue
+        if zero != one:
+            return common_end(zero, one)
+    _refuse_turns(row_id)
+
+
+def _variants(turn: Message) -> Iterator[tuple[Message, Message]]:
+    """Pairs of turns that differ in one character, after which stands what ends them."""
+    yield {**turn, "content": "0"}, {**turn, "content": "1"}
+    if turn.get("tool_calls"):
+        pair = deepcopy(turn), deepcopy(turn)
+        for each, name in zip(pair, ("0", "1"), strict=True):
+            call = each["tool_calls"][-1]
+            (call.get("function") or call)["name"] = name
+        yield pair
+
+
+def _refuse_turns(row_id: str) -> NoReturn:
+    problem = (
+        "the chat template writes the turns of this response so that what the policy says cannot be told from what "
+        "tools answer; use a template that writes the content of each turn, or responses of one turn"
+    )
+    raise DataError(problem, row_id, "turns cannot be told apart")
+
+
+def missing(turn: Message, text: str) -> list[tuple[str, str]]:
+    """What of an assistant turn does not stand in a rendering: where it comes from, and its text.
+
+    White space does not count, nor do tags around reasoning, which templates write in their own way.
+
+    Args:
+        turn: The message.
+        text: The rendering in which it should stand.
+    """
+    squeezed = _squeezed(text)
+    return [(name, piece) for name, piece in _substance(turn) if not _stands_in(piece, squeezed)]
+
+
+def missing_in_prompt(turns: Sequence[Message], tools: Sequence[Any] | None, text: str) -> bool:
+    """Whether a template leaves out what a system, a user or a tool says, or a tool that there is.
+
+    What it leaves out of earlier turns of the assistant is its own affair: many drop their reasoning.
+
+    Args:
+        turns: The prompt.
+        tools: Schemas of the tools.
+        text: The prompt's rendering.
+    """
+    squeezed = _squeezed(text)
+    said = [text_of(turn.get("content")) for turn in turns if turn["role"] != "assistant"]
+    functions = [tool.get("function") or tool for tool in tools or () if isinstance(tool, Mapping)]
+    names = [str(function.get("name", "")) for function in functions if isinstance(function, Mapping)]
+    return not all(_stands_in(piece, squeezed) for piece in [*said, *names])
+
+
+def _stands_in(piece: str, squeezed: str) -> bool:
+    return _squeezed(piece) in squeezed or any(
+        _squeezed(json.dumps(piece, ensure_ascii=ascii_only)[1:-1]) in squeezed
+        for ascii_only in (False, True)
+    )
+
+
+def _substance(turn: Message) -> Iterator[tuple[str, str]]:
+    for key in REASONING:
+        if isinstance(turn.get(key), str):
+            yield key, turn[key]
+    *thoughts, answer = _THINK.split(text_of(turn.get("content")))
+    yield from ((IN_CONTENT, thought) for thought in thoughts)
+    yield "content", answer
+    for call in turn.get("tool_calls") or ():
+        function = call.get("function") or call if isinstance(call, Mapping) else {}
+        yield "tool_calls", str(function.get("name", ""))
+        yield from (("tool_calls", value) for value in _texts(function.get("arguments")))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within arguments of a tool call, which may be JSON themselves."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        if isinstance(parsed, Mapping | list):
+            yield from _texts(parsed)
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def behind_generation_prompt(turn: Message, generation_prompt: str) -> str | None:
+    r"""A turn's text as the policy would write it behind its generation prompt; None: only a template can say.
+
+    A generation prompt may end with what the text begins with: `<think>`.
+
+    >>> behind_generation_prompt({"role": "assistant", "content": "<think>so</think>2"}, "assistant\n<think>\n")
+    'so</think>2'
+    """
+    content = text_of(turn.get("content"))
+    if turn.get("tool_calls") or any(turn.get(key) for key in REASONING):
+        return None
+    tail = generation_prompt.rstrip().rpartition("\n")[2]
+    if tail.endswith("</think>"):  # it says that there is none
+        return None
+    if tail.endswith("<think>"):
+        opened, _, rest = content.partition("<think>")
+        if opened.strip() or not rest:
+            return None
+        return rest.lstrip() if generation_prompt[-1].isspace() else rest
+    return content
