@@ -9,10 +9,14 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from infopo.data.encode import Encoder
+from infopo.data.encode import prompt_ids as ids_of_prompt
+from infopo.data.templates import ChatTemplate
+from infopo.data.tokenization import Tokenization
 from infopo.errors import DataError, ModelError, RecipeError, UnsupportedArgumentError
-from infopo.generate import Sample, _encode_prompt, sample
+from infopo.generate import Sample, sample
 from infopo.lab import policy_path
-from infopo.records import Message
+from infopo.records import Message, PreferenceRow, Text
 
 # Prompts of 4 lengths, the longest neither first nor last.
 QUESTIONS = ["7+5=?", "12+5-3*2=?", "34+57*2-81=?", "3*9+4=?", "84-7*9=?"]
@@ -198,15 +202,19 @@ def test_every_end_token_of_the_model_ends_a_response(model: PreTrainedModel, to
     assert line.finished
 
 
+def encoded(tokenizer: Tokenizer, prompt: Text) -> list[int]:
+    return ids_of_prompt(Tokenization(tokenizer), ChatTemplate(tokenizer), prompt, "prompt")
+
+
 def test_special_tokens_are_added_exactly_once(tokenizer: Tokenizer) -> None:
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     seven = tokenizer("7", add_special_tokens=False)["input_ids"]
-    assert _encode_prompt(tokenizer, "7", 0) == [bos, *seven]
-    assert _encode_prompt(tokenizer, "<|bos|>7", 0) == [bos, *seven]
-    assert _encode_prompt(tokenizer, "7<|end|>", 0) == [bos, *seven, end]
+    assert encoded(tokenizer, "7") == [bos, *seven]
+    assert encoded(tokenizer, "<|bos|>7") == [bos, *seven]
+    assert encoded(tokenizer, "7<|end|>") == [bos, *seven, end]
     rendered = "<|bos|><|user|>7<|end|><|assistant|>"
-    chat_ids = _encode_prompt(tokenizer, [{"role": "user", "content": "7"}], 0)
-    assert chat_ids == _encode_prompt(tokenizer, rendered, 0)
+    chat_ids = encoded(tokenizer, [{"role": "user", "content": "7"}])
+    assert chat_ids == encoded(tokenizer, rendered)
     assert Counter(chat_ids)[bos] == 1
 
 
@@ -217,7 +225,7 @@ def test_an_end_token_that_the_tokenizer_appends_does_not_end_the_prompt() -> No
         special_tokens=[("<|bos|>", tokenizer.bos_token_id), ("<|end|>", tokenizer.eos_token_id)],
     )
     assert tokenizer("7")["input_ids"][-1] == tokenizer.eos_token_id
-    assert _encode_prompt(tokenizer, "7", 0)[-1] != tokenizer.eos_token_id
+    assert encoded(tokenizer, "7")[-1] != tokenizer.eos_token_id
 
 
 def test_each_submodule_keeps_its_training_mode(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
@@ -277,3 +285,49 @@ def test_a_chat_without_a_template_and_a_model_without_an_end_are_refused(model:
     model.generation_config = GenerationConfig()
     with pytest.raises(ModelError, match="end-of-sequence token"):
         sample(model, tokenizer, ["7"], **GOOD)
+
+
+def two_token_prefix() -> Tokenizer:
+    """A tokenizer that begins texts with two tokens, as GLM's does with `[gMASK]<sop>`."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_path())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> <|bos|> $A",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|user|>", "<|bos|>")],
+    )
+    return tokenizer
+
+
+TOOL = {"type": "function", "function": {"name": "3", "parameters": {}}}
+TELLING = (
+    "{{ bos_token }}{% if tools %}{{ tools[0].function.name }}{% endif %}{{ level }}"
+    "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prefix", ["one", "two"])
+@pytest.mark.parametrize("prompt", ["7", "<|bos|>7", "<|user|><|bos|>7", "7<|end|>", "chat"])
+def test_the_prompt_that_generate_sees_is_the_one_that_was_trained_on(
+    model: PreTrainedModel, prefix: str, prompt: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(policy_path()) if prefix == "one" else two_token_prefix()
+    tokenizer.chat_template = TELLING
+    variables = {"level": "5+5"}
+    if prompt == "chat":
+        turns: Text = [{"role": "user", "content": "7"}]
+        chosen, rejected = ([[{"role": "assistant", "content": text}]] for text in ("1", "2"))
+        row = PreferenceRow(turns, list(chosen), list(rejected), "f:1", {}, [TOOL])
+    else:
+        turns, row = prompt, PreferenceRow(prompt, ["1"], ["2"], "f:1")
+    trained = Encoder(tokenizer, chat_template_kwargs=variables).encode(row).example.prompt_ids
+    assert trained.count(tokenizer.bos_token_id) == (2 if (prefix, prompt[:8]) == ("one", "<|user|>") else 1)
+    with pytest.raises(DataError, match=f": {len(trained)} prompt tokens and"):
+        sample(
+            model,
+            tokenizer,
+            [turns],
+            **GOOD | {"max_new_tokens": 10**6},
+            tools=[TOOL],
+            chat_template_kwargs=variables,
+        )
+    template = ChatTemplate(tokenizer, variables)
+    assert ids_of_prompt(Tokenization(tokenizer), template, turns, "prompt", tools=row.tools) == trained

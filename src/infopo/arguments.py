@@ -21,6 +21,7 @@ from infopo.catalog import (
 )
 from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
+from infopo.data.templates import check_variables
 from infopo.errors import RecipeError, UnsupportedArgumentError
 from infopo.losses.catalog import complete_parameters
 from infopo.vocabulary import check_columns
@@ -50,6 +51,9 @@ class InfoPOConfig(TrainingArguments):
         score_threshold: Least score of a chosen response.
         columns: Columns of the data by the names that shapes know, for data of other names:
             `{"prompt": "question", "chosen": "good", "rejected": "bad"}`; a name mapped to None is left out.
+        chat_template_kwargs: Template variables for all rows, e.g. `{"enable_thinking": False}`; a row's own column of
+            this name comes before them. `{"strftime_now": "2026-11-26"}` is today for templates that write the date.
+        as_chat: Whether plain text is taken for a conversation, to which the chat template is applied.
         on_bad_row: `raise` stops at the first row that cannot be used, `skip` counts it and goes on.
         reference: `precompute` (once, before training), `live` (a second model beside the policy), `adapter-off` (the
             policy without its adapter), `auto` (`precompute` where rows can be enumerated, else `live`), or the path of
@@ -107,6 +111,10 @@ class InfoPOConfig(TrainingArguments):
     columns: dict[str, str | None] | str | None = field(
         default=None, metadata={"help": "Columns of the data by the names that shapes know (JSON)."}
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Template variables for all rows."}
+    )
+    as_chat: bool = field(default=False, metadata={"help": "Take plain text for a conversation."})
     on_bad_row: str = field(default="raise", metadata={"help": "raise or skip."})
     reference: str = field(
         default="auto", metadata={"help": "auto, precompute, live, adapter-off or a model's path."}
@@ -182,6 +190,7 @@ class InfoPOConfig(TrainingArguments):
         "model_init_kwargs",
         "objective_parameters",
         "columns",
+        "chat_template_kwargs",
     ]
 
     def __post_init__(self) -> None:
@@ -209,13 +218,15 @@ class InfoPOConfig(TrainingArguments):
 
     def _problems(self) -> list[str]:
         problems = self._loss().problems()
-        for name in ("model_init_kwargs", "objective_parameters"):
+        for name in ("model_init_kwargs", "objective_parameters", "chat_template_kwargs"):
             if not isinstance(getattr(self, name), dict | None):
                 problems.append(
                     f"{name}: expected a dict (on the command line, JSON), got {getattr(self, name)!r}"
                 )
         if isinstance(self.columns, dict):
             problems += [f"columns: {problem}" for problem in check_columns(self.columns)]
+        if isinstance(self.chat_template_kwargs, dict):
+            problems += check_variables(self.chat_template_kwargs, "chat_template_kwargs")
         if self.on_bad_row not in ON_BAD_ROW:
             problems.append(f"on_bad_row: expected one of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}")
         if self.reference_store is not None and (

@@ -39,7 +39,7 @@ _SET_ELSEWHERE = {
     "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
     "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
     "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold", "columns",
-    "model_init_kwargs", "trust_remote_code",
+    "chat_template_kwargs", "as_chat", "model_init_kwargs", "trust_remote_code",
 }  # fmt: skip
 """Arguments that have a place of their own in a recipe, outside `train`."""
 
@@ -157,6 +157,8 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             max_length=data.max_length,
             max_prompt_length=data.max_prompt_length,
             on_too_long=data.on_too_long,
+            chat_template_kwargs=data.chat_template_kwargs,
+            as_chat=data.as_chat,
             on_bad_row=data.on_bad_row,
             score_rule=data.score_rule,
             score_threshold=data.score_threshold,
@@ -169,7 +171,9 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             **train,
         )
     except RecipeError as error:
-        raise type(error)([f"train.{problem}" for problem in error.problems]) from error
+        places = ["data" if p.startswith("chat_template_kwargs") else "train" for p in error.problems]
+        problems = [f"{place}.{p}" for place, p in zip(places, error.problems, strict=True)]
+        raise type(error)(problems) from error
     except _REFUSALS as error:
         raise RecipeError(f"train: transformers refuses these settings: {error}") from error
     if problems := [*_tracker_problems(args), *_schedule_problems(args), *_combination_problems(args)]:
@@ -340,6 +344,8 @@ def build_encoder(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Enco
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         on_too_long=data.on_too_long,
+        chat_template_kwargs=data.chat_template_kwargs,
+        as_chat=data.as_chat,
     )
 
 

@@ -108,6 +108,10 @@ class DataSection:
     """Tokens of the prompt; null limits prompt and response together only."""
     on_too_long: str = field(default="cut", metadata=_one_of(*ON_TOO_LONG))
     """What to do with a row that has more tokens than that."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Template variables for all rows; those of a row come before them."""
+    as_chat: bool = False
+    """Take plain text for a conversation, to which the chat template is applied."""
     on_bad_row: str = field(default="raise", metadata=_one_of(*ON_BAD_ROW))
     """What to do with a row that cannot be used."""
     num_proc: int | None = field(default=None, metadata=_within(1))
@@ -481,6 +485,8 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether `value` is of `kind`: a type, a union, or a list of such."""
     if isinstance(kind, UnionType):
         return any(_fits(value, member) for member in get_args(kind))
+    if kind is Any:
+        return True
     if get_origin(kind) is dict:
         keys, values = get_args(kind)
         return isinstance(value, dict) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
@@ -501,6 +507,7 @@ _WORDS = {
     list[str]: "a list of texts",
     dict[str, float]: "a mapping to numbers",
     dict[str, str | None]: "a mapping of a shape's columns to those of the data",
+    dict[str, Any]: "a mapping",
     dict: "a mapping",
 }
 

@@ -5,7 +5,7 @@ model ships in its `generation_config` (`top_k`, `repetition_penalty`, ...), who
 change the distribution that preference data is drawn from.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from infopo.data.encode import prompt_ids
+from infopo.data.templates import ChatTemplate, check_variables
+from infopo.data.tokenization import Tokenization
 from infopo.errors import DataError, ModelError, RecipeError, UnsupportedArgumentError
 from infopo.records import Text
 
@@ -55,6 +58,8 @@ def sample(
     batch_size: int,
     seed: int,
     top_p: float = 1.0,
+    tools: list[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Sample]]:
     """`num_return_sequences` responses to each prompt, in the order of the prompts.
 
@@ -65,19 +70,23 @@ def sample(
         model: A causal language model. It is put in evaluation mode for the call and left as it was.
         tokenizer: The model's tokenizer.
         prompts: Plain texts, or conversations to be rendered with the chat template and its generation
-            prompt. Special tokens are added once: a text that starts with the BOS token gets no second one.
+            prompt. They become the tokens that they are in training (`infopo.data.encode.prompt_ids`): special tokens
+            once, so that a text that starts with the BOS token gets no second one.
         max_new_tokens: Longest response, in tokens, the end-of-sequence token included.
         temperature: Divides the logits; 0 means greedy decoding.
         num_return_sequences: Responses a prompt; 1 when greedy.
         batch_size: Sequences a batch, at least those of one prompt. Prompts of similar length share a batch.
         seed: Of the draws; without effect when greedy.
         top_p: Mass of the nucleus that tokens are drawn from, in (0, 1]; 1 keeps the whole distribution.
+        tools: Schemas for the chat template.
+        chat_template_kwargs: Further variables of the chat template, as in a recipe.
 
     Raises:
         RecipeError: an argument is outside its domain.
         UnsupportedArgumentError: several greedy responses a prompt, or a conversation for a tokenizer without
             a chat template.
-        DataError: a prompt is empty, or it leaves no room for `max_new_tokens` in the model's context.
+        DataError: a prompt is empty, the template refuses it, or it leaves no room for `max_new_tokens` in the model's
+            context.
         ModelError: neither the model nor the tokenizer names an end-of-sequence token.
     """
     _check_arguments(max_new_tokens, temperature, num_return_sequences, batch_size, top_p)
@@ -86,16 +95,18 @@ def sample(
     settings.update(
         eos_token_id=end_token_ids, pad_token_id=_pad_id(tokenizer), num_return_sequences=num_return_sequences
     )
-    prompt_ids = [_encode_prompt(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
-    _check_lengths(prompt_ids, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
+    if problems := check_variables(chat_template_kwargs or {}, "chat_template_kwargs"):
+        raise RecipeError(problems)
+    encoded = _encode_prompts(tokenizer, prompts, tools, chat_template_kwargs)
+    _check_lengths(encoded, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
 
     samples: list[list[Sample]] = [[] for _ in prompts]
-    longest_first = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
+    longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     prompts_per_batch = max(1, batch_size // num_return_sequences)
     with _evaluation_mode(model), _private_random_state(seed, model.device), torch.inference_mode():
         for start in range(0, len(longest_first), prompts_per_batch):
             indices = longest_first[start : start + prompts_per_batch]
-            responses = _generate_batch(model, [prompt_ids[index] for index in indices], settings)
+            responses = _generate_batch(model, [encoded[index] for index in indices], settings)
             for row, ids in enumerate(responses):
                 samples[indices[row // num_return_sequences]].append(
                     _to_sample(tokenizer, ids, end_token_ids)
@@ -132,31 +143,24 @@ def _to_sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], end_token_ids
     return Sample(text=text, token_ids=tuple(kept), finished=end is not None)
 
 
-def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, index: int) -> list[int]:
-    """The prompt's ids: special tokens exactly once, and no end-of-sequence token that a tokenizer appends."""
-    if isinstance(prompt, str):
-        rendered = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-        ids = list(tokenizer(prompt, add_special_tokens=not rendered)["input_ids"])
-        appended_end = (
-            bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
-        )
-        ids = ids[:-1] if appended_end else ids
-    else:
-        if not tokenizer.chat_template:
+def _encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    tools: list[Any] | None,
+    variables: Mapping[str, Any] | None,
+) -> list[list[int]]:
+    tokens, template, encoded = Tokenization(tokenizer), ChatTemplate(tokenizer, variables), list[list[int]]()
+    for index, prompt in enumerate(prompts):
+        name = f"prompts[{index}]"
+        if not isinstance(prompt, str) and not tokenizer.chat_template:
             raise UnsupportedArgumentError(
-                f"prompts[{index}]: a conversation needs a tokenizer with a chat template; "
+                f"{name}: a conversation needs a tokenizer with a chat template; "
                 "set tokenizer.chat_template or pass plain text"
             )
-        # The template writes its special tokens itself.
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise DataError(
-            "the prompt has no tokens; expected at least one",
-            row_id=f"prompts[{index}]",
-            reason="empty prompt",
-        )
-    return ids
+        encoded.append(prompt_ids(tokens, template, prompt, name, tools=tools))
+        if not encoded[-1]:
+            raise DataError("the prompt has no tokens; expected at least one", name, "empty prompt")
+    return encoded
 
 
 def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -156,6 +156,8 @@ class InfoPOTrainer(Trainer):
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             on_too_long=args.on_too_long,
+            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]  # a dict: __post_init__
+            as_chat=args.as_chat,
         )
         self._rule = ScoreRule(args.score_rule, args.score_threshold)
         models_to_fit = [each for each in (policy, ref_model) if each is not None]

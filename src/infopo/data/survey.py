@@ -2,13 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from infopo.data.endings import Endings
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
-from infopo.records import PreferenceExample
+from infopo.data.templates import ChatTemplate, common_pieces
+from infopo.data.tokenization import Tokenization
+from infopo.errors import DataError
+from infopo.records import Message, PreferenceExample, Spans
 
 QUANTILES = (0, 0.5, 0.9, 0.99, 1)
 
@@ -79,15 +84,46 @@ def token_problem_lines(dataset: ExampleDataset, tokenizer: PreTrainedTokenizerB
     """
     found = Counter[str]()
     first: dict[str, str] = {}
+    ends, written = _ends_of_turns(tokenizer), _written_by_template(tokenizer)
     for example in dataset:
-        for problem in set(_token_problems(example, tokenizer)):
+        for problem in set(_token_problems(example, tokenizer, ends, written)):
             found[problem] += 1
             first.setdefault(problem, example.row_id)
     lines = [f"  {n} examples: {problem} (first: {first[problem]})" for problem, n in found.most_common()]
     return ["special tokens: " + ("" if lines else "none out of place"), *lines]
 
 
-def _token_problems(example: PreferenceExample, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Tokens that end a response, longest first: those that the template writes behind a turn, and EOS."""
+    ends: set[tuple[int, ...]] = {(tokenizer.eos_token_id,)}
+    if tokenizer.chat_template:
+        with suppress(DataError):  # a template that takes no plain conversation: nothing is known
+            text = ChatTemplate(tokenizer).end_of_turn([], "")
+            ends.add(Endings(Tokenization(tokenizer)).ids(text))
+    return sorted(ends - {()}, key=len, reverse=True)
+
+
+def _written_by_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that the template itself writes into a response, around reasoning, content and calls of tools."""
+    if not tokenizer.chat_template:
+        return set()
+    template, tokens, written = ChatTemplate(tokenizer), Tokenization(tokenizer), set[int]()
+    user: list[Message] = [{"role": "user", "content": "0"}]
+    call = {"type": "function", "function": {"name": "0", "arguments": {"0": "0"}}}
+    for more in ({}, {"reasoning_content": "0"}, {"tool_calls": [call]}):
+        with suppress(DataError):
+            prompt = template.render(user, "", add_generation_prompt=True)
+            whole = template.render([*user, {"role": "assistant", "content": "0", **more}], "")
+            written.update(tokens.bare(whole[common_pieces(prompt, whole) :], ""))
+    return written
+
+
+def _token_problems(
+    example: PreferenceExample,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[tuple[int, ...]],
+    written: set[int],
+) -> Iterator[str]:
     bos, unknown, eos = tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id
     special = set(tokenizer.all_special_ids)
     if bos is not None and bos != eos:
@@ -98,12 +134,22 @@ def _token_problems(example: PreferenceExample, tokenizer: PreTrainedTokenizerBa
     everything = [example.prompt_ids, *example.response_ids]
     if unknown is not None and unknown != eos and any(unknown in ids for ids in everything):
         yield "text that the tokenizer has no tokens for (unknown token)"
-    for ids in example.response_ids:
-        if special.intersection(ids[:-1]) - {bos, unknown}:
-            yield "a special token within a response: its text holds one, or the template writes one between its turns"
-        if ids[-1] in special and ids[-1] != eos:
-            token, stop = tokenizer.convert_ids_to_tokens([ids[-1], eos])
-            yield f"responses end with {token}, but the tokenizer's EOS is {stop}: generation must stop at the former"
+    out_of_place = special - {bos, unknown} - (written - {token for end in ends for token in end})
+    for ids, spans in zip(example.response_ids, example.spans, strict=True):
+        begins, stops = [0, *(stop for _, stop in spans)], [*(begin for begin, _ in spans), len(ids)]
+        turns = [list(ids[begin:stop]) for begin, stop in zip(begins, stops, strict=True)]
+        found = [next((end for end in ends if tuple(turn[-len(end) :]) == end), turn[-1:]) for turn in turns]
+        if any(
+            out_of_place.intersection(turn[: len(turn) - len(end)])
+            for turn, end in zip(turns, found, strict=True)
+        ):
+            yield "a special token within a response: its text holds one"
+        if found[-1][0] in special and eos not in found[-1]:
+            token, stop_token = tokenizer.convert_ids_to_tokens([found[-1][0], eos])
+            yield (
+                f"responses end with {token}, but the tokenizer's EOS is {stop_token}: generation must stop at the "
+                "former"
+            )
 
 
 def report_lines(
@@ -126,8 +172,18 @@ def render(example: PreferenceExample, tokenizer: PreTrainedTokenizerBase) -> st
     sides = [("chosen", ids) for ids in example.chosen_ids] + [
         ("rejected", ids) for ids in example.rejected_ids
     ]
-    lines += [(side, ids, "".join(f"⟦{piece}⟧" for piece in _pieces(ids, tokenizer))) for side, ids in sides]
+    for (side, ids), spans in zip(sides, example.spans, strict=False):
+        lines.append((side, ids, _marked_pieces(ids, spans, tokenizer)))
     return "\n".join([example.row_id, *(f"  {name:<8}  {len(ids):>5}  {text}" for name, ids, text in lines)])
+
+
+def _marked_pieces(ids: Sequence[int], context: Spans, tokenizer: PreTrainedTokenizerBase) -> str:
+    text, at = "", 0
+    for begin, end in [*context, (len(ids), len(ids))]:
+        text += "".join(f"⟦{piece}⟧" for piece in _pieces(ids[at:begin], tokenizer))
+        text += "".join(_pieces(ids[begin:end], tokenizer))
+        at = end
+    return text
 
 
 def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
