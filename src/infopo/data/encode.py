@@ -371,9 +371,11 @@ def _tallied(
         for note in result.notes:
             counts.note(note, result.example.row_id)
         for warning in result.warnings:
-            if warning not in counts.warnings:
-                shown = render(result.example, encoder.tokenizer).replace("\n", "\n    ")
-                counts.warnings[warning] = f"{shown:.{_SHOWN}}"
+            if not any(known.startswith(warning) for known in counts.warnings):
+                first = " | ".join(
+                    line.strip() for line in render(result.example, encoder.tokenizer).split("\n")
+                )
+                counts.warnings.append(f"{warning}. The first row: {first:.{_SHOWN}}")
         yield result.example
 
 
