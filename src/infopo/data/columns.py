@@ -196,7 +196,7 @@ def shown(value: object) -> str:
 def names(columns: Iterable[object]) -> str:
     """Names of columns in a line, for errors: all of them, unless they are very many or very long.
 
-    >>> names(f"column_{number:03}" for number in range(400))[-24:]
+    >>> names(f"column_{number:03}" for number in range(400))[-23:]
     'column_016 and 383 more'
     """
     each = [str(column) if len(str(column)) <= 60 else f"{str(column)[:57]}..." for column in columns]

@@ -1,4 +1,7 @@
-"""Encoded rows in memory: flat arrays instead of one object a token list. What samplers and loaders index."""
+"""Encoded rows in memory, as the dataset that samplers and loaders index.
+
+Tokens are in flat arrays with offsets, because a Python object per token list would take several times the memory.
+"""
 
 import copy
 import hashlib
@@ -21,16 +24,24 @@ from infopo.records import EMPTY_EXAMPLE, PreferenceExample, Role, Spans, cut_re
 class ExampleDataset(Dataset[PreferenceExample]):
     """Preference examples, stored as flat token arrays with offsets.
 
-    Indices from `len(self)` on give `EMPTY_EXAMPLE`: a rank that runs short of rows takes one of those, where a
-    sampler that evens out ranks would have to repeat an example and weigh it twice.
+    An index of `len(self)` or more returns `EMPTY_EXAMPLE`. A rank that runs short of rows takes one of those. Without
+    them, a sampler would have to repeat examples to even out the ranks, and would give these examples twice the weight.
 
     Attributes:
         response_offsets: (examples + 1,) first response of each example, and the number of responses at the end.
-        roles: (responses,) `Role` of each response; within an example, chosen first, mismatched last.
+        roles: (responses,) `Role` of each response. Within an example, chosen come first and mismatched last.
         row_ids: Name of each example's row.
-        reference: (responses,) float64 log π_ref of each response (nats), NaN where not computed; None: not computed.
-        context: (spans, 3) number of a response, begin and end within it of each span that is not scored, in order;
-            None: all tokens of all responses are scored.
+        reference: (responses,) float64 log π_ref of each response (nats), NaN if it was not computed. None if none was.
+        context: (spans, 3) index of a response, and begin and end within it, of each span that is not scored, in order.
+            None if all tokens of all responses are scored.
+
+    Example:
+        >>> pair = PreferenceExample(prompt_ids=[5, 6], chosen_ids=[[7, 8]], rejected_ids=[[9]], row_id="a.jsonl:1")
+        >>> dataset = ExampleDataset.from_examples([pair])
+        >>> len(dataset), dataset.num_responses, dataset.lengths.tolist()
+        (1, 2, [5])
+        >>> dataset[0].chosen_ids, dataset[1] == EMPTY_EXAMPLE
+        ([[7, 8]], True)
     """
 
     def __init__(
@@ -45,13 +56,13 @@ class ExampleDataset(Dataset[PreferenceExample]):
         reference: npt.NDArray[np.float64] | None = None,
         context: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Takes finished arrays; `from_examples` makes them.
+        """Takes finished arrays, which `from_examples` makes.
 
         Args:
             prompt_tokens: Tokens of all prompts, one prompt after the other.
-            prompt_offsets: (examples + 1,) where each prompt begins in them, and where the last ends.
-            response_tokens: Tokens of all responses.
-            token_offsets: (responses + 1,) where each response begins in them, and where the last ends.
+            prompt_offsets: (examples + 1,) index at which each prompt begins in `prompt_tokens`, and its length.
+            response_tokens: Tokens of all responses, one response after the other.
+            token_offsets: (responses + 1,) index at which each response begins in `response_tokens`, and its length.
             response_offsets: See the class.
             roles: See the class.
             row_ids: See the class.
@@ -70,7 +81,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
 
     @classmethod
     def from_examples(cls, examples: Iterable[PreferenceExample]) -> "ExampleDataset":
-        """Collects examples, in their order, holding no more than one of them at a time."""
+        """Collects examples, in their order. No more than one of them exists at a time beside the arrays."""
         prompt_tokens, response_tokens = array("i"), array("i")
         prompt_offsets, token_offsets, response_offsets = array("q", [0]), array("q", [0]), array("q", [0])
         roles, row_ids, reference, context = array("b"), list[str](), array("d"), array("q")
@@ -104,7 +115,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
         return len(self.row_ids)
 
     def __getitem__(self, index: SupportsIndex) -> PreferenceExample:
-        """The example at `index`, or `EMPTY_EXAMPLE` from `len(self)` on.
+        """Returns the example at `index`, or `EMPTY_EXAMPLE` from `len(self)` on.
 
         Raises:
             IndexError: The index is negative.
@@ -130,7 +141,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
         )
 
     def __iter__(self) -> Iterator[PreferenceExample]:
-        # Without it Python iterates until IndexError, which `__getitem__` never raises.
+        # Without this method Python iterates until an IndexError, which `__getitem__` never raises at the end.
         return (self[i] for i in range(len(self)))
 
     def _response(self, index: int) -> list[int]:
@@ -156,13 +167,13 @@ class ExampleDataset(Dataset[PreferenceExample]):
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(examples,) tokens of each example: its prompt once, and all its responses."""
+        """Number of tokens of each example, (examples,): its prompt, counted once, and all its responses."""
         ends = self._token_offsets[self.response_offsets]
         return np.asarray(np.diff(self._prompt_offsets) + np.diff(ends), dtype=np.int64)
 
     @cached_property
     def longest_row(self) -> int:
-        """Most tokens of a prompt with one of its responses."""
+        """Largest number of tokens of a prompt together with one of its responses."""
         prompts = np.repeat(np.diff(self._prompt_offsets), np.diff(self.response_offsets))
         return int((prompts + np.diff(self._token_offsets)).max(initial=0))
 
@@ -172,11 +183,11 @@ class ExampleDataset(Dataset[PreferenceExample]):
         return int(max(self._prompt_tokens.max(initial=0), self._response_tokens.max(initial=0)))
 
     def with_reference(self, values: npt.NDArray[np.float64]) -> "ExampleDataset":
-        """The same examples with reference log-probs; the tokens are shared, not copied.
+        """Returns the same examples with reference log-probs. The tokens are shared, not copied.
 
         Args:
-            values: (responses,) float64 log π_ref of each response (nats), examples in order, chosen first; NaN where
-                not computed.
+            values: (responses,) float64 log π_ref of each response (nats), in the order of `roles`. NaN stands for a
+                value that was not computed.
 
         Raises:
             ValueError: The array has another shape.
@@ -190,14 +201,16 @@ class ExampleDataset(Dataset[PreferenceExample]):
         return other
 
     def mismatched(self, max_length: int | None) -> "ExampleDataset":
-        """The same examples, each with the responses of another one to its prompt, of role `KL`.
+        """Returns the same examples, each with the responses of another example in the role `KL`.
 
-        They are those of the example before it (before the first: the last), or of the nearest one before that has
-        another prompt. Which is decided here, once, so that no batch size, order of training or rank changes it. A
-        dataset that has such responses comes back as it is. Reference log-probs are left behind.
+        KTO estimates a KL term with them. The other example is the nearest one before this one that has another prompt,
+        where the last example comes before the first. This is decided once, here, so that it depends neither on batch
+        size nor on the order of training nor on ranks. A dataset that has such responses is returned as it is. The
+        result has no reference log-probs.
 
         Args:
-            max_length: Most tokens of a prompt with such a response, whose end is cut; None: no limit.
+            max_length: Largest number of tokens of a prompt together with such a response, whose end is cut off. None
+                for no limit.
 
         Raises:
             DataError: All examples have the same prompt.
@@ -225,7 +238,7 @@ class ExampleDataset(Dataset[PreferenceExample]):
         return ExampleDataset.from_examples(complete(i) for i in range(len(self)))
 
     def _donors(self) -> list[int]:
-        """Of each example, the nearest one before it, in a circle, that has another prompt."""
+        """Returns for each example the index of the nearest one before it, in a circle, that has another prompt."""
         number = len(self)
         prompts = [self._prompt_tokens[a:b].tobytes() for a, b in pairwise(self._prompt_offsets.tolist())]
         first = next((i for i in range(number) if prompts[i] != prompts[i - 1]), None)
@@ -234,14 +247,16 @@ class ExampleDataset(Dataset[PreferenceExample]):
                 "has the same prompt as all other rows: no response is one to another prompt", self.row_ids[0]
             )
         donors = [-1] * number
+        # The circle starts at an example whose predecessor has another prompt. Each later one either has such a
+        # predecessor too, or shares the prompt of its predecessor and so the donor.
         for i in (*range(first, number), *range(first)):
             donors[i] = donors[i - 1] if prompts[i] == prompts[i - 1] else (i - 1) % number
         return donors
 
     def content_hash(self) -> str:
-        """SHA-256 of tokens and roles, which says whether two datasets are the same to a model.
+        """Returns the SHA-256 of tokens and roles, which tells whether two datasets are the same to a model.
 
-        Names of rows and reference values do not count. The same on every machine.
+        Names of rows and reference values do not enter it. It is the same on every machine.
         """
         digest = hashlib.sha256()
         for values in (
@@ -252,7 +267,8 @@ class ExampleDataset(Dataset[PreferenceExample]):
             self._token_offsets,
             self._response_tokens,
         ):
-            # Each array with its length: else tokens could move from one array to the next unseen.
+            # The length comes before each array, because otherwise tokens could move from one array to the next
+            # without a change of the hash.
             digest.update(len(values).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
         if self.context is not None:

@@ -1,4 +1,4 @@
-"""Which rows an optimizer step holds when ranks share them."""
+"""Samplers that decide which rows an optimizer step contains when ranks share them."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,16 +8,21 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class PaddedSampler(Sampler[int]):
-    """A sampler followed by as many absent rows as fill the last batch of every rank.
+    """Appends to a sampler as many absent rows as fill the last batch of every rank.
 
-    Absent rows are indices beyond the dataset, which gives an empty example for them: no row is repeated to even
-    out ranks, as accelerate would do, so every row weighs the same.
+    Absent rows are indices beyond the dataset, for which an `ExampleDataset` returns an empty example. Accelerate would
+    repeat rows instead, which would then weigh twice.
 
     Args:
-        sampler: The order of the rows.
-        multiple: Rows of all ranks in one forward pass.
-        epoch: Asked for the epoch whenever an order is drawn; None: wait for `set_epoch`. Beneath both a rank's
-            share and the skipped batches of a resumed run, accelerate's `set_epoch` does not get here.
+        sampler: Sampler of the rows.
+        multiple: Number of rows of all ranks in one forward pass.
+        epoch: Returns the epoch, and is called whenever an order is drawn. If None, `set_epoch` has to be called.
+            accelerate's `set_epoch` does not reach a sampler that is nested inside both `BatchSamplerShard` and
+            `SkipBatchSampler`, as in a resumed run on several ranks.
+
+    Example:
+        >>> list(PaddedSampler(torch.utils.data.SequentialSampler(range(5)), multiple=4))
+        [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
     def __init__(self, sampler: Sampler[int], multiple: int, epoch: Callable[[], int] | None = None) -> None:
@@ -36,18 +41,26 @@ class PaddedSampler(Sampler[int]):
         yield from range(self.num_rows, len(self))
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on, from which a random order is drawn."""
+        """Passes the epoch, which a random order depends on, to the sampler."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
 
 class LengthGroupedEpochs(Sampler[int]):
-    """Rows of similar length near each other, in an order drawn from seed and epoch: a resumed run goes on with it.
+    """Puts rows of similar length next to each other, in a random order that depends on seed and epoch alone.
+
+    transformers' `LengthGroupedSampler` draws from a generator whose state a resumed run does not have. This one
+    therefore makes a new generator for each epoch.
 
     Args:
-        lengths: Tokens of each row.
-        group: Rows of similar length: those of an optimizer step.
-        seed: Of the order.
+        lengths: Number of tokens of each row.
+        group: Number of rows that have similar lengths, which is that of an optimizer step of one rank.
+        seed: Seed of the order.
+
+    Example:
+        >>> sampler = LengthGroupedEpochs([9, 1, 8, 2], group=2, seed=0)
+        >>> sorted(sampler) == [0, 1, 2, 3], list(sampler) == list(sampler)
+        (True, True)
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
@@ -64,5 +77,5 @@ class LengthGroupedEpochs(Sampler[int]):
         return iter(LengthGroupedSampler(self.group, lengths=self.lengths, generator=generator))
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order comes next."""
+        """Sets the epoch whose order is drawn next."""
         self.epoch = epoch

@@ -1,4 +1,4 @@
-"""Examples that are read and encoded when a step asks for them: what is trained on need not fit into memory."""
+"""Examples that are read and encoded when a step asks for them, so that the data need not fit into memory."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,24 +12,25 @@ from infopo.errors import DataError
 from infopo.records import PreferenceExample, PreferenceRow
 
 Judge = Callable[[PreferenceExample], None]
+"""Raises `DataError` if an example cannot be used."""
 
 
 class ExampleStream(IterableDataset[PreferenceExample]):
-    """Preference examples without an end: when the rows are used up, they are read again from the start.
+    """An endless stream of preference examples: at the end of the rows, they are read again from the start.
 
-    So each rank has a batch at every step, however the rows that are skipped fall on their shares; how long to train
-    is for `max_steps` to say. The order is that of the source, the same in every pass.
+    Each rank therefore has a batch at every step, whichever rows are skipped. `max_steps` says how long to train. The
+    order is that of the source, and the same in every pass.
 
     Args:
-        open_rows: Gives the rows of one pass, and notes in the ledger what it reads.
+        open_rows: Opens the rows of one pass. It counts what it reads in the `DataCounts` that it is given.
         encoder: Turns rows into tokens.
-        counts: Ledger over all passes. It is kept in this process, so a loader must not have workers.
+        counts: Counts over all passes. They are kept in this process, so a loader must not have workers.
         judge: Raises `DataError` at an example that this training cannot use.
-        rank: Number of this process.
-        world_size: Number of processes; each takes every `world_size`-th usable row.
+        rank: Index of this process.
+        world_size: Number of processes, each of which takes every `world_size`-th usable row.
 
     Attributes:
-        counts: The ledger.
+        counts: See above.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class ExampleStream(IterableDataset[PreferenceExample]):
         self._world_size = world_size
 
     def of(self, judge: Judge, rank: int = 0, world_size: int = 1) -> "ExampleStream":
-        """The same stream, with the same ledger, for one of several processes."""
+        """Returns the same stream, with the same counts, for one of several processes."""
         other = copy.copy(self)
         other._judge, other._rank, other._world_size = judge, rank, world_size
         return other
 
     def __iter__(self) -> Iterator[PreferenceExample]:
-        """Examples, pass after pass.
+        """Yields examples, pass after pass.
 
         Raises:
             DataError: A source cannot be read, a row cannot be used (and is not skipped), or a pass gave none.
@@ -75,12 +76,13 @@ class ExampleStream(IterableDataset[PreferenceExample]):
         return islice(examples, self._rank, None, self._world_size)
 
     def first(self) -> PreferenceExample:
-        """The first usable example of all processes; reads again from the start, and leaves the ledger alone.
+        """Returns the first usable example of all processes. It reads from the start, and counts nothing.
 
         Raises:
             DataError: As for the iteration.
         """
-        aside = DataCounts(on_bad_row=self.counts.on_bad_row, source=self.counts.source)
-        for example in encoded(self._open_rows(aside), self._encoder, aside):
+        # Counts of their own are thrown away, because the stream itself reads the same rows again.
+        own_counts = DataCounts(on_bad_row=self.counts.on_bad_row, source=self.counts.source)
+        for example in encoded(self._open_rows(own_counts), self._encoder, own_counts):
             return example
         raise DataError("no row can be used", self.counts.source or "data", "no usable row")

@@ -1,4 +1,4 @@
-"""Greedy accuracy of a policy on lab problems."""
+"""Measures the greedy accuracy of a policy on lab problems."""
 
 import contextlib
 import math
@@ -37,13 +37,22 @@ class AccuracyResult:
 
 
 def as_prompt(problem: Problem) -> list[Message]:
-    """The conversation that asks the problem's question."""
+    """Returns the conversation that asks the problem's question.
+
+    Example:
+        >>> from infopo.lab.problems import solve
+        >>> as_prompt(solve("1+2-3=?"))
+        [{'role': 'user', 'content': '1+2-3=?'}]
+    """
     return [{"role": "user", "content": problem.question}]
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Runs torch on one thread: decoding a small model, threads wait for each other longer than they compute."""
+    """Runs torch on one thread within the block.
+
+    When a small model is decoded, several threads wait for each other longer than they compute.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,9 +67,15 @@ def accuracy(
     problems: Sequence[Problem],
     batch_size: int = 256,
 ) -> AccuracyResult:
-    """The share of `problems` whose greedy response `verify` accepts.
+    """Returns the share of `problems` whose greedy response `verify` accepts.
 
-    A response that was cut at `MAX_NEW_TOKENS` counts as wrong, whatever it says.
+    A response that was cut off at `MAX_NEW_TOKENS` counts as wrong, whatever it says.
+
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer.
+        problems: The problems to solve.
+        batch_size: Number of problems that are decoded together.
 
     Raises:
         RecipeError: there are no problems.
@@ -86,13 +101,16 @@ def accuracy(
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson, 1927), which stays within [0, 1] and is never empty.
+    """Returns the 95 % score interval of a proportion (Wilson, 1927), which stays within [0, 1] and is never empty.
 
-    With p = correct / n and z = 1.96: centre (p + z²/2n) / (1 + z²/n), half-width
-    z sqrt(p (1 - p)/n + z²/4n²) / (1 + z²/n).
+        (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n),   p = correct / n,   z = 1.96
 
     Raises:
         RecipeError: not 0 <= correct <= n with n >= 1.
+
+    Example:
+        >>> [round(end, 3) for end in wilson_interval(9, 10)]
+        [0.596, 0.982]
     """
     if n < 1 or not 0 <= correct <= n:
         raise RecipeError(f"correct: expected 0 <= correct <= n and n >= 1, got {correct} of {n}")

@@ -1,13 +1,13 @@
-"""Preference data sampled from a policy on lab problems, with verified or with graded labels.
+"""Samples preference data from a policy on lab problems, with verified or with graded labels.
 
-The two kinds differ in the supports of p_w and p_l, the laws that chosen and rejected responses are drawn
-from, and objectives differ in what they make of that:
+Chosen responses are drawn from the law p_w, rejected ones from p_l. The two kinds of labels differ in the supports of
+these laws, and objectives differ in what they make of that:
 
-- **verified**: chosen is a right sample and rejected a wrong sample of the same problem. The supports are
-  disjoint, so the population minimiser of InfoPO is that of SFT on the chosen responses.
-- **graded**: two samples of the policy ranked by a noisy judge of their quality. Either side may hold any
-  response, so the supports overlap, and p_w + p_l = 2 π_ref up to the pairs of equal samples, which are left
-  out because they carry no preference.
+- **verified**: the chosen response is a right sample, the rejected one a wrong sample of the same problem. The supports
+  are disjoint, so the population minimiser of InfoPO is that of SFT on the chosen responses.
+- **graded**: two samples of the policy are ranked by a noisy judge of their quality. Any response may be on either
+  side, so the supports overlap, and p_w + p_l = 2 π_ref up to the pairs of equal samples, which are left out because
+  they carry no preference.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from infopo.lab.problems import Problem, make_problems, share_of_right_steps, ve
 LABELS = ("verified", "graded")
 
 PROBLEMS_PER_ROUND = 256
-"""Problems sampled at a time: a constant, so that fewer pairs are a prefix of more."""
+"""Problems sampled at a time. It is a constant, so that a smaller number of pairs is a prefix of a larger one."""
 
 # A policy that is always right, or never, yields no verified pair however long it is sampled.
 _MAX_BARREN_ROUNDS = 8
@@ -39,18 +39,18 @@ _Texts = tuple[str, str]
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """Preference rows and what it took to get them: `problems == len(rows) + sum(skipped.values())`."""
+    """Preference rows, and an account of the sampling: `problems == len(rows) + sum(skipped.values())`."""
 
     rows: list[dict[str, Any]]
     """Conversational preference rows: `prompt`, `chosen` and `rejected`, each a list of messages."""
     problems: int
-    """Problems looked at until the last pair was found."""
+    """Number of problems that were sampled until the last pair was complete."""
     samples: int
-    """Responses sampled to these problems."""
+    """Number of responses sampled to these problems."""
     right: int
-    """Responses, out of `samples`, that are right."""
+    """Number of these responses that are right."""
     skipped: dict[str, int]
-    """Problems that gave no pair, counted by reason."""
+    """Number of problems that gave no pair, by reason."""
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none"
@@ -71,21 +71,22 @@ def make_pairs(
     label_temperature: float = 0.5,
     samples_per_problem: int = 4,
 ) -> PreferencePairs:
-    """`n` preference pairs on problems of the `preference` split, one pair a problem.
+    """Makes `n` preference pairs on problems of the `preference` split, one pair per problem.
 
-    The same model and arguments give the same pairs, and a smaller `n` gives a prefix of a larger one.
-    Responses that were cut at the token limit enter no pair.
+    The same model and arguments give the same pairs, and a smaller `n` gives a prefix of a larger one. Responses that
+    were cut off at the token limit are in no pair.
 
     Args:
-        model: The policy to sample from; the reference of the training that follows.
+        model: The policy to sample from, which is the reference of the training that follows.
         tokenizer: Its tokenizer.
-        labels: `verified`: a problem's first right sample against its first wrong one. `graded`: its two
-            samples, ranked by chance with `preference_probability`.
-        n: Pairs wanted.
-        seed: Of the problems, the samples and the labels.
-        sampling_temperature: 1 samples the policy's own law.
+        labels: `verified` takes a problem's first right sample against its first wrong one. `graded` takes its two
+            samples, ranked at random with `preference_probability`.
+        n: Number of pairs.
+        seed: Seed of the problems, the samples and the labels.
+        sampling_temperature: Temperature of the samples. 1 samples the policy's own law.
         label_temperature: Noise of graded labels, in units of `quality`.
-        samples_per_problem: Samples drawn to find a verified pair, at least 2; a graded pair always takes 2.
+        samples_per_problem: Number of samples that are drawn to find a verified pair, at least 2. A graded pair always
+            takes 2.
 
     Raises:
         RecipeError: an argument is outside its domain.
@@ -116,20 +117,35 @@ def make_pairs(
 
 
 def quality(problem: Problem, text: str) -> float:
-    """Quality in [0, 1]: half the share of right steps plus half for a well-formed, right final answer."""
+    """Returns the quality of a response, in [0, 1].
+
+    Half of it is the share of right steps, and the other half is given for a well-formed solution with the right
+    answer.
+
+    Example:
+        >>> from infopo.lab.problems import solve
+        >>> problem = solve("1+2-3=?")
+        >>> quality(problem, problem.solution), quality(problem, "1+2=3")
+        (1.0, 0.25)
+    """
     return (share_of_right_steps(problem, text) + verify(problem, text)) / 2
 
 
 def preference_probability(quality_a: float, quality_b: float, label_temperature: float) -> float:
-    """The Bradley-Terry probability that the judge prefers a to b: σ((q_a - q_b) / label_temperature)."""
-    # By tanh, since exp overflows when the temperature is small.
+    """Returns the Bradley-Terry probability that the judge prefers a to b, σ((q_a - q_b) / label_temperature).
+
+    Example:
+        >>> preference_probability(0.5, 0.5, label_temperature=0.5)
+        0.5
+    """
+    # The logistic function is written with tanh, because exp overflows if the temperature is small.
     return (1 + math.tanh((quality_a - quality_b) / (2 * label_temperature))) / 2
 
 
 def _sampled_problems(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, temperature: float, draws: int
 ) -> Iterator[tuple[Problem, list[Sample]]]:
-    """Problems without end, each with `draws` responses; a round is sampled when its first is asked for."""
+    """Yields problems without end, each with `draws` responses, which are sampled round by round."""
     seeds = random.Random(f"samples:{seed}")
     for start in itertools.count(0, PROBLEMS_PER_ROUND):
         problems = make_problems(start + PROBLEMS_PER_ROUND, seed, "preference")[start:]
@@ -147,7 +163,7 @@ def _sampled_problems(
 
 
 def _pick_verified(problem: Problem, responses: Sequence[Sample]) -> _Texts | str:
-    """The first right and the first wrong response, or the reason why there is no pair."""
+    """Returns the first right and the first wrong response, or the reason why there is no pair."""
     finished = [response for response in responses if response.finished]
     right = [response.text for response in finished if _is_right(problem, response)]
     wrong = [response.text for response in finished if not _is_right(problem, response)]
@@ -159,7 +175,7 @@ def _pick_verified(problem: Problem, responses: Sequence[Sample]) -> _Texts | st
 def _pick_graded(
     problem: Problem, responses: Sequence[Sample], label_temperature: float, rng: random.Random
 ) -> _Texts | str:
-    """Two responses in the order of the noisy judge, or the reason why there is no pair."""
+    """Returns two responses in the order of the noisy judge, or the reason why there is no pair."""
     a, b = responses
     if not (a.finished and b.finished):
         return "cut sample"

@@ -1,20 +1,19 @@
 """Chained-arithmetic problems with worked solutions, and the verifier that grades answers to them.
 
 A question such as `12+5-3*2=?` is evaluated strictly **from left to right**, without operator precedence:
-12+5=17, 17-3=14, 14*2=28. The worked solution writes one operation a line and closes with the answer:
+12+5=17, 17-3=14, 14*2=28. The worked solution writes one operation per line and closes with the answer:
 
     12+5=17
     17-3=14
     14*2=28
     Answer: 28
 
-Two or three operations: sums and differences with operands up to 99, products with operands up to 9, and every
-value met on the way within [0, 999]. A policy of a few hundred thousand parameters learns that within minutes,
-and carries and products keep it fallible for most of them.
+A question has two or three operations, which are sums and differences with operands up to 99 and products with
+operands up to 9. Every intermediate value is within [0, 999]. A policy of a few hundred thousand parameters learns this
+within minutes, and carries and products keep it fallible for most of them.
 
-The split of a question is a function of the question's own text (`split_of`), so the problems of the
-supervised stage, those of the preference stage and those held out for evaluation are disjoint by
-construction, whatever seeds and sizes are asked for.
+The split of a question depends on the question's own text alone (`split_of`). The problems of the supervised stage,
+those of the preference stage and those held out for evaluation are therefore disjoint, whatever the seeds and sizes.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ MIN_OPERATIONS, MAX_OPERATIONS = 2, 3
 # Of every ten questions, five train the SFT policy, four carry preferences and one is held out.
 _SPLIT_OF_BUCKET = ("sft",) * 5 + ("preference",) * 4 + ("evaluation",)
 
-# A natural number as it is written by hand: no sign, no leading zero. `[0-9]`, since `\d` takes any script.
+# A natural number as it is written by hand, without sign or leading zero. `\d` would match digits of any script.
 _NATURAL = r"(?:0|[1-9][0-9]*)"
 _INTEGER = rf"(?:{_NATURAL}|-[1-9][0-9]*)"
 _OPERATION = re.compile(rf"([+*-])({_NATURAL})")
@@ -47,23 +46,30 @@ class Problem:
     """One question with its worked solution."""
 
     question: str
-    """What the policy is asked, e.g. `12+5-3*2=?`."""
+    """Question that the policy is asked, e.g. `12+5-3*2=?`."""
     steps: tuple[str, ...]
-    """The right step lines in order, e.g. `("12+5=17", "17-3=14", "14*2=28")`."""
+    """Right step lines in order, e.g. `("12+5=17", "17-3=14", "14*2=28")`."""
     answer: int
-    """The value after the last step."""
+    """Value after the last step."""
 
     @property
     def solution(self) -> str:
-        """The worked solution as a response: the steps, then the answer line."""
+        """Worked solution as a response: the steps, then the answer line."""
         return "\n".join((*self.steps, f"{ANSWER_PREFIX}{self.answer}"))
 
 
 def solve(question: str) -> Problem:
-    """The problem that `question` poses, evaluated from left to right.
+    """Solves the problem that `question` poses, from left to right.
 
     Raises:
         DataError: the question is not a chain such as `12+5-3*2=?`.
+
+    Example:
+        >>> print(solve("12+5-3*2=?").solution)
+        12+5=17
+        17-3=14
+        14*2=28
+        Answer: 28
     """
     parsed = _QUESTION.fullmatch(question)
     if parsed is None:
@@ -80,19 +86,23 @@ def solve(question: str) -> Problem:
 
 
 def make_problems(n: int, seed: int, split: str) -> list[Problem]:
-    """`n` problems of one of the `SPLITS`, with distinct questions; the same arguments give the same problems.
+    """Makes `n` problems of one of the `SPLITS`, with distinct questions.
 
-    A smaller `n` gives a prefix of a larger one. Different seeds of one split may share problems; different
-    splits never do.
+    The same arguments give the same problems, and a smaller `n` gives a prefix of a larger one. Different seeds of one
+    split may share problems, different splits never do.
 
     Raises:
         RecipeError: `n` is negative or the split is unknown.
+
+    Example:
+        >>> [problem.question for problem in make_problems(2, seed=0, split="evaluation")]
+        ['39+69*6-70=?', '6+68*3-45=?']
     """
     if n < 0:
         raise RecipeError(f"n: expected a number of problems of at least 0, got {n}")
     if split not in SPLITS:
         raise RecipeError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    # A string seed is hashed by `random` with SHA-512, so the three splits draw independent streams.
+    # `random` hashes a string seed with SHA-512, so the three splits draw independent streams.
     rng = random.Random(f"{split}:{seed}")
     questions: dict[str, None] = {}
     while len(questions) < n:
@@ -103,17 +113,27 @@ def make_problems(n: int, seed: int, split: str) -> list[Problem]:
 
 
 def split_of(question: str) -> str:
-    """The one split that `question` belongs to, from the SHA-256 of its text."""
+    """Returns the one split that `question` belongs to, which the SHA-256 of its text decides.
+
+    Example:
+        >>> split_of("12+5-3*2=?")
+        'preference'
+    """
     digest = hashlib.sha256(question.encode()).digest()
     return _SPLIT_OF_BUCKET[int.from_bytes(digest[:8], "big") % len(_SPLIT_OF_BUCKET)]
 
 
 def verify(problem: Problem, text: str) -> bool:
-    """Whether `text` is a well-formed solution with the right final answer.
+    """Returns whether `text` is a well-formed solution with the right final answer.
 
-    Well-formed: one line of the form `a+b=c` for each of the problem's steps, then `Answer: c`, and nothing
-    else, white space included. Like the verifiers of mathematics benchmarks it judges the outcome: a slip
-    in a step is forgiven when the answer is right (`share_of_right_steps` grades the steps).
+    A well-formed solution has one line of the form `a+b=c` for each of the problem's steps, then `Answer: c`, and
+    nothing else, not even white space. As in the verifiers of mathematics benchmarks, the outcome counts: a slip in a
+    step is forgiven if the answer is right. `share_of_right_steps` grades the steps.
+
+    Example:
+        >>> problem = solve("1+2-3=?")
+        >>> verify(problem, problem.solution), verify(problem, "Answer: 0")
+        (True, False)
     """
     *steps, last = text.split("\n")
     answer = _ANSWER.fullmatch(last)
@@ -122,12 +142,18 @@ def verify(problem: Problem, text: str) -> bool:
 
 
 def share_of_right_steps(problem: Problem, text: str) -> float:
-    """The share, in [0, 1], of the solution's steps that `text` takes rightly.
+    """Returns the share, in [0, 1], of the solution's steps that are right in `text`.
 
-    Step i is right when line i starts from the result that line i-1 states (the question's first number for
-    i = 1), applies the question's i-th operation, and its arithmetic holds. One slip therefore costs one
-    step, not every step after it. A malformed line is wrong, and so is the line after it. The share is taken
-    of the problem's steps or of the lines before the answer, whichever are more, so padding never pays.
+    Step i is right if line i starts from the result that line i-1 states (from the question's first number for i = 1),
+    applies the question's i-th operation, and computes it correctly. One slip therefore costs one step, not every step
+    after it. A malformed line is wrong, and so is the line after it. The share is taken of the problem's steps or of
+    the lines before the answer, whichever are more, so additional lines never pay.
+
+    Example:
+        >>> share_of_right_steps(solve("1+2-3=?"), "1+2=4")  # wrong, and the second step is missing
+        0.0
+        >>> share_of_right_steps(solve("1+2-3=?"), "1+2=4, 4-3=1".replace(", ", chr(10)))  # the second goes on from 4
+        0.5
     """
     lines = text.split("\n")
     if _ANSWER.fullmatch(lines[-1]):
@@ -142,7 +168,7 @@ def share_of_right_steps(problem: Problem, text: str) -> float:
 
 
 def _continues(taken: re.Match[str], before: int | None, expected: str) -> bool:
-    """Whether a parsed step starts from `before`, does `expected`'s operation, and computes it rightly."""
+    """Returns whether a parsed step starts from `before`, does `expected`'s operation, and computes it correctly."""
     reference = _STEP.fullmatch(expected)
     assert reference is not None
     value, operator, operand, result = int(taken[1]), taken[2], int(taken[3]), int(taken[4])
@@ -157,7 +183,7 @@ def _apply(operator: str, left: int, right: int) -> int:
 
 
 def _draw_question(rng: random.Random) -> str:
-    """A random chain whose values all stay within [0, MAX_VALUE]."""
+    """Draws a random chain whose values all stay within [0, MAX_VALUE]."""
     value = rng.randint(1, 99)
     question = str(value)
     for _ in range(rng.randint(MIN_OPERATIONS, MAX_OPERATIONS)):
@@ -168,7 +194,7 @@ def _draw_question(rng: random.Random) -> str:
 
 
 def _draw_operation(rng: random.Random, value: int) -> tuple[str, int]:
-    """An operation whose result stays within [0, MAX_VALUE]: operand in [2, 9] for products, else in [2, 99]."""
+    """Draws an operation whose result is within [0, MAX_VALUE], with operands in [2, 9] for products, else [2, 99]."""
     while True:
         operator = rng.choice("+-*")
         operand = rng.randint(2, 9 if operator == "*" else 99)

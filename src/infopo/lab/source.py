@@ -1,7 +1,7 @@
-"""The lab's preference data under names that stand where a recipe's `data.path` does.
+"""Provides the lab's preference data under names that a recipe's `data.path` takes: `lab:verified` and `lab:graded`.
 
-`lab:verified` and `lab:graded` are sampled from the shipped policy when they are asked for; the same name, split and
-number of rows give the same rows. The splits hold responses to different problems.
+The rows are sampled from the shipped policy when they are asked for, and are the same each time. The splits contain
+responses to different problems.
 """
 
 from functools import cache
@@ -21,12 +21,17 @@ SEED = 1
 
 
 def is_lab_source(path: str) -> bool:
-    """Whether a data path names the lab's own data."""
+    """Returns whether a data path names the lab's own data.
+
+    Example:
+        >>> is_lab_source("lab:graded"), is_lab_source("graded.jsonl")
+        (True, False)
+    """
     return path.startswith("lab:")
 
 
 def lab_dataset(path: str, split: str) -> datasets.Dataset:
-    """The lab's preference rows, 600 to train on (`train`) and 200 held out (`test`).
+    """Returns the lab's preference rows, 600 to train on (`train`) or 200 held out (`test`).
 
     Raises:
         DataError: There is no such data or split.
@@ -41,7 +46,7 @@ def lab_dataset(path: str, split: str) -> datasets.Dataset:
 
 @cache
 def _rows(labels: str) -> list[dict[str, Any]]:
-    """The rows of all splits. One sequence of problems, so that each is asked once; sampling takes seconds."""
+    """Samples the rows of all splits from one sequence of problems, so that no problem is in two splits."""
     policy, tokenizer = load_policy(str(policy_path())), load_tokenizer(str(policy_path()))
     n = max(rows.stop for rows in SPLITS.values())
     with one_thread():

@@ -1,7 +1,7 @@
-"""The lab's tokenizer: one token a UTF-8 byte, plus the chat's special tokens.
+"""The lab's tokenizer, which has one token per UTF-8 byte and the chat's special tokens.
 
-Bytes, because then every text round-trips and none is unknown. `Answer: ` is the one longer token: it closes
-every solution, and generating it in one step instead of eight saves a fifth of a response.
+With bytes, every text round-trips and none is unknown. `Answer: ` is the only longer token. Every solution has it, and
+generating it in one step instead of eight saves a fifth of a response.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
@@ -14,8 +14,8 @@ PAD, BOS, END_OF_TURN, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|end|>", "<|use
 SPECIAL_TOKENS = (PAD, BOS, END_OF_TURN, USER, ASSISTANT)
 MODEL_MAX_LENGTH = 512
 
-# The generation prompt ends with the assistant's header, which is also how an assistant turn starts: a
-# conversation's rendering therefore starts with its prompt's rendering, token for token.
+# The generation prompt ends with the assistant's header, with which an assistant turn starts too. A rendered
+# conversation therefore starts with its rendered prompt, token for token.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -29,10 +29,15 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The byte-level tokenizer with bos, eos (= end of turn), pad and a user/assistant chat template.
+    """Builds the byte-level tokenizer with bos, eos (= end of turn), pad and a user/assistant chat template.
 
-    Plain text is encoded as `<|bos|>` and its bytes; a chat as
+    Plain text is encoded as `<|bos|>` and its bytes. A chat is encoded as
     `<|bos|><|user|>question<|end|><|assistant|>response<|end|>`.
+
+    Example:
+        >>> tokenizer = build_tokenizer()
+        >>> tokenizer.tokenize("Answer: 28")
+        ['Answer: ', '2', '8']
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}

@@ -1,4 +1,4 @@
-"""Pictures of results, drawn from files alone. Needs matplotlib (the `demo` extra); imports no torch."""
+"""Draws pictures of results from files alone. It needs matplotlib (the `demo` extra), and imports no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from infopo.errors import InfoPOError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe-Ito: told apart by colour-blind readers too; markers tell them apart in print.
+# The Okabe-Ito colours can be told apart by colour-blind readers, and the markers in black and white.
 STYLES: Mapping[str, tuple[str, str, str]] = {
     "infopo": ("InfoPO", "#0072B2", "o"),
     "dpo_beta0.1": ("DPO, β = 0.1", "#D55E00", "s"),
@@ -21,18 +21,21 @@ STYLES: Mapping[str, tuple[str, str, str]] = {
 
 PANELS: Mapping[str, tuple[str, str]] = {
     "learning_rate": ("learning rate", "log"),
-    "chosen_logp_change": ("change of chosen log-prob (nats a response)", "symlog"),
-    "kl_from_reference": ("KL from the start (nats a response)", "symlog"),
+    "chosen_logp_change": ("change of chosen log-prob (nats per response)", "symlog"),
+    "kl_from_reference": ("KL from the start (nats per response)", "symlog"),
 }
 """Field of a result on the horizontal axis -> label and scale."""
 
 
 def draw_demo(summary: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Accuracy against learning rate and against drift, as `demo.png` and `demo.svg`.
+    """Draws accuracy against learning rate and against drift, as `demo.png` and `demo.svg`.
 
     Args:
-        summary: Content of `summary.json`.
-        directory: Where the pictures go.
+        summary: Content of the demo's `summary.json`.
+        directory: Folder that the pictures are written to.
+
+    Returns:
+        The paths of the pictures.
 
     Raises:
         InfoPOError: matplotlib is not installed.
