@@ -186,6 +186,10 @@ def _problem(
     try:
         with torch.random.fork_rng(devices), _checkpointed(model, args, checkpointing):
             with context():
+                with (
+                    torch.no_grad()
+                ):  # as before the first step: aLoRA's hooks do not take it with checkpointing
+                    response_logps(model, batch)
                 total = response_logps(model, batch).sum()
             if not total.isfinite():
                 return (

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from infopo.arguments import InfoPOConfig
+from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
 from infopo.lab.tokenizer import build_tokenizer
@@ -492,6 +493,31 @@ def test_a_model_that_loses_the_layout_on_its_way_takes_padded_rows() -> None:
         response_logps(model, pack(EXAMPLES), "naive"),
         atol=1e-4, rtol=0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [None, False])
+def test_an_adapter_that_acts_from_certain_tokens_on_takes_padded_rows(
+    tmp_path: Path, checkpointing: bool | None
+) -> None:
+    """aLoRA looks for its tokens in a row. It is 0 at first, so that no comparison finds it out in a shared row."""
+    peft = pytest.importorskip("peft")
+    examples = [replace(example, prompt_ids=[5, *example.prompt_ids]) for example in EXAMPLES]
+    adapter = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM"
+    )
+    trainer = InfoPOTrainer(
+        tiny_llama(), peft_config=adapter, train_dataset=ExampleDataset.from_examples(examples),
+        processing_class=build_tokenizer(),
+        args=InfoPOConfig(str(tmp_path), max_steps=2, **PLAIN_SGD | {"learning_rate": 1.0, "optim": "adamw_torch",
+                                                                     "activation_checkpointing": checkpointing}),
+    )  # fmt: skip
+    assert "acts from certain tokens of a row on" in trainer.logps_in_words
+    trainer.train()
+    model, batch = trainer.model.eval(), pack(examples)
+    ours, expected = response_logps(model, batch), response_logps(model, batch, "naive")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    with model.disable_adapter():
+        assert not torch.allclose(response_logps(model, batch, "naive"), expected, atol=0.1)
 
 
 def test_a_model_that_cannot_be_tried_and_loses_the_layout_is_refused_by_name() -> None:

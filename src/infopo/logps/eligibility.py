@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from infopo.errors import LogpsError
 from infopo.logps.layout import ForestLayout
 from infopo.logps.registration import NAMES, WAY_OUT, layout_given
-from infopo.logps.wrappers import base_of, has_virtual_tokens
+from infopo.logps.wrappers import acts_from_a_token_on, base_of, has_virtual_tokens
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -28,6 +28,8 @@ def obstacle(model: nn.Module) -> str | None:
     base = base_of(model)
     if has_virtual_tokens(model):
         return "its adapter puts virtual tokens before each row"
+    if acts_from_a_token_on(model):
+        return "its adapter acts from certain tokens of a row on"
     if not isinstance(base, PreTrainedModel):
         return "it is not a model of transformers"
     implementation = base.config._attn_implementation

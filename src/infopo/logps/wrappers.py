@@ -25,7 +25,16 @@ def has_virtual_tokens(model: nn.Module) -> bool:
         >>> has_virtual_tokens(nn.Linear(2, 2))
         False
     """
+    return any(config.is_prompt_learning for config in _adapters(model))
+
+
+def acts_from_a_token_on(model: nn.Module) -> bool:
+    """Returns whether an adapter looks for tokens in each row and acts from there on, as aLoRA does."""
+    return any(getattr(config, "alora_invocation_tokens", None) for config in _adapters(model))
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """Returns the settings of a model's adapters."""
     while not hasattr(model, "config") and isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
-    adapters = getattr(model, "peft_config", None) or {}
-    return any(config.is_prompt_learning for config in adapters.values())
+    return list((getattr(model, "peft_config", None) or {}).values())
