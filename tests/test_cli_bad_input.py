@@ -136,7 +136,8 @@ def test_train_refuses_bad_data_likewise_and_makes_no_folder(fault: str, refused
     ],
 )  # fmt: skip
 def test_bad_paths_of_data_are_named(path: str, expected: str, refused: Refused):
-    assert refused(LAB, f"data.path={path}").startswith(expected)
+    place = "" if path.startswith("lab:") else "data.path (override): "
+    assert refused(LAB, f"data.path={path}").startswith(f"{place}{expected}")
 
 
 def test_invalid_json_is_placed_within_its_line(refused: Refused):
@@ -281,13 +282,13 @@ def test_a_metric_that_evaluation_does_not_give_is_refused(refused: Refused):
 @pytest.mark.parametrize("source", ["./nowhere", "no/where"])
 def test_a_reference_that_is_not_there_is_named_and_train_makes_no_folder(source: str, refused: Refused):
     assert refused("recipe.yaml", f"reference={source}", command="train").startswith(
-        f"model {source!r} cannot be loaded"
+        f"reference.source (override): there is no folder {source} here"
     )
 
 
 def test_a_second_run_in_the_same_folder_is_refused(refused: Refused):
     Path("run").mkdir()
-    Path("run/metrics.jsonl").write_text("")
+    Path("run/model.safetensors").touch()
     message = refused("recipe.yaml", command="train")
     assert message.startswith(
         "output_dir: run already holds a run. Continue it with train.resume_from_checkpoint=true"
@@ -351,11 +352,36 @@ def test_models_that_cannot_be_used_are_named(fault: str, refused: Refused):
     assert refused("recipe.yaml", "model.name_or_path=sft", "data.path=chat.jsonl").startswith(expected)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "meta-llama/Llama-3.2-1B", "lab:nonsense", "good.jsonl"])
-def test_models_that_are_not_there_are_named(name: str, refused: Refused):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("./nowhere", "there is no folder ./nowhere here (looked in "),
+        ("models/hh/step-9", "there is no folder models/hh/step-9 here (looked in "),
+        ("models/hh", "there is no folder models/hh here, and the hub is switched off (HF_HUB_OFFLINE)"),
+        ("lab:nonsense", "'lab:nonsense': the lab has only lab:policy"),
+        ("good.jsonl", "good.jsonl is a file; expected the folder of a saved model"),
+    ],
+)
+def test_models_that_are_not_there_are_named_with_setting_and_line(
+    name: str, expected: str, refused: Refused
+):
     assert refused("recipe.yaml", f"model.name_or_path={name}").startswith(
-        f"tokenizer of {name!r} cannot be loaded: "
+        f"model.name_or_path (override): {expected}"
     )
+    Path("recipe.yaml").write_text(MINIMAL.replace("lab:policy", name), encoding="utf-8")
+    assert refused("recipe.yaml").startswith(f"model.name_or_path (line 1): {expected}")
+
+
+def test_a_hub_that_does_not_answer_is_told_with_setting_and_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a machine that is on line: `transformers`, which is off line in tests, is asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    message = refused("recipe.yaml", "model.name_or_path=models/hh")
+    assert message.startswith(
+        "model.name_or_path (override): tokenizer of 'models/hh' cannot be loaded: there is no "
+    )
+    assert "there is no folder models/hh here, and the hub has no answer (" in message
 
 
 # --- the demo ---

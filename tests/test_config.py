@@ -193,8 +193,8 @@ def test_limits_themselves_are_admitted(override: str):
         (["data.num_proc=0"], "data.num_proc (override): expected a value >= 1, got 0"),
         (["data.limit=-5"], "data.limit (override): expected a value >= 1, got -5"),
         (
-            ["data=pairs.jsonl"],
-            "data (override): expected a section with settings beneath it, got 'pairs.jsonl'",
+            ["data=3"],
+            "data (override): expected a section with settings beneath it, got 3",
         ),
         (["objective=dppo"], "objective.name (override): no objective 'dppo' (did you mean 'dpo'?)"),
         (["objective=3"], "objective (override): expected a name, or a section"),

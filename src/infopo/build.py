@@ -1,12 +1,12 @@
 """Composition root: recipe -> finished objects. Nothing else builds trainers from settings."""
 
+import contextlib
 import importlib.util
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from enum import Enum
 from functools import cache
 from itertools import islice
@@ -20,7 +20,6 @@ from transformers.integrations import get_available_reporting_integrations
 
 from infopo import models
 from infopo.arguments import InfoPOConfig
-from infopo.catalog import LOGPS_PATHS
 from infopo.config import DataSection, Recipe, TrainField
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
@@ -28,75 +27,12 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.responses import ScoreRule
 from infopo.data.sources import read_mixture, read_rows
 from infopo.data.streaming import ExampleStream
-from infopo.errors import InfoPOError, ModelError, RecipeError
+from infopo.errors import DataError, InfoPOError, ModelError, RecipeError
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
 from infopo.secrets import MASK, masked
+from infopo.train_table import SET_ELSEWHERE, train_field
 from infopo.trainer import InfoPOTrainer
-from infopo.yaml_tree import shown
-
-_SET_ELSEWHERE = {
-    "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
-    "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
-    "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold", "columns",
-    "chat_template_kwargs", "as_chat", "model_init_kwargs", "trust_remote_code",
-}  # fmt: skip
-"""Arguments that have a place of their own in a recipe, outside `train`."""
-
-Domain = tuple[str, Callable[[float], bool]]
-"""Admissible numbers in words, and the test for them."""
-
-
-def _at_least(low: float) -> Domain:
-    return f">= {low:g}", lambda value: low <= value < math.inf
-
-
-_ABOVE_0: Domain = ("> 0", lambda value: 0 < value < math.inf)
-_BELOW_1: Domain = ("in [0, 1)", lambda value: 0 <= value < 1)
-
-_DOMAINS: Mapping[str, Domain] = {
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), _ABOVE_0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
-    **dict.fromkeys(
-        (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "precompute_ref_batch_size", "max_tokens_per_forward", "torch_empty_cache_steps",
-            "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
-        ),
-        _at_least(1),
-    ),
-    **dict.fromkeys(
-        (
-            "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
-            "neftune_noise_alpha", "dataloader_num_workers", "data_seed", "eval_delay",
-        ),
-        _at_least(0),
-    ),
-    "max_steps": ("> 0, or -1 to train for num_train_epochs", lambda value: value > 0 or value == -1),
-    "seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
-}  # fmt: skip
-"""Numbers that transformers takes without a look, and fails on, or trains nothing with, once the data are read."""
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
-    "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
-    "logps_path": LOGPS_PATHS,
-}
-"""Texts that are accepted where transformers declares no list of its own."""
-
-
-@dataclass(frozen=True)
-class _NumberField(TrainField):
-    """A `TrainField` with a domain."""
-
-    domain: Domain = field(default=_ABOVE_0, repr=False)
-
-    def problem(self, value: Any) -> str | None:
-        problem = super().problem(value)
-        if problem or not isinstance(value, int | float) or isinstance(value, bool):
-            return problem
-        words, admits = self.domain
-        return None if admits(value) else f"expected a value {words}, got {shown(value)}"
 
 
 @cache
@@ -105,14 +41,13 @@ def train_fields() -> Mapping[str, TrainField]:
     hints = typing.get_type_hints(InfoPOConfig)
     table: dict[str, TrainField] = {}
     for f in fields(InfoPOConfig):
-        if not f.init or f.name in _SET_ELSEWHERE:
+        if not f.init or f.name in SET_ELSEWHERE:
             continue
         kinds, choices = _kinds(hints[f.name], f.default)
-        choices = _CHOICES.get(f.name) or choices or tuple(f.metadata.get("choices") or ())
-        if f.name in _DOMAINS:
-            table[f.name] = _NumberField(f.name, kinds, choices, _DOMAINS[f.name])
-        else:
-            table[f.name] = TrainField(f.name, kinds, choices)
+        if f.name == "torch_compile_backend":
+            choices = tuple(backend.value.lower() for backend in DynamoBackend)
+        choices = choices or tuple(f.metadata.get("choices") or ())
+        table[f.name] = train_field(f.name, kinds, choices)
     return table
 
 
@@ -243,7 +178,8 @@ def build_policy(recipe: Recipe) -> torch.nn.Module:
         kwargs["revision"] = section.revision
     if section.quantization is not None:
         kwargs["quantization_config"] = _quantization(section.quantization)
-    return models.load_policy(section.name_or_path, **kwargs)
+    with _model_named(recipe):
+        return models.load_policy(section.name_or_path, **kwargs)
 
 
 def _quantization(bits: str) -> BitsAndBytesConfig:
@@ -293,7 +229,35 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the policy."""
     section = recipe.model
     kwargs = {"revision": section.revision} if section.revision else {}
-    return models.load_tokenizer(section.name_or_path, trust_remote_code=section.trust_remote_code, **kwargs)
+    with _model_named(recipe):
+        return models.load_tokenizer(
+            section.name_or_path, trust_remote_code=section.trust_remote_code, **kwargs
+        )
+
+
+@contextlib.contextmanager
+def settings_named(recipe: Recipe) -> Iterator[None]:
+    """Within it, an error of a source that cannot be found names the setting with its line."""
+    try:
+        yield
+    except DataError as error:
+        if error.reason not in ("no such file", "hub"):
+            raise
+        evaluates = error.row_id in _names(recipe.data.eval_path or [])
+        key = "data.eval_path" if evaluates and error.row_id not in _names(recipe.data.path) else "data.path"
+        raise RecipeError(f"{recipe.located(key)}: {error}") from error
+
+
+@contextlib.contextmanager
+def _model_named(recipe: Recipe) -> Iterator[None]:
+    """Within it, an error of a model that is not on this machine names the setting with its line."""
+    name = recipe.model.name_or_path
+    try:
+        yield
+    except ModelError as error:
+        if name == models.LAB_POLICY or Path(name).expanduser().is_dir():
+            raise
+        raise ModelError(f"{recipe.located('model.name_or_path')}: {error}") from error
 
 
 def build_examples(
@@ -391,10 +355,12 @@ def build_trainer(
         train = build_stream(recipe.data, tokenizer)
         accounts = [train.counts]
     else:
-        train, counts = build_examples(recipe.data, tokenizer)
+        with settings_named(recipe):
+            train, counts = build_examples(recipe.data, tokenizer)
         accounts = [counts]
     if recipe.data.has_eval:
-        evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
+        with settings_named(recipe):
+            evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
         accounts.append(eval_counts)
     return build_trainer_on(recipe, tokenizer, train, evaluation, callbacks), accounts
 

@@ -9,35 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from infopo.errors import CheckpointError
+from infopo.run_state import IDENTITY, STAGING, STATE, seal
 from infopo.runs import fsync_path, fsync_tree, write_json_atomic
 
-IDENTITY = "infopo_state.json"
 AVERAGES = "moving_averages"
-STATE = "trainer_state.json"
-STAGING = ".staging"
 REPLACED = ".replaced"
-
-
-def find(resume_from_checkpoint: str | bool, output_dir: str) -> Path:
-    """The checkpoint to resume from: the one named, or (True) the last one in the output folder.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    found = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else last(output_dir)
-    if found is None:
-        raise CheckpointError(f"{output_dir}: there is no checkpoint to resume from")
-    if not (Path(found) / STATE).is_file():
-        raise CheckpointError(f"{found}: is no checkpoint (it holds no {STATE})")
-    return Path(found)
-
-
-def last(output_dir: str) -> str | None:
-    """The newest whole checkpoint of a run, or None."""
-    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
 
 
 def write_identity(checkpoint: Path, identity: dict[str, Any], averages: Sequence[float]) -> None:
@@ -70,21 +49,17 @@ def read_averages(checkpoint: Path) -> list[float]:
     return [math.nan if average is None else float(average) for average in averages]
 
 
-def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
     """Refuses a checkpoint of another run: a reference that moved is the classic silent error of resuming.
+
+    Args:
+        checkpoint: Its folder.
+        saved: What `read_identity` gives for it.
+        identity: Of this run.
 
     Raises:
         CheckpointError: Reference, objective or data differ; names each.
     """
-    path = checkpoint / IDENTITY
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint}: has no {IDENTITY}; infopo did not write it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error}); resume from an earlier checkpoint") from error
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{path}: is damaged (no JSON object); resume from an earlier checkpoint")
     now = json.loads(json.dumps(identity))
     differing = [
         f"{key} (then {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]
@@ -119,6 +94,8 @@ def staged(
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         _fix_best(state, run_dir, name)
         state.save_to_json(str(staging / name / STATE))
+        if (staging / name / IDENTITY).is_file():
+            seal(staging / name)
         fsync_tree(staging / name)
         final = run_dir / name
         if final.is_dir():  # moved away first: a kill while it is deleted would leave half a checkpoint
@@ -134,6 +111,11 @@ def staged(
         )
     wait_for_everyone()
     _fix_best(state, run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")  # on the other ranks
+
+
+def remove_staging(run_dir: Path) -> None:
+    """Removes what a save that failed has left."""
+    shutil.rmtree(run_dir / STAGING, ignore_errors=True)
 
 
 def _fix_best(state: TrainerState, run_dir: Path, newest: str) -> None:

@@ -6,11 +6,15 @@ import contextlib
 import io
 import os
 import sys
+import textwrap
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from infopo import __version__
 from infopo.errors import InfoPOError
+from infopo.losses.catalog import OBJECTIVES
+from infopo.secrets import masked_argument
 
 EXIT_INPUT_AT_FAULT = 2
 EXIT_INTERRUPTED = 130
@@ -23,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 2 where the input is at fault; 130 on Ctrl-C; 141 where nobody reads the output any more. A rank of several does
     not return: its process ends with that status.
     """
-    status = _run(_parser().parse_args(argv))
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if "run" not in arguments:
+        parser.print_help(sys.stderr)
+        return EXIT_INPUT_AT_FAULT
+    status = _run(arguments)
     if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         _end_process(status)
     return status
@@ -42,8 +51,8 @@ def _run(arguments: argparse.Namespace) -> int:
     except InfoPOError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT_AT_FAULT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `infopo check ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
@@ -65,10 +74,22 @@ def _end_process(status: int) -> None:
     os._exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says how overrides are written to those who write them with dashes."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        meant = [part.lstrip("-") for part in unknown if part.startswith("--") and "=" in part]
+        if message.startswith("unrecognized arguments: ") and meant:
+            keys = [masked_argument(part) for part in meant]
+            message = f"overrides are written without dashes: {' '.join(keys)}"
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="infopo", description="Align language models with preference data.")
+    parser = _Parser(prog="infopo", description="Align language models with preference data.")
     parser.add_argument("--version", action="version", version=f"infopo {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True)
+    commands = parser.add_subparsers(title="commands", parser_class=_Parser)
 
     demo = commands.add_parser("demo", help="compare InfoPO, DPO and SFT on the built-in lab, in minutes")
     demo.add_argument(
@@ -86,10 +107,12 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train a model as a recipe says"),
         ("check", _check, "do everything that train does but for training: one step, nothing written"),
     ):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(
+            name, help=text, epilog=_keys(), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         command.add_argument("recipe", metavar="RECIPE.yaml")
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="e.g. train.learning_rate=1e-6"
+            "overrides", nargs="*", default=[], metavar="key=value", help="e.g. train.learning_rate=1e-6"
         )
         command.set_defaults(run=run)
 
@@ -122,16 +145,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _keys() -> str:
+    """Where the keys of a recipe are listed, and the objectives by name."""
+    names = textwrap.fill(", ".join(OBJECTIVES), 78, initial_indent="  ", subsequent_indent="  ")
+    return (
+        "A recipe has the sections model, data, objective, reference and train, and output_dir. All keys stand in\n"
+        "docs/recipes.md; keys of train are those of transformers' TrainingArguments. A key that does not exist is\n"
+        f"refused with those that do. Objectives (objective=NAME):\n{names}"
+    )
+
+
 # Imports wait until a command runs: `infopo --help` must not load torch.
 
 
+def _preflight(recipe: str, overrides: Sequence[str], *, makes_a_run: bool = True) -> None:
+    """Finds what is wrong with a recipe before torch is loaded, which takes seconds."""
+    from infopo import preflight
+
+    preflight.preflight(recipe, overrides, makes_a_run=makes_a_run)
+
+
 def _demo(arguments: argparse.Namespace) -> None:
+    from infopo.preflight import check_demo
+
+    check_demo(arguments.output, arguments.seed)
     from infopo.workflows.demo import demo
 
     demo(arguments.output, seed=arguments.seed, labels=arguments.labels)
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    _preflight(arguments.recipe, arguments.overrides)
     from infopo.workflows.train import train
 
     train(arguments.recipe, arguments.overrides)
@@ -154,12 +198,14 @@ def _reference(arguments: argparse.Namespace) -> None:
 
         prune(arguments.store, arguments.prune, arguments.older_than)
     else:
+        _preflight(arguments.recipe, arguments.overrides, makes_a_run=False)
         from infopo.workflows.reference import reference
 
         reference(arguments.recipe, arguments.overrides)
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    _preflight(arguments.recipe, arguments.overrides, makes_a_run=False)
     from infopo.workflows.check import check
 
     check(arguments.recipe, arguments.overrides)

@@ -7,7 +7,7 @@ A recipe is judged as a whole: unknown keys, wrong types and impossible combinat
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -22,7 +22,7 @@ from infopo.catalog import (
     suggestion,
 )
 from infopo.errors import RecipeError
-from infopo.losses.catalog import check_objective, complete_parameters, objective_name
+from infopo.losses.catalog import OBJECTIVES, check_objective, complete_parameters, objective_name
 from infopo.secrets import learn, masked_tree
 from infopo.vocabulary import check_columns
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
@@ -177,6 +177,13 @@ class Recipe:
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     train: dict[str, Any] = field(default_factory=dict)
     """Arguments of the trainer under transformers' names, and `resume_from_checkpoint`."""
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where each dotted key came from (`line 3`, `override`), for messages; no setting."""
+
+    def located(self, key: str) -> str:
+        """The key as messages name it, e.g. `model.name_or_path (line 3)`."""
+        place = self.places.get(key) or self.places.get(key.rpartition(".")[0])
+        return f"{key} ({place})" if place else key
 
 
 @dataclass(frozen=True)
@@ -260,17 +267,23 @@ def parse_recipe(
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out and secrets masked; `parse_recipe` of it gives an equal recipe."""
-    tree = masked_tree(asdict(recipe))
+    tree = masked_tree(asdict(replace(recipe, places={})))
+    del tree["places"]
     objective = tree["objective"]
     tree["objective"] = {"name": objective["name"], **objective["parameters"]}
     return dump_tree(tree)
 
 
+_SHORTHANDS = {"model": "name_or_path", "data": "path", "objective": "name", "reference": "source"}
+"""Sections and the setting that a text in place of a section stands for."""
+
+
 def _expand_shorthands(tree: Tree) -> Tree:
-    """`objective: dpo` and `reference: live` as the mappings that they stand for."""
-    for section, key in (("objective", "name"), ("reference", "source")):
-        if isinstance(tree.get(section), str):
-            tree[section] = {key: tree[section]}
+    """`model: sft`, `data: pairs.jsonl`, `objective: dpo` and `reference: live` as the mappings they stand for."""
+    for section, key in _SHORTHANDS.items():
+        value = tree.get(section)
+        if isinstance(value, str) or (section == "data" and isinstance(value, list)):
+            tree[section] = {key: value}
     return tree
 
 
@@ -280,7 +293,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
     Checks across sections see the settings as they came, right or wrong: so one mistake does not hide another.
     """
     learn(tree)  # before any value stands in a message
-    _refuse_unknown(tree, Recipe, "", problems)
+    _refuse_unknown(tree, Recipe, "", problems, _homes(train_fields))
     model = _read_section(ModelSection, tree.get("model"), "model", problems)
     data = _read_section(DataSection, tree.get("data"), "data", problems)
     output_dir = _read_output_dir(tree.get("output_dir"), problems)
@@ -305,17 +318,32 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
         ObjectiveSection(**objective),
         ReferenceSection(**reference),
         train,
+        dict(problems.places),
     )
 
 
-def _refuse_unknown(tree: Tree, section: "type[DataclassInstance]", path: str, problems: Problems) -> None:
-    known = [f.name for f in fields(section)]
+def _homes(train_fields: Mapping[str, TrainField]) -> dict[str, str]:
+    """The section of each setting that stands beneath one, for those who write it at the top level."""
+    sections = {"model": ModelSection, "data": DataSection, "reference": ReferenceSection}
+    homes = {name: f"train.{name}" for name in train_fields}
+    homes |= {key: f"objective.{key}" for row in OBJECTIVES.values() for key in row.parameters}
+    return homes | {f.name: f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}
+
+
+def _refuse_unknown(
+    tree: Tree,
+    section: "type[DataclassInstance]",
+    path: str,
+    problems: Problems,
+    homes: Mapping[str, str] | None = None,
+) -> None:
+    """Notes keys that the section does not have; `homes` says where else a setting of that name stands."""
+    known = [f.name for f in fields(section) if f.name != "places"]
     there_are = ", ".join(known)
     for key in tree:
         if key not in known:
-            problems.add(
-                join_path(path, key), f"no such setting{suggestion(key, known)}; there are {there_are}"
-            )
+            meant = f" (did you mean {homes[key]}?)" if homes and key in homes else suggestion(key, known)
+            problems.add(join_path(path, key), f"no such setting{meant}; there are {there_are}")
 
 
 def _read_section(section: "type[DataclassInstance]", value: Any, path: str, problems: Problems) -> Tree:

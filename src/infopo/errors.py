@@ -10,6 +10,8 @@
     ├── ReferenceStoreError        the store of reference log-probs cannot be read or written; names the file
     └── TrainingError              the run itself went wrong
         ├── NonFiniteLossError     loss is NaN or infinite; names the rows
+        ├── NonFiniteWeightsError  a weight is NaN or infinite, and is not saved
+        ├── SaveError              a checkpoint or the model cannot be written; says what is kept
         ├── ReferenceMismatchError policy and reference differ where they must not
         └── CheckpointError        a checkpoint cannot be resumed from
 
@@ -118,6 +120,14 @@ class TrainingError(InfoPOError, RuntimeError):
 
 class NonFiniteLossError(TrainingError):
     """The loss of an optimizer step is NaN or infinite; names the rows that made it so."""
+
+
+class NonFiniteWeightsError(TrainingError):
+    """A weight or a value of the optimizer is NaN or infinite; it is not saved. Names the last whole checkpoint."""
+
+
+class SaveError(TrainingError):
+    """A checkpoint, the model or the metrics cannot be written, e.g. to a full disk; says what is kept."""
 
 
 class ReferenceMismatchError(TrainingError):

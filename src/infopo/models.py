@@ -69,7 +69,7 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             resolve_name(name_or_path), output_loading_info=True, **kwargs
         )
     except _LOADING_ERRORS as error:
-        raise ModelError(f"model {name_or_path!r} cannot be loaded: {first_lines(error)}") from error
+        raise _cannot_load(f"model {name_or_path!r}", name_or_path, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         # Loaded this way the adapter is frozen, and a second one would nest on it.
         raise ModelError(
@@ -94,7 +94,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name_or_path), **kwargs)
     except _LOADING_ERRORS as error:
-        raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {first_lines(error)}") from error
+        raise _cannot_load(f"tokenizer of {name_or_path!r}", name_or_path, error) from error
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -234,6 +234,16 @@ def _num_embeddings(model: nn.Module) -> int | None:
     tables = (module for module in layer.modules() if isinstance(module, nn.Embedding))
     table = next(tables, layer)
     return getattr(table, "num_embeddings", None)
+
+
+def _cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
+    """The error for a name that gives no model; of one that is no folder, whatever the hub said to it."""
+    if isinstance(error, ModelError):
+        return error
+    reason = first_lines(error)
+    if isinstance(error, OSError) and name_or_path != LAB_POLICY and not Path(name_or_path).is_dir():
+        reason = f"there is no folder {name_or_path} here, and the hub has no answer ({reason[:200]})"
+    return ModelError(f"{what} cannot be loaded: {reason}")
 
 
 def first_lines(error: Exception, count: int = 2) -> str:

@@ -1,14 +1,18 @@
 """The processes that share a run: whether they have found each other, and what each run says of them at its start."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infopo.data.examples import ExampleDataset
-from infopo.errors import RecipeError
+from infopo.errors import InfoPOError, RecipeError
 from infopo.records import Role
+
+T = TypeVar("T")
 
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
@@ -52,6 +56,22 @@ def refuse_strangers(world_size: int) -> None:
             "accelerate launch was asked for several processes on CPUs, but starts only one unless it is given MPI "
             "(--mpirun_hostfile): use torchrun --nproc-per-node N, or --num_processes 1"
         )
+
+
+def from_first(function: Callable[[], T], args: TrainingArguments) -> T:
+    """What `function` gives on the first rank, on all of them; an `InfoPOError` of it likewise."""
+    if args.world_size == 1:
+        return function()
+    outcome: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            outcome = [function()]
+        except InfoPOError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], InfoPOError):
+        raise outcome[0]
+    return cast(T, outcome[0])
 
 
 class StartLine(TrainerCallback):

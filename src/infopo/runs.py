@@ -1,6 +1,6 @@
 """The run directory: what a run leaves behind, written so that a kill at any moment leaves it readable.
 
-    recipe.yaml        the resolved recipe
+    recipe.yaml        the resolved recipe; of a part that was resumed with another, recipe-from-step-N.yaml
     environment.json   versions, commit, hardware, seed, command line
     metrics.jsonl      one JSON object a line, each with its `step`
     eval.json          results of evaluation
@@ -10,6 +10,7 @@ All JSON is strict: NaN and infinities, which JSON cannot hold, are the texts "N
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -91,11 +92,39 @@ class RunWriter:
         with _named(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
-    def write_recipe(self, text: str) -> None:
-        write_text_atomic(self.directory / RECIPE, text)
+    def write_recipe(self, text: str, done: int = 0) -> None:
+        """Writes what is run. `recipe.yaml` is what a run began with and never changes.
 
-    def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json_atomic(self.directory / ENVIRONMENT, masked_tree(environment))
+        Args:
+            text: The resolved recipe.
+            done: Optimizer steps that lie behind a resumed run. If its recipe differs, it is written beside the first,
+                under the first step that it is for.
+        """
+        for path in self.directory.glob("recipe-from-step-*.yaml"):  # of steps that are taken anew
+            number = path.stem.rpartition("-")[2]
+            if done and number.isdecimal() and int(number) > done:
+                path.unlink()
+        first = _read_text(self.directory / RECIPE) if done else None
+        if first is None:
+            write_text_atomic(self.directory / RECIPE, text)
+        elif first != text:
+            write_text_atomic(self.directory / f"recipe-from-step-{done + 1}.yaml", text)
+
+    def write_environment(self, environment: Mapping[str, Any], done: int = 0) -> None:
+        """Writes with what it is run; of a resumed part, what differs, as an entry of `resumed`.
+
+        Args:
+            environment: As `environment()` gives it.
+            done: Optimizer steps that lie behind a resumed run.
+        """
+        path = self.directory / ENVIRONMENT
+        record = json.loads(to_json(masked_tree(environment)))
+        first = _read_object(path) if done else None
+        if first is not None:
+            earlier = [part for part in first.get("resumed", []) if part["from_step"] <= done]
+            differing = {key: value for key, value in record.items() if first.get(key) != value}
+            record = {**first, "resumed": [*earlier, {"from_step": done + 1, **differing}]}
+        write_json_atomic(path, record)
 
     def write_evaluation(self, results: Mapping[str, Any]) -> None:
         write_json_atomic(self.directory / EVALUATION, results)
@@ -116,7 +145,9 @@ class RunWriter:
                 self._last_line_is_whole = True
             # One write to a file opened for appending: a kill leaves the line whole, or cut short at the very end.
             with path.open("ab", buffering=0) as file:
-                file.write(line)
+                if file.write(line) != len(line):
+                    self._last_line_is_whole = False
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def truncate_metrics_after(self, step: int) -> None:
         """Drops what a resumed run will write again: records of later steps, a half-written last line, and the summary
@@ -327,6 +358,7 @@ def environment(
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "git": _git_state(Path.cwd()),
+        "infopo_git": _own_git_state(),
         "platform": platform.platform(),
         "hardware": {
             "cpu": _cpu_model(),
@@ -356,6 +388,14 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
         "commit": _git(directory, "rev-parse", "--verify", "HEAD"),
         "dirty": None if changes is None else bool(changes),
     }
+
+
+def _own_git_state() -> dict[str, Any] | None:
+    """State of the checkout that infopo itself runs from; None if it is installed apart from one."""
+    package = Path(__file__).parent
+    # A virtual environment may lie within some repository that knows nothing of its files.
+    is_tracked = _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is not None
+    return _git_state(package) if is_tracked else None
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

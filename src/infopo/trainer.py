@@ -22,14 +22,13 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, hashing, learning, models, ranks, startup
+from infopo import checkpoints, hashing, learning, models, ranks, run_state, startup
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
@@ -70,13 +69,14 @@ from infopo.reference import (
     resolve,
 )
 from infopo.reference_store import ReferenceStore, check_folder, folder_of
+from infopo.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
 RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | ExampleDataset
 
 
-class InfoPOTrainer(Trainer):
+class InfoPOTrainer(SavingTrainer):
     """Aligns a causal language model with preference data.
 
     The interface is that of TRL's `DPOTrainer`; the loss is InfoPO with β = 1 unless `args` name another.
@@ -216,7 +216,6 @@ class InfoPOTrainer(Trainer):
         self._step_values: list[Tensor | None] = [None] * len(self.mixture)
         self._averages = self._no_averages()
         self._is_checked = False
-        self._staging: str | None = None
         self._has_trained = False
         self._adapter_is_fresh = peft_config is not None
         if not (
@@ -532,16 +531,6 @@ class InfoPOTrainer(Trainer):
         self._metric_sums["train"], self._step_record = MetricSums(), []
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def find_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        """The checkpoint to resume from, if it belongs to this run.
-
-        Raises:
-            CheckpointError: There is none, or it was made with another reference, objective or data.
-        """
-        path = checkpoints.find(resume_from_checkpoint, self.args.output_dir)
-        checkpoints.check_identity(path, self._identity())
-        return str(path)
-
     def training_step(
         self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
@@ -647,7 +636,8 @@ class InfoPOTrainer(Trainer):
         rows = [row for batch, logps, terms in record for row in non_finite_rows(batch, logps, terms)]
         raise NonFiniteLossError(
             f"step {self.state.global_step + 1}: the loss is not finite; rows: {', '.join(rows) or 'unknown'}. "
-            "No update was made. A lower learning rate, or bf16 in place of fp16, is the usual remedy."
+            f"No update was made. {run_state.kept(self.args.output_dir)}. A lower learning_rate, which takes effect "
+            "from there on, or bf16 in place of fp16, is the usual remedy."
         )
 
     def _check_model(self, model: nn.Module, batch: PackedBatch) -> None:
@@ -782,43 +772,10 @@ class InfoPOTrainer(Trainer):
         """SHA-256 of the tokens that are trained on; None of a stream, whose end is not known."""
         return self.train_dataset.content_hash() if isinstance(self.train_dataset, ExampleDataset) else None
 
-    def save_final_model(self) -> None:
-        """Writes model and tokenizer to `output_dir`, each file whole or not there."""
-        with checkpoints.staged_files(
-            Path(self.args.output_dir), self.args, self.accelerator.wait_for_everyone
-        ) as new:
-            self.save_model(str(new))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with models.original_config(self._changed_config):
-            super()._save(output_dir, state_dict)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # while staged, the folder is about to be renamed under the upload
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes under a temporary name, makes it durable, renames: a checkpoint is whole or not there."""
-        run_dir = Path(super()._get_output_dir(trial))
-        with checkpoints.staged(
-            run_dir, self.state, self.args, self.accelerator.wait_for_everyone
-        ) as staging:
-            self._staging = str(staging)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if self.args.should_save:
-                checkpoints.write_identity(
-                    staging / f"checkpoint-{self.state.global_step}",
-                    self._identity(),
-                    averages=[float(average) for average in self._averages],
-                )
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / f"checkpoint-{self.state.global_step}"))
+    @property
+    def kept_averages(self) -> list[float]:
+        """Logarithm of each objective's moving average (nats), NaN if it keeps none."""
+        return [float(average) for average in self._averages]
 
 
 def _has(dataset: ExampleDataset, role: Role) -> np.ndarray:

@@ -15,11 +15,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
-from infopo import checkpoints
+from infopo import checkpoints, run_state
 from infopo.arguments import InfoPOConfig
-from infopo.errors import CheckpointError, RecipeError
+from infopo.errors import CheckpointError, NonFiniteWeightsError, RecipeError
 from infopo.hashing import hash_weights
 from infopo.lab import policy_path
 from infopo.lab.preferences import make_pairs
@@ -28,7 +35,7 @@ from infopo.models import load_policy
 from infopo.runs import file_sha256
 from infopo.trainer import InfoPOTrainer
 from infopo.workflows.train import MetricsFile, train
-from worlds import random_dataset, tiny_llama
+from worlds import random_dataset, tiny_llama, tiny_of
 
 STEPS, SAVE_STEPS, ROWS = 13, 3, 26  # 7 steps an epoch, the last of 2 rows
 
@@ -207,8 +214,8 @@ def test_a_moving_average_comes_back_digit_for_digit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [None, [], [0.5, 0.5], ["0.5"], {"0": 0.5}])
 def test_a_checkpoint_without_its_moving_average_is_refused_by_name(tmp_path: Path, kept: Any) -> None:
     identity = {"objective": [["mine", {}, 1.0]], checkpoints.AVERAGES: kept}
-    (tmp_path / checkpoints.IDENTITY).write_text(json.dumps(identity))
-    with pytest.raises(CheckpointError, match=f"{checkpoints.IDENTITY}.*{checkpoints.AVERAGES}"):
+    (tmp_path / run_state.IDENTITY).write_text(json.dumps(identity))
+    with pytest.raises(CheckpointError, match=f"{run_state.IDENTITY}.*{checkpoints.AVERAGES}"):
         checkpoints.read_averages(tmp_path)
 
 
@@ -272,7 +279,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_and_the_run_is_left_as_i
 def test_a_damaged_identity_is_refused(
     tmp_path: Path, data: Path, copied: Path, content: str | None, message: str
 ) -> None:
-    path = copied / "checkpoint-3" / checkpoints.IDENTITY
+    path = copied / "checkpoint-3" / run_state.IDENTITY
     path.unlink()
     if content is not None:
         path.write_bytes(content.encode("utf-8", errors="surrogateescape"))
@@ -290,7 +297,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, data: Path) -> None:
             recipe, [f"output_dir={tmp_path / 'run'}", f"train.resume_from_checkpoint={tmp_path / 'nowhere'}"]
         )
     with pytest.raises(CheckpointError, match="there is no checkpoint to resume from"):
-        checkpoints.find(True, str(tmp_path / "run"))
+        run_state.find(True, str(tmp_path / "run"))
 
 
 def test_with_nothing_to_resume_from_a_run_starts_and_says_so(
@@ -302,7 +309,7 @@ def test_with_nothing_to_resume_from_a_run_starts_and_says_so(
     assert records(tmp_path / "run")[0]["step"] == 1
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoint-3"])
+@pytest.mark.parametrize("left", ["model.safetensors", "checkpoint-3"])
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, data: Path, copied: Path, left: str) -> None:
     for path in list(copied.iterdir()):
         if path.name != left:
@@ -315,12 +322,265 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, data: Path, cop
     assert [path.name for path in copied.iterdir()] == [left]
 
 
+def test_a_run_that_left_nothing_but_metrics_is_not_in_the_way(
+    tmp_path: Path, data: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in list(copied.iterdir()):
+        if path.name != "metrics.jsonl":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = (copied / "metrics.jsonl").read_bytes()
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=1)
+    train(recipe, [f"output_dir={copied}"])
+    assert (copied / "metrics.before-1.jsonl").read_bytes() == before
+    assert "its metrics are kept as metrics.before-1.jsonl" in capsys.readouterr().out
+    assert [record["step"] for record in records(copied) if "loss" in record] == [1]
+
+
+# ---- settings of a resumed run -------------------------------------------------------------------------------------
+
+
+def recipe_of(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train__seed": 4}, r"seed \(then 3, now 4\)"),
+        ({"train__data_seed": 4}, r"data_seed \(then None, now 4\)"),
+        ({"train__per_device_train_batch_size": 2}, r"rows of an optimizer step \(then 4, now 2\)"),
+        ({"train__gradient_accumulation_steps": 2}, r"rows of an optimizer step \(then 4, now 8\)"),
+        ({"train__optim": "sgd"}, r"optim \(then adamw_torch\w*, now sgd\)"),
+        ({"train__weight_decay": 0.1}, r"weight_decay \(then 0.0, now 0.1\)"),
+        ({"train__adam_beta2": 0.95}, r"adam_beta2 \(then 0.999, now 0.95\)"),
+        ({"train__train_sampling_strategy": "sequential"}, r"train_sampling_strategy \(then random, now seq"),
+        (
+            {"train__max_steps": 2},
+            r"has 3 steps behind it, but only 2 are asked for \(max_steps \(then 3, now 2",
+        ),
+    ],
+)
+def test_settings_that_a_resumed_run_cannot_change_are_refused_and_the_run_is_left_as_it_was(
+    tmp_path: Path, data: Path, copied: Path, changes: dict[str, Any], named: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, **{"train__max_steps": 6, **changes})
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=rf"checkpoint-3: .*{named}"):
+        train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_rows_a_step_by_another_split_are_the_same_run(
+    tmp_path: Path, data: Path, copied: Path, uninterrupted: Any
+) -> None:
+    changes = {"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, **changes)
+    train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
+    ours, whole = (
+        [[r["step"], r["loss"]] for r in records(folder) if "loss" in r]
+        for folder in (copied, uninterrupted("infopo"))
+    )
+    assert [step for step, _ in ours] == [step for step, _ in whole]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in whole], rel=1e-4)
+
+
+def test_another_learning_rate_takes_effect_and_both_recipes_are_kept(
+    tmp_path: Path, data: Path, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = (copied / "recipe.yaml").read_text()
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=6, train__learning_rate=5e-5)
+    train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
+    assert "from step 4 on, other settings hold: learning_rate (then 0.0001, now 5e-05)" in caplog.text
+    assert "max_steps (then 3, now 6)" in caplog.text
+    # A warm-up of 4 steps, logged as the rate of the step that follows.
+    rates = {record["step"]: record["learning_rate"] for record in records(copied) if "loss" in record}
+    assert [rates[step] for step in range(1, 4)] == pytest.approx([0, 2.5e-5, 5e-5])
+    assert [rates[step] for step in range(4, 7)] == pytest.approx([3.75e-5, 5e-5, 5e-5])
+    assert (copied / "recipe.yaml").read_text() == first
+    assert recipe_of(copied / "recipe-from-step-4.yaml")["train"]["learning_rate"] == 5e-5
+    (resumed,) = json.loads((copied / "environment.json").read_text())["resumed"]
+    assert resumed["from_step"] == 4
+    # What is logged would be the same if the optimizer went on with the old rate.
+    optimizer = torch.load(copied / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {5e-5}
+
+
+def test_resuming_with_the_same_recipe_writes_no_other(tmp_path: Path, data: Path, copied: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=3)
+    before = {name: (copied / name).read_bytes() for name in ("recipe.yaml", "environment.json")}
+    train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
+    assert not list(copied.glob("recipe-*"))
+    assert {name: (copied / name).read_bytes() for name in before} == before
+
+
+def test_half_a_checkpoint_is_refused(tmp_path: Path, data: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, train__save_only_model=True)
+    overrides = [f"output_dir={tmp_path / 'run'}"]
+    train(recipe, [*overrides, "train.max_steps=3"])
+    with pytest.raises(CheckpointError, match="optimizer and schedule were not saved"):
+        train(recipe, [*overrides, "train.resume_from_checkpoint=true"])
+
+
+# ---- damaged and hostile files -------------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickled, it would run a program."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def poison(path: Path, kind: str, mark: Path) -> None:
+    if kind == "hostile":
+        torch.save(Hostile(mark), path)
+    else:
+        path.write_bytes({"empty": b"", "nonsense": b"no archive at all"}[kind])
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_trainer(folder).train()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["hostile", "nonsense"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", "model.safetensors"]
+)
+def test_damaged_and_hostile_files_run_nothing_and_are_named(
+    tmp_path: Path, two_checkpoints: Path, name: str, kind: str
+) -> None:
+    """Even if the same hand has written the checkpoint's record of its files."""
+    run_dir = Path(shutil.copytree(two_checkpoints, tmp_path / "run"))
+    folder, mark = run_dir / "checkpoint-2", tmp_path / "ran"
+    if name == "pytorch_model.bin":  # in place of the weights
+        (folder / "model.safetensors").unlink()
+    poison(folder / name, kind, mark)
+    run_state.seal(folder)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2") as refused:
+        tiny_trainer(run_dir, max_steps=3).train(resume_from_checkpoint=str(folder))
+    assert len(str(refused.value)) < 500 + len(str(run_dir))
+    assert not mark.exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_unless_it_is_named(
+    tmp_path: Path, two_checkpoints: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = Path(shutil.copytree(two_checkpoints, tmp_path / "run"))
+    newest, mark = run_dir / "checkpoint-2", tmp_path / "ran"
+    poison(newest / "optimizer.pt", "hostile", mark)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2/optimizer.pt: is damaged"):
+        tiny_trainer(run_dir).train(resume_from_checkpoint=str(newest))
+    trainer = tiny_trainer(run_dir)
+    trainer.train(resume_from_checkpoint=True)
+    assert f"{run_dir / 'checkpoint-1'} is taken instead" in caplog.text
+    assert trainer.state.global_step == 2
+    run_state.verify(newest)  # written anew
+    assert not mark.exists()
+
+
+def tiny_trainer(folder: Path, **settings: Any) -> InfoPOTrainer:
+    values = {
+        "max_steps": 2, "save_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "steps",
+        "activation_checkpointing": False, "report_to": "none", "logging_steps": 1, **settings,
+    }  # fmt: skip
+    return InfoPOTrainer(
+        tiny_llama(),
+        args=InfoPOConfig(output_dir=str(folder), **values),
+        train_dataset=random_dataset(16),
+        processing_class=build_tokenizer(),
+    )
+
+
+def test_a_mixture_of_experts_resumes_with_its_experts(tmp_path: Path) -> None:
+    """Its files name weights as first published, and transformers would leave those as they were."""
+
+    def trainer(folder: str, steps: int) -> InfoPOTrainer:
+        settings = MixtralConfig(
+            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+            router_aux_loss_coef=0.0,
+        )  # fmt: skip
+        args = InfoPOConfig(
+            output_dir=str(tmp_path / folder), max_steps=steps, save_steps=1, use_cpu=True, disable_tqdm=True,
+            learning_rate=1e-2, lr_scheduler_type="constant", activation_checkpointing=False, report_to="none",
+            save_strategy="steps",
+        )  # fmt: skip
+        return InfoPOTrainer(
+            tiny_of(settings), args=args, train_dataset=random_dataset(32), processing_class=build_tokenizer()
+        )
+
+    whole = trainer("whole", 3)
+    whole.train()
+    trainer("parts", 2).train()
+    resumed = trainer("parts", 3)
+    resumed.train(resume_from_checkpoint=True)
+    assert hash_weights(resumed.model) == hash_weights(whole.model)
+
+
+# ---- nothing that is not finite is saved ---------------------------------------------------------------------------
+
+
+class Overflow(TrainerCallback):
+    """An update that overflows: the loss before it was finite."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).view(-1)[5] = math.inf
+
+
+def test_weights_that_overflowed_are_not_saved_and_a_lower_rate_goes_on_from_the_checkpoint_before(
+    tmp_path: Path,
+) -> None:
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    trainer.add_callback(Overflow(2))
+    with pytest.raises(
+        NonFiniteWeightsError, match=r"step 2: model.embed_tokens.weight .*checkpoint-1 is whole"
+    ):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    resumed = tiny_trainer(tmp_path, max_steps=3, learning_rate=1e-8)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+
+
+@pytest.mark.parametrize("save", ["save_final_model", "save_model"])
+def test_no_final_model_is_written_that_is_not_finite(tmp_path: Path, save: str) -> None:
+    trainer = tiny_trainer(tmp_path, save_strategy="no")
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3, 3] = math.nan
+    with pytest.raises(NonFiniteWeightsError, match=r"lm_head.weight is NaN .* No checkpoint had been saved"):
+        getattr(trainer, save)()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_that_overflowed_is_not_saved(tmp_path: Path) -> None:
+    class Poisoned(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for values in kwargs["optimizer"].state.values():
+                values["exp_avg_sq"].view(-1)[0] = math.inf
+
+    trainer = tiny_trainer(tmp_path)
+    trainer.add_callback(Poisoned())
+    with pytest.raises(NonFiniteWeightsError, match="the optimizer's exp_avg_sq is NaN or infinite"):
+        trainer.train()
+
+
 def test_what_a_killed_save_left_is_ignored_and_cleaned(tmp_path: Path, data: Path, copied: Path) -> None:
-    half = copied / checkpoints.STAGING / "checkpoint-6"
+    half = copied / run_state.STAGING / "checkpoint-6"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
     (half / "model-00001-of-00002.safetensors").write_bytes(b"of another save")
-    assert checkpoints.last(str(copied)) == str(copied / "checkpoint-3")
+    assert run_state.last(str(copied)) == str(copied / "checkpoint-3")
     recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=6)
     train(recipe, [f"output_dir={copied}", "train.resume_from_checkpoint=true"])
     assert sorted(p.name for p in copied.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
@@ -339,7 +599,7 @@ def save(run_dir: Path, step: int, content: str) -> None:
     with checkpoints.staged(run_dir, state, args, lambda: None) as staging:
         (staging / f"checkpoint-{step}").mkdir()
         for name in FILES:
-            (staging / f"checkpoint-{step}" / name).write_text(content)
+            (staging / f"checkpoint-{step}" / name).write_text(json.dumps({"saved": content}))
 
 
 def test_a_kill_at_any_file_operation_leaves_whole_checkpoints(
@@ -383,16 +643,15 @@ def test_a_kill_at_any_file_operation_leaves_whole_checkpoints(
         try:
             save(run_dir, 9, "new")
         except Killed:
-            last = checkpoints.last(str(run_dir))
+            last = run_state.last(str(run_dir))
             assert last is not None
-            contents = {(Path(last) / name).read_text()[:3] for name in FILES if name != "trainer_state.json"}
-            assert len(contents) == 1, number  # whole, and of one save
-            assert (Path(last) / "trainer_state.json").is_file()
-            outcomes.add((Path(last).name, *contents))
+            run_state.verify(Path(last))  # whole, and of one save
+            saved = json.loads((Path(last) / "infopo_state.json").read_text())["saved"]
+            outcomes.add((Path(last).name, saved))
         else:
             break
     assert number > 10
-    assert not (run_dir / checkpoints.STAGING).exists()
+    assert not (run_dir / run_state.STAGING).exists()
     assert outcomes >= {("checkpoint-9", "old"), ("checkpoint-9", "new")}
 
 
@@ -414,7 +673,7 @@ def test_a_checkpoint_is_durable_before_it_gets_its_name(
     monkeypatch.setattr(Path, "replace", noted_replace)
     save(tmp_path, 3, "x")
     named = events.index(f"-> {tmp_path / 'checkpoint-3'}")
-    staged = tmp_path / checkpoints.STAGING / "checkpoint-3"
+    staged = tmp_path / run_state.STAGING / "checkpoint-3"
     assert set(events[:named]) >= {str(staged), *(str(staged / name) for name in FILES)}
     assert str(tmp_path) in events[named:]  # and its name is, before an older checkpoint goes
 
@@ -473,13 +732,13 @@ def test_a_run_killed_again_and_again_ends_like_the_one_that_was_not(
     rng, kills, mid_save = random.Random(seed), 0, 0
     for _ in range(80):  # on a slow machine a start may get one step on
         process = start(run_dir)
-        begin = checkpoints.last(str(run_dir))
+        begin = run_state.last(str(run_dir))
         deadline = time.monotonic() + 120
-        while process.poll() is None and checkpoints.last(str(run_dir)) == begin:  # it has begun to train
+        while process.poll() is None and run_state.last(str(run_dir)) == begin:  # it has begun to train
             assert time.monotonic() < deadline
             time.sleep(0.005)
         if kills % 2:
-            stop_in_a_save(process, run_dir / checkpoints.STAGING)
+            stop_in_a_save(process, run_dir / run_state.STAGING)
         else:
             time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
@@ -487,9 +746,9 @@ def test_a_run_killed_again_and_again_ends_like_the_one_that_was_not(
             break
         assert process.returncode == -signal.SIGKILL, (tmp_path / "run.log").read_text()[-3000:]
         kills += 1
-        mid_save += (run_dir / checkpoints.STAGING).exists()
+        mid_save += (run_dir / run_state.STAGING).exists()
         for folder in run_dir.glob("checkpoint-*"):
-            if str(folder) == checkpoints.last(str(run_dir)):
+            if str(folder) == run_state.last(str(run_dir)):
                 assert {"model.safetensors", "optimizer.pt", *FILES} <= {
                     path.name for path in folder.iterdir()
                 }

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from transformers import TrainerCallback
 
-from infopo import checkpoints
+from infopo import run_state
 from infopo.arguments import InfoPOConfig
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.trainer import InfoPOTrainer
@@ -54,7 +54,7 @@ trainer = InfoPOTrainer(
     processing_class=build_tokenizer(),
     callbacks=[Stop()],
 )
-trainer.train(resume_from_checkpoint=True if checkpoints.last(folder) else None)
+trainer.train(resume_from_checkpoint=True if run_state.last(folder) else None)
 weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).numpy().tobytes()
 result = {
     "weights": hashlib.sha256(weights).hexdigest(),

@@ -11,13 +11,16 @@ from infopo.build import (
     build_examples,
     build_tokenizer,
     build_trainer_on,
+    settings_named,
     train_fields,
 )
 from infopo.config import Recipe, load_recipe
 from infopo.data.examples import ExampleDataset
 from infopo.data.survey import render, report_lines
 from infopo.models import check_fit
-from infopo.workflows.train import check_run_directory, check_store, holds_run, run
+from infopo.preflight import check_run_directory, preflight
+from infopo.run_state import holds_run
+from infopo.workflows.train import run
 
 RENDERED_EXAMPLES = 3
 
@@ -31,22 +34,24 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         InfoPOError: Anything that would stop `infopo train`.
     """
+    preflight(recipe_path, overrides, makes_a_run=False)
     recipe = load_recipe(recipe_path, overrides, train_fields())
     build_arguments(recipe)
     check_run_directory(recipe)
-    check_store(recipe)
     print(f"recipe: {recipe_path} is valid")
     tokenizer = build_tokenizer(recipe)
     if recipe.data.streaming:
         limit = min(recipe.data.limit or ROWS_OF_A_STREAM, ROWS_OF_A_STREAM)
         recipe = replace(recipe, data=replace(recipe.data, limit=limit))
         print(f"the data are streamed: the first {limit} usable rows are looked at")
-    train, counts = build_examples(recipe.data, tokenizer)
+    with settings_named(recipe):
+        train, counts = build_examples(recipe.data, tokenizer)
     print(*counts.lines(), sep="\n")
     print(*report_lines(train, tokenizer, recipe.train.get("per_device_train_batch_size", 8)), sep="\n")
     evaluation = None
     if recipe.data.has_eval:
-        evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
+        with settings_named(recipe):
+            evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
         print(*eval_counts.lines(), sep="\n")
     print("the first examples; scored tokens stand in ⟦brackets⟧")
     for index in range(min(RENDERED_EXAMPLES, len(train))):

@@ -1,7 +1,6 @@
 """`infopo demo`: what each method does to a small model, at three learning rates, on the same pairs."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -26,13 +25,14 @@ from transformers.utils.logging import disable_progress_bar
 from infopo.build import build_examples, build_trainer_on
 from infopo.config import DataSection, ModelSection, ObjectiveSection, Recipe, ReferenceSection, to_yaml
 from infopo.data.examples import ExampleDataset
-from infopo.errors import RecipeError, TrainingError
+from infopo.errors import TrainingError
 from infopo.generate import sample
 from infopo.lab import Problem, make_problems
 from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt, one_thread
 from infopo.lab.preferences import make_pairs
 from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
+from infopo.preflight import check_demo
 from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute
 from infopo.report.figures import draw_demo
@@ -141,7 +141,7 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     """
     begin = time.perf_counter()
     setting = Setting(Path(output), labels, seed)
-    _check(setting)
+    check_demo(output, seed)
     disable_progress_bar()  # transformers' own, for weights that load at once
     with one_thread():
         print(_sample_pairs(setting))
@@ -207,22 +207,6 @@ def _line(name: str, r: Result) -> str:
         f"{title(name):24} lr {r.learning_rate:.1e}  accuracy {r.accuracy:.3f}  chosen {r.chosen_logp_change:+7.2f}  "
         f"rejected {r.rejected_logp_change:+8.2f}  KL {r.kl_from_reference:6.2f}  {r.seconds:.0f} s"
     )
-
-
-def _check(setting: Setting) -> None:
-    problems = []
-    if not 0 <= setting.seed < 2**32:
-        problems.append(f"--seed: expected a number in [0, 2**32), got {setting.seed}")
-    if importlib.util.find_spec("matplotlib") is None:
-        problems.append("the pictures need matplotlib: pip install 'infopo[demo]'")
-    try:
-        setting.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problems.append(f"--output: {setting.directory} cannot be made: {error.strerror}")
-    if setting.directory.is_dir() and not os.access(setting.directory, os.W_OK | os.X_OK):
-        problems.append(f"--output: {setting.directory} cannot be written to: no permission")
-    if problems:
-        raise RecipeError(problems)
 
 
 def _sample_pairs(setting: Setting) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe
 from infopo.errors import RecipeError
+from infopo.preflight import preflight
 from infopo.reference_store import ReferenceStore
-from infopo.workflows.train import check_store
 
 
 def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> ReferenceStore:
@@ -21,9 +21,9 @@ def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Referen
     Raises:
         InfoPOError: Whatever would stop `infopo train`; or the recipe's reference is not one that is stored.
     """
+    preflight(recipe_path, overrides, makes_a_run=False)
     recipe = load_recipe(recipe_path, overrides, train_fields())
     _refuse_what_is_not_stored(recipe)
-    check_store(recipe)
     with tempfile.TemporaryDirectory() as folder:
         trainer, accounts = build_trainer(_without_run(recipe, folder))
     if trainer.is_world_process_zero():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from infopo import checkpoints
+from infopo import resuming, run_state
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.data.counts import DataCounts
-from infopo.errors import RecipeError
-from infopo.reference_store import check_folder, folder_of
-from infopo.runs import METRICS, RunWriter, environment
+from infopo.data.examples import ExampleDataset
+from infopo.errors import RecipeError, SaveError
+from infopo.preflight import preflight
+from infopo.runs import RunDirectoryError, RunWriter, environment
 from infopo.trainer import InfoPOTrainer
 
 
@@ -25,59 +27,92 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Trains as the recipe says and returns the run directory.
 
     The directory holds the model and tokenizer (`from_pretrained` loads them), `metrics.jsonl`, `recipe.yaml`
-    (resolved), `environment.json`, `eval.json` where there is evaluation data, and checkpoints.
+    (resolved), `environment.json`, `eval.json` where there is evaluation data, and checkpoints. While the run goes on
+    it is locked against another.
 
     Raises:
         InfoPOError: Recipe, data, model or checkpoint are at fault.
+        KeyboardInterrupt: On Ctrl-C; its message says how to go on.
     """
+    preflight(recipe_path, overrides)
     recipe = load_recipe(recipe_path, overrides, train_fields())
     run_dir = Path(recipe.output_dir)
-    resume = recipe.train.get("resume_from_checkpoint", False)
-    check_run_directory(recipe)
-    check_store(recipe)
-    if holds_run(run_dir) and not resume:
-        raise RecipeError(
-            f"output_dir: {run_dir} already holds a run. Continue it with train.resume_from_checkpoint=true, "
-            "name another output_dir, or remove the folder"
-        )
+    is_main = os.environ.get("RANK", "0") == "0"
     was_there = run_dir.exists()
     try:
-        trainer, accounts = build_trainer(recipe)
-    except BaseException:
-        if not was_there:  # transformers makes the folder early; a recipe that is refused leaves none behind
+        with run_state.in_use(run_dir) if is_main else contextlib.nullcontext():
+            _train(recipe)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(run_dir)) from None
+    finally:
+        if not was_there and is_main:  # a recipe that is refused leaves no folder behind
             with contextlib.suppress(OSError):
                 run_dir.rmdir()
-        raise
+    return run_dir
+
+
+def _train(recipe: Recipe) -> None:
+    run_dir, resume = Path(recipe.output_dir), recipe.train.get("resume_from_checkpoint", False)
+    trainer, accounts = build_trainer(recipe)
+    is_main = trainer.is_world_process_zero()
     writer = RunWriter(run_dir)
     trainer.add_callback(MetricsFile(writer))
-    is_main = trainer.is_world_process_zero()
-    if resume is True and checkpoints.last(str(run_dir)) is None:
+    if resume is True and run_state.last(run_dir) is None:
         if is_main:
             print(f"{run_dir}: no checkpoint yet, starting afresh")
         resume = False
     if resume:
-        trainer.find_checkpoint(
-            resume
-        )  # a refused one leaves the account of the run in the directory as it is
+        resume = trainer.find_checkpoint(resume)  # a refused one leaves the account of the run as it is
     if is_main:
+        if not resume and (earlier := run_state.set_aside_metrics(run_dir)):
+            print(
+                f"{run_dir}: an earlier run saved no checkpoint and no model; its metrics are kept as {earlier.name}"
+            )
         for account in accounts:
             if account.rows:  # a stream has given none yet
                 print(*account.lines(), sep="\n")
-        writer.write_recipe(to_yaml(recipe))
-        writer.write_environment(_environment(recipe, trainer, accounts))
+        _write_account(writer, recipe, trainer, accounts, resume)
     run(trainer, resume)
     if is_main and recipe.data.streaming:
         print(*accounts[0].lines(), sep="\n")
-        writer.write_environment(_environment(recipe, trainer, accounts))
+        _write_account(writer, recipe, trainer, accounts, resume)
     trainer.save_final_model()
     if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
+        metrics = final_evaluation(trainer)
         if is_main:
             writer.write_evaluation(metrics)
     if is_main:
         print(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
     trainer.accelerator.end_training()  # with threads of the process group left, a rank may abort at its exit
-    return run_dir
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    """What to do after Ctrl-C."""
+    if (checkpoint := run_state.last(run_dir)) is None:
+        return f"no checkpoint had been saved to {run_dir}; the same command starts afresh"
+    return f"go on from {checkpoint} with train.resume_from_checkpoint=true"
+
+
+def _write_account(
+    writer: RunWriter, recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCounts], resume: str | bool
+) -> None:
+    """What is run, and with what: of a resumed run beside that of its beginning."""
+    done = run_state.step_of(Path(resume)) if isinstance(resume, str) else 0
+    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, ExampleDataset) else None
+    train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
+    asked = resuming.steps_of(trainer.args, rows)
+    if not done or asked is None or asked > done:  # else nothing is run any more
+        writer.write_recipe(to_yaml(replace(recipe, train=train)), done)
+        writer.write_environment(_environment(recipe, trainer, accounts), done)
+
+
+def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
+    """Metrics of the model as training left it; those of an evaluation after the last step, if there was one."""
+    state = trainer.state
+    record = next((r for r in reversed(state.log_history) if "eval_loss" in r), None)
+    if record is None or record["step"] != state.global_step or trainer.args.load_best_model_at_end:
+        return trainer.evaluate()
+    return {key: value for key, value in record.items() if key != "step"}
 
 
 def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
@@ -95,43 +130,6 @@ def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
         if "metric_for_best_model" not in str(error):
             raise
         raise RecipeError(f"train.metric_for_best_model: {error.args[0]}") from error
-
-
-def check_run_directory(recipe: Recipe) -> None:
-    """Judges the run directory and the checkpoint to resume from; makes and changes nothing.
-
-    Raises:
-        RecipeError: The directory cannot be made or written to.
-        CheckpointError: There is no such checkpoint.
-    """
-    run_dir = Path(recipe.output_dir)
-    resume = recipe.train.get("resume_from_checkpoint", False)
-    try:
-        there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    except OSError as error:
-        raise RecipeError(f"output_dir: {run_dir} cannot be made: {error.strerror}") from error
-    if not there.is_dir():
-        raise RecipeError(f"output_dir: {run_dir} cannot be made: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"output_dir: {run_dir} cannot be written to: no permission to write in {there}")
-    if isinstance(resume, str):
-        checkpoints.find(resume, recipe.output_dir)
-
-
-def check_store(recipe: Recipe) -> None:
-    """Judges the folder of the reference store, where the recipe names one; makes nothing.
-
-    Raises:
-        RecipeError: It cannot be made or written to.
-    """
-    folder = folder_of(recipe.reference.store)
-    if folder and recipe.reference.store != "auto" and (problem := check_folder(folder)):
-        raise RecipeError(f"reference.store: {problem}")
-
-
-def holds_run(run_dir: Path) -> bool:
-    """Whether there is a run, with which a second one would mix its metrics and checkpoints."""
-    return (run_dir / METRICS).exists() or checkpoints.last(str(run_dir)) is not None
 
 
 class MetricsFile(TrainerCallback):
@@ -155,7 +153,10 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            self.writer.append_metrics({"step": state.global_step, "time": round(time.time(), 3), **logs})
+            try:
+                self.writer.append_metrics({"step": state.global_step, "time": round(time.time(), 3), **logs})
+            except RunDirectoryError as error:
+                raise SaveError(f"{error}. {run_state.kept(self.writer.directory)}") from error
 
 
 def _environment(recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCounts]) -> dict[str, Any]:

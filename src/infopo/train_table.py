@@ -1,0 +1,167 @@
+"""What a recipe's `train` section accepts, known without loading torch or transformers.
+
+The truth is `build.train_fields`, which asks the classes. This module reads their source text, so that a typing error
+costs no start-up: what it refuses, the truth refuses too, and what it does not understand, it leaves to the truth.
+"""
+
+import ast
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from infopo.catalog import LOGPS_PATHS
+from infopo.config import TrainField
+from infopo.yaml_tree import shown
+
+SET_ELSEWHERE = {
+    "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
+    "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
+    "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold", "columns",
+    "chat_template_kwargs", "as_chat", "model_init_kwargs", "trust_remote_code",
+}  # fmt: skip
+"""Arguments that have a place of their own in a recipe, outside `train`."""
+
+Domain = tuple[str, Callable[[float], bool]]
+"""Admissible numbers in words, and the test for them."""
+
+
+def _at_least(low: float) -> Domain:
+    return f">= {low:g}", lambda value: low <= value < math.inf
+
+
+_ABOVE_0: Domain = ("> 0", lambda value: 0 < value < math.inf)
+_BELOW_1: Domain = ("in [0, 1)", lambda value: 0 <= value < 1)
+
+DOMAINS: Mapping[str, Domain] = {
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "precompute_ref_batch_size", "max_tokens_per_forward", "torch_empty_cache_steps",
+            "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
+        ),
+        _at_least(1),
+    ),
+    **dict.fromkeys(
+        (
+            "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
+            "neftune_noise_alpha", "dataloader_num_workers", "data_seed", "eval_delay",
+        ),
+        _at_least(0),
+    ),
+    "max_steps": ("> 0, or -1 to train for num_train_epochs", lambda value: value > 0 or value == -1),
+    "seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
+}  # fmt: skip
+"""Numbers that transformers takes without a look, and fails on, or trains nothing with, once the data are read."""
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "logps_path": LOGPS_PATHS,
+}
+"""Texts that are accepted where transformers declares no list of its own."""
+
+
+@dataclass(frozen=True)
+class NumberField(TrainField):
+    """A `TrainField` with a domain."""
+
+    domain: Domain = field(default=_ABOVE_0, repr=False)
+
+    def problem(self, value: Any) -> str | None:
+        problem = super().problem(value)
+        if problem or not isinstance(value, int | float) or isinstance(value, bool):
+            return problem
+        words, admits = self.domain
+        return None if admits(value) else f"expected a value {words}, got {shown(value)}"
+
+
+def train_field(name: str, kinds: tuple[type, ...], choices: tuple[str, ...]) -> TrainField:
+    """The field of this name, with the domain and the choices that are ours to know."""
+    choices = CHOICES.get(name) or choices
+    if name in DOMAINS:
+        return NumberField(name, kinds, choices, DOMAINS[name])
+    return TrainField(name, kinds, choices)
+
+
+def quick_train_fields() -> Mapping[str, TrainField]:
+    """`build.train_fields`, as far as the sources of the classes tell; empty if they do not."""
+    spec = importlib.util.find_spec("transformers")  # finds the package without loading it
+    if spec is None or spec.origin is None:
+        return {}
+    package = Path(spec.origin).parent
+    try:
+        modules = [
+            ast.parse(path.read_text(encoding="utf-8"))
+            for path in (
+                package / "trainer_utils.py", package / "training_args.py", Path(__file__).with_name("arguments.py")
+            )
+        ]  # fmt: skip
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    classes = {
+        node.name: node for module in modules for node in module.body if isinstance(node, ast.ClassDef)
+    }
+    if not {"TrainingArguments", "InfoPOConfig"} <= classes.keys():
+        return {}
+    enumerations = {name: values for name, node in classes.items() if (values := _values(node))}
+    table: dict[str, TrainField] = {}
+    for name in ("TrainingArguments", "InfoPOConfig"):
+        for target, annotation, default in _fields(classes[name]):
+            kinds, choices = _kinds(annotation, enumerations)
+            if kinds and isinstance(default, ast.Constant) and default.value is None:
+                kinds = tuple(dict.fromkeys((*kinds, NoneType)))
+            table[target] = train_field(target, kinds, choices)
+    return {name: each for name, each in table.items() if name not in SET_ELSEWHERE}
+
+
+def _values(node: ast.ClassDef) -> tuple[str, ...]:
+    """The texts of an enumeration; empty of another class."""
+    if not any(isinstance(base, ast.Name) and base.id.endswith("Enum") for base in node.bases):
+        return ()
+    constants = [each.value for each in node.body if isinstance(each, ast.Assign)]
+    return tuple(str(each.value) for each in constants if isinstance(each, ast.Constant))
+
+
+def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr, ast.expr | None]]:
+    """Name, annotation and default of each field that the constructor takes."""
+    for each in node.body:
+        if not isinstance(each, ast.AnnAssign) or not isinstance(each.target, ast.Name):
+            continue
+        if "ClassVar" in ast.unparse(each.annotation):
+            continue
+        settings: dict[str | None, ast.expr] = {}
+        default = each.value
+        if isinstance(default, ast.Call):
+            settings = {keyword.arg: keyword.value for keyword in default.keywords}
+            default = settings.get("default")
+        init = settings.get("init")
+        if not (isinstance(init, ast.Constant) and init.value is False):
+            yield each.target.id, each.annotation, default
+
+
+_NAMES: Mapping[str, type] = {
+    "str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict, "None": NoneType,
+}  # fmt: skip
+
+
+def _kinds(
+    annotation: ast.expr, enumerations: Mapping[str, tuple[str, ...]]
+) -> tuple[tuple[type, ...], tuple[str, ...]]:
+    """Accepted types and texts; empty if a part of the annotation is not understood."""
+    kinds: list[type] = []
+    choices: list[str] = []
+    for part in ast.unparse(annotation).strip("'\"").split("|"):
+        name = part.strip().partition("[")[0]
+        if name in enumerations:
+            kinds.append(str)
+            choices += enumerations[name]
+        elif name in _NAMES:
+            kinds.append(_NAMES[name])
+        else:
+            return (), ()
+    return tuple(dict.fromkeys(kinds)), tuple(choices)
