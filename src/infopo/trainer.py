@@ -45,6 +45,7 @@ from infopo.errors import (
     RecipeError,
     ReferenceStoreError,
     UnsupportedArgumentError,
+    printable,
 )
 from infopo.logps import attention
 from infopo.logps.forward import response_logps, with_layout
@@ -225,11 +226,11 @@ class InfoPOTrainer(SavingTrainer):
         self._set_up_reference(ref_model, quantization_config)
         if self.is_world_process_zero():
             sides = " and ".join(sorted(self.reference_sides)) or "no"
-            print(f"objective: {self.objective_in_words()}")
-            print(f"reference: {self.reference_in_words}, for {sides} responses")
+            print(printable(f"objective: {self.objective_in_words()}"))
+            print(printable(f"reference: {self.reference_in_words}, for {sides} responses"))
             if self.reference_store is not None:
-                print(f"reference store: {self.reference_store.in_words()}")
-            print(f"log-probs: {self.logps_in_words}")
+                print(printable(f"reference store: {self.reference_store.in_words()}"))
+            print(printable(f"log-probs: {self.logps_in_words}"))
             if absent := absent_in_training(self._metric_rule, self.reference_sides):
                 print(absent)
 

@@ -37,7 +37,7 @@ SUFFIXES = (
 RawRow = tuple[int, object]
 """Number of a row, and what the file holds there: an object, or the `DataError` that reading it gave."""
 
-_READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+_READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 
 _ROWS_A_BATCH = 256
 
@@ -325,10 +325,14 @@ def _numbered(batches: "Iterable[pa.RecordBatch]", name: str, door: Door | None)
 
 
 def _batch_rows(batch: "pa.RecordBatch", name: str, rows_before: int) -> Iterator[object]:
-    """Rows of a batch; one by one where a value cannot be turned into Python, to name the row that holds it."""
+    """Rows of a batch; one by one where a value cannot be turned into Python, to name the row that holds it.
+
+    Arrow reads a file as it is: offsets of a damaged one point anywhere, and following them ends the process.
+    """
     try:
+        batch.validate(full=True)
         yield from batch.to_pylist(maps_as_pydicts="lossy")
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, KeyError) as error:
         if batch.num_rows == 1:
             problem = f"expected UTF-8 text, got a value that cannot be read: {error}"
             yield DataError(problem, f"{name}:{rows_before + 1}", "invalid UTF-8")

@@ -21,7 +21,7 @@ class ColumnMapping:
         columns: The name that shapes know -> the file's own name, or a path into its objects (`input.messages`); None
             leaves the column of that name out.
         is_given: Whether the user gave it; else it was recognised (`recognised`).
-        seen: Sources that some row had.
+        seen: Sources that some row had; with "" once a row was mapped at all.
     """
 
     columns: Mapping[str, str | None]
@@ -70,6 +70,7 @@ class ColumnMapping:
         """
         if self._stands_already(row):
             return dict(row)
+        self.seen.add("")
         paths = {target: source for target, source in self.columns.items() if source is not None}
         roots = {self._root(source, row) for source in paths.values()}
         mapped = {

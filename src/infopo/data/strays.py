@@ -140,6 +140,8 @@ def ignored_columns(
     for column, value in row.items():
         if value is None or value in ("", [], {}) or column in ("tools", "chosen", "rejected"):
             continue
+        if column == "prompt" and column in needed:
+            continue
         if _leaf(column) in CONVERSATION and (texts := list(_texts(value))):
             if said is None:
                 said = _squeezed(" ".join(text for each in used for text in _texts(each)))

@@ -12,7 +12,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.data.templates import ChatTemplate, common_pieces
 from infopo.data.tokenization import Tokenization
-from infopo.errors import DataError
+from infopo.errors import DataError, printable
 from infopo.records import Message, PreferenceExample, Spans
 
 QUANTILES = (0, 0.5, 0.9, 0.99, 1)
@@ -174,7 +174,9 @@ def render(example: PreferenceExample, tokenizer: PreTrainedTokenizerBase) -> st
     ]
     for (side, ids), spans in zip(sides, example.spans, strict=False):
         lines.append((side, ids, _marked_pieces(ids, spans, tokenizer)))
-    return "\n".join([example.row_id, *(f"  {name:<8}  {len(ids):>5}  {text}" for name, ids, text in lines)])
+    return "\n".join(
+        [printable(example.row_id), *(f"  {name:<8}  {len(ids):>5}  {text}" for name, ids, text in lines)]
+    )
 
 
 def _marked_pieces(ids: Sequence[int], context: Spans, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,6 +17,7 @@ from infopo.build import (
 from infopo.config import Recipe, load_recipe
 from infopo.data.examples import ExampleDataset
 from infopo.data.survey import render, report_lines
+from infopo.errors import printable
 from infopo.models import check_fit
 from infopo.preflight import check_run_directory, preflight
 from infopo.run_state import holds_run
@@ -38,7 +39,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     recipe = load_recipe(recipe_path, overrides, train_fields())
     build_arguments(recipe)
     check_run_directory(recipe)
-    print(f"recipe: {recipe_path} is valid")
+    print(printable(f"recipe: {recipe_path} is valid"))
     tokenizer = build_tokenizer(recipe)
     if recipe.data.streaming:
         limit = min(recipe.data.limit or ROWS_OF_A_STREAM, ROWS_OF_A_STREAM)
@@ -47,7 +48,8 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     with settings_named(recipe):
         train, counts = build_examples(recipe.data, tokenizer)
     print(*counts.lines(), sep="\n")
-    print(*report_lines(train, tokenizer, recipe.train.get("per_device_train_batch_size", 8)), sep="\n")
+    report = report_lines(train, tokenizer, recipe.train.get("per_device_train_batch_size", 8))
+    print(*map(printable, report), sep="\n")
     evaluation = None
     if recipe.data.has_eval:
         with settings_named(recipe):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infopo.errors import RecipeError, ReferenceStoreError
+from infopo.errors import RecipeError, ReferenceStoreError, printable
 from infopo.reference_store import counts, exclusive, folder_of, live_claims, provenance
 
 SHOWN = 8
@@ -55,10 +55,11 @@ def list_store(store: str | None) -> None:
     for shelf in found:
         used = time.strftime("%Y-%m-%d", time.gmtime(shelf.used))
         damaged = f", {shelf.damaged} damaged shards" if shelf.damaged else ""
-        print(
+        line = (
             f"{shelf.folder.name[:SHOWN]}  {shelf.responses} responses, {_in_words(shelf.size)}{damaged}, last used "
             f"{used}: {shelf.model or 'a model without a name'} ({shelf.precision})"
         )
+        print(printable(line))
 
 
 def prune(store: str | None, names: Sequence[str], older_than: float | None = None) -> list[Path]:
