@@ -663,7 +663,7 @@ def test_a_term_that_is_not_finite_names_the_row_of_its_own_response(objective: 
 # ---- adapters ------------------------------------------------------------------------------------------------------
 
 LORA = LoraConfig(
-    r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
 )
 
 

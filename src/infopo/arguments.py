@@ -69,7 +69,8 @@ class InfoPOConfig(TrainingArguments):
             elsewhere no limit.
         logps_path: `auto` encodes each prompt once and pads nothing where the model's attention can do so; `naive`
             runs one padded row a response and takes the logits of every position.
-        disable_dropout: Set dropout to 0 in policy and reference.
+        disable_dropout: Set dropout to 0 in policy and reference. The dropout of an adapter that `peft_config` adds is
+            kept: it was asked for, and changes nothing before the first update.
         dataset_num_proc: Processes that tokenize.
         model_init_kwargs: For `from_pretrained`, when the model is given by name.
         trust_remote_code: Allow models that ship their own code.
@@ -201,6 +202,7 @@ class InfoPOConfig(TrainingArguments):
         old, new = self.gradient_checkpointing, self.activation_checkpointing
         self.activation_checkpointing = new if new is not None else old in (None, True)
         self.asks_for_checkpointing = True in (old, new)  # else it is switched off where the model has none
+        self.direction_is_unset = self.greater_is_better is None  # transformers is about to guess
         super().__post_init__()
         loss_type: Any = self.loss_type  # TRL takes a name as well as a list of them
         names = [loss_type] if isinstance(loss_type, str) else loss_type

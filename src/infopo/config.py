@@ -55,7 +55,7 @@ class AdapterSection:
     lora_alpha: int = field(default=32, metadata=_within(1))
     """Scale: the update is multiplied by lora_alpha / r."""
     lora_dropout: float = field(default=0.0, metadata=_within(0, below=1))
-    """Probability of dropping an input of the adapter. Any value but 0 makes the policy differ from itself."""
+    """Probability of dropping an input of the adapter in training; at first the adapter adds 0 whatever it drops."""
     target_modules: str | list[str] | None = None
     """Modules to adapt: names, a regular expression, `all-linear`, or null for peft's choice for the architecture."""
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -158,6 +158,7 @@ class SavingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without `training_args.bin`: it is a pickle, nothing reads it, and it may hold secrets."""
+        self._set_optimizer("eval")
         token, self.args.hub_token = self.args.hub_token, None
         try:
             with models.original_config(self._changed_config):
@@ -167,6 +168,11 @@ class SavingTrainer(Trainer):
             if self.args.should_save:
                 folder = Path(output_dir if output_dir is not None else self.args.output_dir)
                 (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _set_optimizer(self, mode: Literal["train", "eval"]) -> None:
+        """Schedule-free optimizers hold other weights for training than for evaluation and saving."""
+        if callable(switch := getattr(self.optimizer, mode, None)):
+            switch()
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, hashing, learning, models, ranks, run_state, startup
+from infopo import checkpoints, hashing, late_failures, learning, models, ranks, run_state, startup
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
@@ -138,12 +137,14 @@ class InfoPOTrainer(SavingTrainer):
         if processing_class is None:
             processing_class = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         models.set_pad_token(processing_class, policy, args.pad_token)
+        # Before an adapter is added, whose dropout was asked for by name: it draws nothing while the adapter adds 0.
+        self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
         if peft_config is not None:
             policy = models.add_adapter(policy, peft_config)
+        late_failures.check_saving(policy, processing_class, args)
         learning.refuse_frozen(policy, optimizers[0], keeps_float32=bool(args.deepspeed))
         if models.is_peft_model(policy) and args.activation_checkpointing:
             models.let_gradients_reach_adapters(policy)
-        self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
         if args.disable_dropout and ref_model is not None:
             models.disable_dropout(ref_model)
         self.logps_in_words = startup.choose_path(policy, ref_model, args)
@@ -177,6 +178,7 @@ class InfoPOTrainer(SavingTrainer):
             startup.check_fit(each, train_examples, eval_examples)
         rows = len(train_examples) if isinstance(train_examples, ExampleDataset) else None
         learning.refuse_schedule(args, optimizers, rows)
+        late_failures.check_best_metric(args, eval_examples, callbacks or [], trainer=type(self))
         super().__init__(
             model=policy,
             args=args,
@@ -231,6 +233,10 @@ class InfoPOTrainer(SavingTrainer):
             if self.reference_store is not None:
                 print(printable(f"reference store: {self.reference_store.in_words()}"))
             print(printable(f"log-probs: {self.logps_in_words}"))
+            if args.disable_dropout and (
+                dropout := late_failures.dropout_in_words(policy, is_fresh=self._adapter_is_fresh)
+            ):
+                print(dropout)
             if absent := absent_in_training(self._metric_rule, self.reference_sides):
                 print(absent)
 
@@ -412,7 +418,7 @@ class InfoPOTrainer(SavingTrainer):
         """The dataset, if every example holds what the objective compares: else its loss would be a silent zero."""
         if not len(dataset):
             raise DataError("holds no example", name)
-        sides = {"chosen": _has(dataset, Role.CHOSEN), "rejected": _has(dataset, Role.REJECTED)}
+        sides = {"chosen": dataset.has(Role.CHOSEN), "rejected": dataset.has(Role.REJECTED)}
         for objective in (OBJECTIVES[objective] for objective, _, _ in self.mixture):
             if not any(sides[side].any() for side in objective.sides):
                 raise DataError(
@@ -423,7 +429,7 @@ class InfoPOTrainer(SavingTrainer):
         return dataset.mismatched(self._encoder.max_length) if self._mismatches else dataset
 
     def _check_pairs(self, dataset: ExampleDataset) -> None:
-        sides = {"chosen": _has(dataset, Role.CHOSEN), "rejected": _has(dataset, Role.REJECTED)}
+        sides = {"chosen": dataset.has(Role.CHOSEN), "rejected": dataset.has(Role.REJECTED)}
         for objective in (OBJECTIVES[objective] for objective, _, _ in self.mixture):
             for side, present in sides.items():
                 if objective.pairs and not present.all():
@@ -521,6 +527,9 @@ class InfoPOTrainer(SavingTrainer):
         Raises:
             CheckpointError: The checkpoint does not belong to this run.
         """
+        late_failures.check_best_metric(
+            self.args, self.eval_dataset, self.callback_handler.callbacks, trainer=type(self)
+        )
         self._averages, self._step_values = self._no_averages(), [None] * len(self.mixture)
         if resume_from_checkpoint:
             resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
@@ -537,6 +546,7 @@ class InfoPOTrainer(SavingTrainer):
     ) -> Tensor:
         """Forward and backward pass of a device batch, in pieces where `max_tokens_per_forward` asks for it."""
         self._has_trained = True
+        self._set_optimizer("train")  # before our own passes: transformers does it in its part of the step
         if not self._is_checked:
             self._check_model(model, inputs[0].to(self.args.device))
         self._look_ahead(model)
@@ -728,6 +738,7 @@ class InfoPOTrainer(SavingTrainer):
         if len(self.accelerator._models) == 0 and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
+        self._set_optimizer("eval")
         self.callback_handler.eval_dataloader = dataloader
         losses = MetricSums()
         seen: list[tuple[Tensor, ResponseLogps]] = []
@@ -777,12 +788,6 @@ class InfoPOTrainer(SavingTrainer):
     def kept_averages(self) -> list[float]:
         """Logarithm of each objective's moving average (nats), NaN if it keeps none."""
         return [float(average) for average in self._averages]
-
-
-def _has(dataset: ExampleDataset, role: Role) -> np.ndarray:
-    """Whether each example has a response of this role, (examples,) bool."""
-    owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.response_offsets))
-    return np.bincount(owner[dataset.roles == role], minlength=len(dataset)) > 0
 
 
 def _only(batch: PackedBatch, roles: set[Role]) -> PackedBatch:

@@ -165,6 +165,11 @@ class ExampleDataset(Dataset[PreferenceExample]):
         """Number of responses of all examples."""
         return len(self.roles)
 
+    def has(self, role: Role) -> npt.NDArray[np.bool_]:
+        """(examples,) whether each example has a response of this role."""
+        owner = np.repeat(np.arange(len(self)), np.diff(self.response_offsets))
+        return np.asarray(np.bincount(owner[self.roles == role], minlength=len(self)) > 0)
+
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of tokens of each example, (examples,): its prompt, counted once, and all its responses."""

@@ -1,0 +1,205 @@
+"""What would fail late, found before anything is computed: at the first save, or after the first evaluation."""
+
+import logging
+import tempfile
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import SaveStrategy, align_special_tokens
+
+from infopo import models
+from infopo.arguments import InfoPOConfig
+from infopo.catalog import suggestion
+from infopo.data.examples import ExampleDataset
+from infopo.errors import ModelError, RecipeError
+from infopo.metrics import METRICS, MetricRule, metric_names
+from infopo.records import Role
+from infopo.reference import reference_sides
+from infopo.reference_store import check_folder
+
+logger = logging.getLogger(__name__)
+
+OF_TRANSFORMERS = ("runtime", "samples_per_second", "steps_per_second")
+"""Metrics that transformers adds to those of an evaluation."""
+
+
+def check_saving(model: nn.Module, processing_class: Any, args: InfoPOConfig) -> None:
+    """Saves everything but the weights once, to a folder that is removed: what fails would fail after hours.
+
+    Raises:
+        RecipeError: The output folder is a file, or cannot be written to.
+        ModelError: The model's configuration, that of its generation or the tokenizer cannot be saved.
+    """
+    if problem := check_folder(Path(args.output_dir)):
+        raise RecipeError(f"output_dir: {problem}")
+    parts = {
+        "processing_class": (processing_class, "save it with save_pretrained to see why, or pass another")
+    }
+    if not models.is_peft_model(model):  # an adapter is saved without the configurations of its base
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            align_special_tokens(
+                model, processing_class
+            )  # as training will, so that what is tried is what is saved
+        _repair_generation(getattr(model, "generation_config", None))
+        for name in ("config", "generation_config"):
+            parts[name] = (getattr(model, name, None), f"change the values on model.{name}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (part, remedy) in parts.items():
+            try:
+                if part is not None:
+                    part.save_pretrained(folder)
+            except Exception as error:  # a tokenizer may be anybody's code
+                raise ModelError(
+                    f"{name}: {type(part).__name__} cannot be saved, so the trained model could not be either: "
+                    f"{type(error).__name__}: {_in_short(error)}. Remedy: {remedy}"
+                ) from error
+
+
+def _repair_generation(config: Any) -> None:
+    """Sampling is switched on where a temperature or the like is set without it, which transformers does not save."""
+    if not isinstance(config, GenerationConfig) or config.do_sample or not _problem_of(config):
+        return
+    before, problem = config.do_sample, _problem_of(config)
+    config.do_sample = True
+    if _problem_of(config):
+        config.do_sample = before
+    else:
+        logger.warning("generation_config: do_sample is now True, so that it can be saved: %s", problem)
+
+
+def _problem_of(config: GenerationConfig) -> str | None:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+    except ValueError as error:
+        return _in_short(error)
+    return None
+
+
+def _in_short(error: Exception) -> str:
+    """The first 200 characters, on one line, cut between words."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...")
+
+
+def check_best_metric(
+    args: InfoPOConfig,
+    evaluation: ExampleDataset | Mapping[str, ExampleDataset] | None,
+    callbacks: Sequence[Any],
+    *,
+    trainer: type[Trainer],
+) -> None:
+    """Refuses a `metric_for_best_model` that no evaluation will give; transformers finds out after the first one.
+
+    A callback or subclass of the user's may add metrics of its own, so that with one every name is taken.
+
+    Raises:
+        RecipeError: Evaluation gives no such metric, or the setting that needs one does not go with the others.
+    """
+    stops = any(isinstance(c, EarlyStoppingCallback) or c is EarlyStoppingCallback for c in callbacks)
+    metric = args.metric_for_best_model
+    problems = []
+    if stops and args.eval_strategy == "no":
+        problems.append("EarlyStoppingCallback: needs evaluation; set eval_strategy")
+    if stops and metric is None:
+        problems.append("EarlyStoppingCallback: needs metric_for_best_model, e.g. 'loss'")
+    if args.save_strategy == SaveStrategy.BEST and (metric is None or args.eval_strategy == "no"):
+        problems.append("save_strategy='best': needs metric_for_best_model and eval_strategy")
+    if metric and args.eval_strategy != "no" and evaluation is not None and not _adds(callbacks, trainer):
+        problems += _metric_problems(metric, args, evaluation)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _metric_problems(
+    metric: str, args: InfoPOConfig, evaluation: ExampleDataset | Mapping[str, ExampleDataset]
+) -> list[str]:
+    rule, mixture = MetricRule.of(args.mixture()), args.mixture()
+    sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
+    prefixes = {f"{name}_" if name else "": dataset for name, dataset in sets.items()}
+    wanted = metric.removeprefix("eval_")
+
+    def names(setting: str) -> list[str]:
+        sides = reference_sides(mixture, setting, "eval")
+        return [
+            p + n
+            for p, d in prefixes.items()
+            for n in [*metric_names(rule, sides, **kinds(d)), *OF_TRANSFORMERS]
+        ]
+
+    there = names(args.reference_sides)
+    if wanted not in there:
+        remedy = ""
+        if wanted in names("both"):
+            remedy = " reference_sides='both' (in a recipe, reference.sides: both) computes it."
+        elif len(prefixes) > 1 and wanted in METRICS:
+            remedy = f" There are several sets: write e.g. {next(iter(prefixes))}{wanted!s}."
+        told = [n for n in there if not n.endswith(OF_TRANSFORMERS)]
+        return [
+            f"metric_for_best_model: evaluation will give no {metric!r}{suggestion(wanted, told)}.{remedy} "
+            f"It gives: {', '.join(told)}"[:480]
+        ]
+    known = METRICS.get(
+        next((wanted.removeprefix(p) for p in prefixes if p and wanted.startswith(p)), wanted)
+    )
+    if known is not None and known.better is None and args.direction_is_unset:
+        return [
+            f"greater_is_better: is not set, and whether a larger {wanted} is better is not plain; set it"
+        ]
+    return []
+
+
+def dropout_in_words(model: nn.Module, *, is_fresh: bool) -> str:
+    """What becomes of the dropout of the policy's adapters while `disable_dropout` is on; empty if they have none.
+
+    Args:
+        model: The policy.
+        is_fresh: Whether its adapter was added for this run, so that its dropout was asked for by name.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    asked = {
+        f"{key}={value:g}"
+        for config in configs.values()
+        for key, value in vars(config).items()
+        if "dropout" in key and isinstance(value, float) and value
+    }
+    if not asked:
+        return ""
+    settings = ", ".join(sorted(asked))
+    if is_fresh:
+        return f"dropout: {settings} in the adapter while it is trained, as asked; 0 in the model"
+    return (
+        f"dropout: {settings} of the adapter is set to 0, as the model's is; disable_dropout=False keeps both"
+    )
+
+
+def kinds(dataset: ExampleDataset) -> dict[str, bool]:
+    """Which responses the examples of a dataset have, as `metric_names` takes it."""
+    has = {side: dataset.has(role) for side, role in (("chosen", Role.CHOSEN), ("rejected", Role.REJECTED))}
+    return {
+        **{side: bool(there.any()) for side, there in has.items()},
+        "pairs": bool((has["chosen"] & has["rejected"]).any()),
+    }
+
+
+def _adds(callbacks: Sequence[Any], trainer: type[Trainer]) -> bool:
+    """Whether a callback or a trainer that is not of transformers or this package may add metrics."""
+    own = [type(c) if isinstance(c, TrainerCallback) else c for c in callbacks]
+    foreign = [
+        c for c in own if not str(getattr(c, "__module__", "")).startswith(("transformers.", "infopo."))
+    ]
+    if any(getattr(c, "on_evaluate", None) is not TrainerCallback.on_evaluate for c in foreign):
+        return True
+    return any(
+        not getattr(trainer, name).__module__.startswith(("transformers.", "infopo."))
+        for name in ("evaluate", "evaluation_loop")
+    )
