@@ -1,6 +1,7 @@
-"""FLOPs of an optimizer step by its matrix products, 2 a multiply-add. The formula is in README.md.
+"""Counts the FLOPs of an optimizer step's matrix products, 2 per multiply-add. The formula is in README.md.
 
-Elementwise work, the optimizer and the loss are left out: they are under 1 % of these on any model of interest.
+Elementwise work, the optimizer and the loss are left out, because they are under 1 % of the products on any model of
+interest.
 """
 
 from collections.abc import Sequence
@@ -13,17 +14,18 @@ from infopo.records import PreferenceExample
 from infopo.startup import CPU_TOKENS_PER_FORWARD
 
 COMPACT = {"trl_best", "trl_accumulated"}
-"""Variants of TRL whose head scores responses only."""
+"""Variants of TRL whose head scores response tokens only."""
 
 FORWARD_AND_BACKWARD = 3.0
-ATTENTION_FORWARD_AND_BACKWARD = 3.5  # scores are computed once more in the backward pass
+# The backward pass of attention computes the scores once more.
+ATTENTION_FORWARD_AND_BACKWARD = 3.5
 HEAD_MATMULS = 4.0
-"""Of a head that keeps no logits and computes them again in the backward pass; 3 where it keeps them."""
+"""Products of a head that keeps no logits, and computes them again in the backward pass. One that keeps them has 3."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a step, forward and backward pass, by kind."""
+    """FLOPs of the forward and backward pass of a step, by kind of product."""
 
     linear: float = 0.0
     attention: float = 0.0
@@ -39,12 +41,12 @@ class Flops:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step sends through the model.
+    """Amounts that a step sends through the model.
 
     Attributes:
-        tokens: Positions that pass the layers.
-        attended: (query, key) pairs of one head.
-        scored: Positions that pass the head.
+        tokens: Number of positions that pass the layers.
+        attended: Number of (query, key) pairs of one attention head.
+        scored: Number of positions that pass the LM head.
     """
 
     tokens: int
@@ -53,7 +55,7 @@ class Work:
 
 
 def layer_weights(config: Any) -> int:
-    """Weights of a Llama's matrices, all layers, without embedding and head."""
+    """Returns the number of weights in the matrices of all layers of a Llama, without embedding and head."""
     width = config.head_dim
     queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
     attention = 2 * config.hidden_size * (queries + keys)
@@ -63,7 +65,7 @@ def layer_weights(config: Any) -> int:
 def step_flops(
     config: Any, work: Work, head_matmuls: float, with_reference: bool = False, checkpointing: bool = False
 ) -> Flops:
-    """FLOPs of forward and backward pass, with the forward pass of a reference where it runs in the step."""
+    """Returns the FLOPs of forward and backward pass, and of a reference's forward pass if it runs in the step."""
     linear = 2.0 * layer_weights(config) * work.tokens
     attention = 4.0 * work.attended * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     head = 2.0 * config.hidden_size * config.vocab_size * work.scored
@@ -76,7 +78,7 @@ def step_flops(
 
 
 def packed_work(examples: Sequence[PreferenceExample]) -> Work:
-    """Of our layout: each stored token once, and exactly the keys on its path."""
+    """Returns the work of our layout, in which each stored token is computed once and sees the keys on its path."""
     batch = pack(examples)
     attended = scored = 0
     for segment in range(len(batch.segment_parent)):
@@ -91,11 +93,13 @@ def packed_work(examples: Sequence[PreferenceExample]) -> Work:
 
 
 def padded_work(pairs: Sequence[PreferenceExample], responses_only: bool, unpadded: bool = False) -> Work:
-    """Of TRL's layout: a row a response, padded to the longest; attention with a mask computes the full square.
+    """Returns the work of TRL's layout, which has one row per response, padded to the longest.
+
+    Attention with a mask computes the full square of a row.
 
     Args:
         pairs: Examples of one chosen and one rejected response.
-        responses_only: Whether the head scores responses only, or every position.
+        responses_only: Whether the head scores response tokens only, or every position.
         unpadded: Whether attention skips padding and the future, as flash attention does.
     """
     rows = [(len(e.prompt_ids), len(ids)) for e in pairs for ids in e.response_ids]
@@ -108,14 +112,18 @@ def padded_work(pairs: Sequence[PreferenceExample], responses_only: bool, unpadd
 
 
 def our_head_matmuls(config: Any, work: Work) -> float:
-    """Our head keeps the logits that fit a fixed budget."""
+    """Returns the number of products of our head, which keeps the logits that fit a fixed budget.
+
+    The number is right on a CPU, whose tiles are smaller than the budget. On an accelerator a full tile is larger than
+    the budget, so that the head keeps none and has 4 products.
+    """
     return HEAD_MATMULS - min(1.0, KEPT_LOGITS / (work.scored * config.vocab_size))
 
 
 def variant_flops(
     variant: str, config: Any, steps: Sequence[Sequence[PreferenceExample]], cuda: bool = False
 ) -> tuple[Flops, int]:
-    """FLOPs of these steps as the variant runs them, and the positions that pass its layers."""
+    """Returns the FLOPs of these steps as the variant runs them, and the number of positions that pass its layers."""
     total, tokens = Flops(), 0
     for step in steps:
         if variant.startswith("infopo"):

@@ -1,8 +1,8 @@
-"""Seconds of the LM head, forward and backward pass: whole logits against tiles of several sizes, taking turns.
+"""Measures forward and backward pass of the LM head on a CPU: whole logits against tiles of several sizes, in turns.
 
     python benchmarks/head.py --rounds 9
 
-Prints, for each shape, the median of the rounds and their quartiles in milliseconds. On a CPU.
+It prints the median of the rounds and their quartiles in milliseconds, for each shape.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from torch import Tensor
 from infopo.logps import lm_head, naive
 
 WIDTH = 256
-SHAPES = ((1_123, 4_096), (4_346, 4_096), (2_201, 32_000))  # scored tokens, vocabulary
+SHAPES = ((1_123, 4_096), (4_346, 4_096), (2_201, 32_000))
+"""Numbers of scored tokens and of the vocabulary's tokens."""
 TILES = (2**18, 2**20, 2**22)
 COLUMNS = (1_024, 4_096, 32_000)
 KEPT = lm_head.KEPT_LOGITS

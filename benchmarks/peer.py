@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on token ids, as it comes and at its best."""
+"""TRL's DPOTrainer on token ids, as it is and at its best."""
 
 import os
 from types import MethodType
@@ -14,21 +14,22 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from infopo.records import PreferenceExample
 
-TILE_ELEMENTS = 2**23  # of logits: smaller tiles were no faster
+# Logits at a time. Smaller tiles were no faster.
+TILE_ELEMENTS = 2**23
 
 
 class TokenizedDPOTrainer(DPOTrainer):
-    """DPOTrainer for a dataset that holds token ids already; TRL has no switch for it."""
+    """DPOTrainer for a dataset that contains token ids already. TRL has no switch for it."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
 
 class CompactDPOTrainer(TokenizedDPOTrainer):
-    """With the head on response positions only, through an efficient function, and without metrics of logits.
+    """DPOTrainer whose head scores response positions only, in an efficient function, without metrics of logits.
 
-    TRL does this itself on a GPU (`compact`, which needs Triton); elsewhere its head scores every position, in
-    several passes over each tile.
+    TRL does this itself on a GPU (`compact`, which needs Triton). Elsewhere its head scores every position, in several
+    passes over each tile.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,12 +63,12 @@ def _compact_forward(
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(hidden · weightᵀ)[target] of each position, without keeping logits."""
+    """Returns log softmax(hidden · weightᵀ)[target] of each position, without keeping logits."""
     return _TokenLogps.apply(hidden, weight, targets)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Tiles of positions; only the logsumexp is kept, and the backward pass computes each tile again."""
+    """Computes tiles of positions and keeps the logsumexp only. The backward pass computes each tile again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

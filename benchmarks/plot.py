@@ -1,4 +1,4 @@
-"""Draws seconds of a packed row against its tokens: `python benchmarks/plot.py RESULT.json FILE.svg`."""
+"""Draws the seconds of a packed row against its tokens: `python benchmarks/plot.py RESULT.json FILE.svg`."""
 
 import json
 import sys

@@ -1,9 +1,9 @@
-"""Where the time of our step goes: matrix products, attention, and all the rest, on one core of a CPU.
+"""Measures where the time of our step goes on one core of a CPU: matrix products, attention, and all the rest.
 
     python benchmarks/profile_step.py --regime i --steps 5
 
-Prints the share of each kind (median [quartiles] of the steps), and the rate of matrix products inside the step beside
-that of one large product on its own.
+It prints the share of each kind (median [quartiles] of the steps), and the rate of matrix products inside the step
+beside that of one large product on its own.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"}
 
 
 def shares(model: torch.nn.Module, step: regimes.Step) -> dict[str, float]:
-    """Seconds of one step, by kind."""
+    """Returns the seconds of one step, by kind of operation."""
     seconds = {
         "matrix products": 0.0,
         "attention, forward": 0.0,
@@ -48,7 +48,7 @@ def shares(model: torch.nn.Module, step: regimes.Step) -> dict[str, float]:
 
 
 def large_product() -> float:
-    """GFLOP/s of (3000, 256) @ (256, 688), the largest of the layers'."""
+    """Returns the GFLOP/s of (3000, 256) @ (256, 688), the largest product of the layers."""
     a, b = torch.randn(3000, 256), torch.randn(256, 688)
     best = min(_seconds(a, b) for _ in range(20))
     return 2 * 3000 * 256 * 688 / best / 1e9
@@ -73,7 +73,8 @@ def main() -> None:
     size = regimes.REGIMES[args.regime].batch
     examples = regimes.draw(args.regime, (1 + args.steps) * size, JOB["vocabulary"])
     steps = [examples[i : i + size] for i in range(0, len(examples), size)]
-    shares(model, steps[0])  # to warm up
+    # The first step warms up and does not count.
+    shares(model, steps[0])
     measured = [shares(model, step) for step in steps[1:]]
     print(f"regime {args.regime}, n = {args.steps} steps of {size} examples")
     for kind in measured[0]:

@@ -1,10 +1,10 @@
-"""What it costs to hash a model, against the reference pass that the hash stands for.
+"""Measures what it costs to hash a model, beside the reference pass whose results the hash identifies.
 
     python benchmarks/reference_hash.py [--repeats 7] [--pairs 64] [--json results.json]
 
-Measured: the hash of a small Llama (hidden 256, 6 layers, vocabulary 4096) and of 1 GiB of bfloat16 weights, and the
-reference pass of the small one over random pairs, on this machine. Projected: an 8B model in bfloat16, whose pass is
-2 x parameters FLOP a token at a stated rate, and whose hash runs at the rate measured here.
+On this machine it measures the hash of a small Llama (hidden 256, 6 layers, vocabulary 4096), the hash of 1 GiB of
+bfloat16 weights, and the reference pass of the small model over random pairs. It projects an 8B model in bfloat16,
+whose pass takes 2 x parameters FLOP per token at a stated rate, and whose hash runs at the rate measured here.
 """
 
 import argparse
@@ -29,10 +29,10 @@ PROMPT, RESPONSE = 200, 100
 """Tokens of each prompt and each response."""
 
 PARAMETERS, BYTES = 8.0e9, 16.1e9
-"""Of an 8B model in bfloat16."""
+"""Size of an 8B model in bfloat16."""
 
 FLOPS = 400e12
-"""Useful bfloat16 FLOP a second of one H100: 40 % of its dense peak. A faster pass makes the hash weigh more."""
+"""Useful bfloat16 FLOP per second of one H100, 40 % of its dense peak. A faster pass makes the hash weigh more."""
 
 TOKENS_PROJECTED = {
     "UltraFeedback, rejected sides (61k pairs x 450 tokens)": 61e3 * 450,
@@ -41,7 +41,7 @@ TOKENS_PROJECTED = {
 
 
 class Weights(torch.nn.Module):
-    """1 GiB of bfloat16 in matrices of an 8B model's sizes."""
+    """Contains 1 GiB of bfloat16 weights, in matrices as large as those of an 8B model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Weights(torch.nn.Module):
 
 
 def spread(run: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Seconds: median, least and most of `repeats` runs after one that is not counted."""
+    """Returns median, minimum and maximum of the seconds of `repeats` runs, after one run that does not count."""
     run()
     seconds = []
     for _ in range(repeats):
@@ -60,7 +60,7 @@ def spread(run: Callable[[], object], repeats: int) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "n": repeats}
 
 
-def in_words(seconds: dict[str, float], scale: float = 1.0) -> str:
+def formatted(seconds: dict[str, float], scale: float = 1.0) -> str:
     low, high = scale * seconds["min"], scale * seconds["max"]
     return (
         f"{scale * seconds['median']:.3g} [{low:.3g}, {high:.3g}] (n = {seconds['n']:.0f}, median [min, max])"
@@ -107,9 +107,9 @@ def main() -> None:
     tokens = options.pairs * (PROMPT + RESPONSE)
     rate = size / hash_big["median"]
     print(f"cores {os.cpu_count()}, torch threads {torch.get_num_threads()}")
-    print(f"hash of {size / 2**30:.2f} GiB: {in_words(hash_big)} s; {rate / 1e9:.2f} GB/s at the median")
-    print(f"hash of the small model ({small.num_parameters() / 1e6:.1f} M): {in_words(hash_small)} s")
-    print(f"its reference pass, {options.pairs} pairs, {tokens} tokens: {in_words(pass_small)} s")
+    print(f"hash of {size / 2**30:.2f} GiB: {formatted(hash_big)} s; {rate / 1e9:.2f} GB/s at the median")
+    print(f"hash of the small model ({small.num_parameters() / 1e6:.1f} M): {formatted(hash_small)} s")
+    print(f"its reference pass, {options.pairs} pairs, {tokens} tokens: {formatted(pass_small)} s")
     share = hash_small["median"] / pass_small["median"]
     least = 100 * tokens * share / 3
     print(f"share of the hash in that pass: {share:.2%}; below 3 % from {least:.0f} tokens on")

@@ -1,7 +1,7 @@
-"""What is trained on: examples of each regime, and the turns in which every variant runs them.
+"""Makes the examples of each regime, and the turns in which every variant trains on them.
 
-A regime fixes lengths and who shares what; token ids are random, since no variant's time depends on them. The same
-name, seed and numbers give the same examples in every process.
+A regime fixes lengths, and what responses share. Token ids are random, because no variant's time depends on them. The
+same name, seed and numbers give the same examples in every process.
 """
 
 import gzip
@@ -21,7 +21,8 @@ HARMLESS = (
     Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_harmless" / "harmless-base-test.jsonl.gz"
 )
 LONGEST_PROMPT, LONGEST_RESPONSE = 1536, 640
-FIRST_ID = 3  # below are padding, beginning and end
+# Smaller ids are those of padding, beginning and end.
+FIRST_ID = 3
 TOKENS_PER_PIECE = 1.3
 
 TINY_EXAMPLE = PreferenceExample([3] * 4, [[4] * 4], [[5] * 4], "tiny")
@@ -29,15 +30,15 @@ TINY_EXAMPLE = PreferenceExample([3] * 4, [[4] * 4], [[5] * 4], "tiny")
 
 @dataclass(frozen=True)
 class Regime:
-    """Lengths in tokens, log-normal around their means.
+    """Lengths in tokens, which are log-normal around their means.
 
     Attributes:
         prompt: Mean length of a prompt.
         response: Mean length of a response.
-        sigma: Of the logarithm of a prompt's length; a response's is 0.5.
-        rejected: Rejected responses an example.
-        common: Share of the shorter response with which both responses of a pair begin.
-        batch: Examples an optimizer step.
+        batch: Number of examples per optimizer step.
+        sigma: Standard deviation of the logarithm of a prompt's length. That of a response is 0.5.
+        rejected: Number of rejected responses per example.
+        common: Length of the common beginning of both responses of a pair, as a share of the shorter one.
     """
 
     prompt: int
@@ -52,14 +53,15 @@ REGIMES = {
     "i": Regime(prompt=512, response=128, batch=4),
     "ii": Regime(prompt=128, response=256, batch=8),
     "iii": Regime(prompt=1024, response=96, batch=4, sigma=0.3),
-    "hh": Regime(prompt=0, response=0, batch=8),  # lengths come from the file
+    # The lengths of hh come from a file.
+    "hh": Regime(prompt=0, response=0, batch=8),
     "k": Regime(prompt=256, response=128, batch=1, rejected=7),
     "m": Regime(prompt=128, response=512, batch=4, common=0.5),
 }
 
 
 def draw(name: str, n: int, vocabulary: int, seed: int = 0) -> list[PreferenceExample]:
-    """`n` examples of a regime.
+    """Returns `n` examples of a regime.
 
     Raises:
         FileNotFoundError: The regime's lengths come from a file that is not beside the checkout.
@@ -85,7 +87,7 @@ def draw(name: str, n: int, vocabulary: int, seed: int = 0) -> list[PreferenceEx
 
 
 def _length(rng: np.random.Generator, mean: float, sigma: float, longest: int) -> int:
-    """Log-normal with this mean before it is capped: exp(μ + σ²/2) = mean."""
+    """Draws a length whose mean, before it is capped, is exp(μ + σ²/2) = mean."""
     drawn = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma)
     return min(max(round(drawn), 2), longest)
 
@@ -107,10 +109,10 @@ def _example(
 
 
 def harmless_lengths(path: Path = HARMLESS) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) lengths of Anthropic's harmless-base test set.
+    """Returns the (prompt, chosen, rejected) lengths of Anthropic's harmless-base test set, in tokens.
 
-    No tokenizer of a real model is at hand without a network, so a length is 1.3 times the number of words and
-    punctuation marks, rounded up: what byte-pair vocabularies of 32k to 128k give on English text. Rows whose
+    There is no tokenizer of a real model without a network. A length is therefore 1.3 times the number of words and
+    punctuation marks, rounded up, as byte-pair vocabularies of 32k to 128k tokens give on English text. Rows whose
     transcripts differ before the last turn, or with an empty last turn, are left out.
     """
     if not path.is_file():
@@ -131,7 +133,7 @@ def _tokens(text: str) -> int:
 
 
 def pairs_of(example: PreferenceExample) -> list[PreferenceExample]:
-    """Every chosen-rejected pair as an example of its own, which is how TRL takes them."""
+    """Returns every chosen-rejected pair as an example of its own, as TRL takes them."""
     return [
         PreferenceExample(example.prompt_ids, [chosen], [rejected], example.row_id)
         for chosen in example.chosen_ids
@@ -140,7 +142,7 @@ def pairs_of(example: PreferenceExample) -> list[PreferenceExample]:
 
 
 def longest_row(example: PreferenceExample) -> int:
-    """Tokens of the prompt with its longest response, to which a padded batch grows."""
+    """Returns the number of tokens of the prompt with its longest response, to which a padded batch grows."""
     return len(example.prompt_ids) + max(map(len, example.response_ids))
 
 
@@ -149,7 +151,7 @@ Turn = list[Step]
 
 
 def plan(name: str, rounds: int, steps: int, batch: int, vocabulary: int, seed: int = 0) -> list[Turn]:
-    """Turns of optimizer steps: one step to warm up, `rounds` rounds of `steps`, and one more for memory."""
+    """Returns turns of optimizer steps: one step to warm up, `rounds` turns of `steps`, and one more for memory."""
     examples = iter(draw(name, (1 + (rounds + 1) * steps) * batch, vocabulary, seed))
     return [
         [[next(examples) for _ in range(batch)] for _ in range(size)]
@@ -158,12 +160,12 @@ def plan(name: str, rounds: int, steps: int, batch: int, vocabulary: int, seed: 
 
 
 def as_pairs(turns: Sequence[Turn]) -> list[Turn]:
-    """The same turns for a trainer that knows pairs only."""
+    """Returns the same turns for a trainer that knows pairs only."""
     return [[[pair for e in step for pair in pairs_of(e)] for step in turn] for turn in turns]
 
 
 def grouped(turn: Turn) -> Turn:
-    """The turn's examples in the order of their longest rows, in steps of as many: what length grouping does."""
+    """Returns the turn's examples sorted by their longest rows, in steps of the same size, as by length grouping."""
     ordered = sorted((e for step in turn for e in step), key=longest_row, reverse=True)
     size = len(turn[0])
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -1,4 +1,4 @@
-"""Models of random weights, and a tokenizer whose words are numbers."""
+"""Makes models with random weights, and a tokenizer whose words are numbers."""
 
 from typing import Any
 
@@ -19,7 +19,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {**_LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
 }  # fmt: skip
-"""tiny: for tests; a4k: head to layers as in a real model, on a CPU; 1b, 8b: Llama 3.2 and 3.1."""
+"""Shapes of Llamas by name.
+
+`tiny` is for tests. `a4k` is for a CPU, and its head has the same share of the work as in a real model. `1b` and `8b`
+are Llama 3.2 and 3.1.
+"""
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
@@ -32,7 +36,7 @@ def model_config(name: str, vocabulary: int | None = None) -> LlamaConfig:
 
 
 def build_model(job: dict[str, Any], seed: int) -> LlamaForCausalLM:
-    """The job's model, with weights drawn from `seed` in the precision and place in which it is trained."""
+    """Returns the job's model, with weights drawn from `seed` in the precision and on the device of its training."""
     cuda = job["device"] == "cuda"
     config = model_config(job["model"], job["vocabulary"])
     torch.manual_seed(seed)
@@ -48,7 +52,7 @@ def build_model(job: dict[str, Any], seed: int) -> LlamaForCausalLM:
 
 
 def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One word a token: `7` is token 7."""
+    """Returns a tokenizer with one word per token, in which `7` is token 7."""
     words = {word: i for i, word in enumerate([*SPECIAL, *map(str, range(len(SPECIAL), vocabulary))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

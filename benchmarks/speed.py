@@ -1,8 +1,8 @@
-"""InfoPOTrainer against TRL's DPOTrainer: seconds and memory of a training step on the same examples.
+"""Compares InfoPOTrainer with TRL's DPOTrainer: seconds and memory of a training step on the same examples.
 
     python benchmarks/speed.py --regimes i,ii,iii,hh,k,m --rounds 9 --json benchmarks/results/cpu.json
 
-What is measured, and how, is in benchmarks/README.md.
+benchmarks/README.md says what is measured, and how.
 """
 
 import argparse
@@ -30,16 +30,19 @@ HERE = Path(__file__).resolve().parent
 VARIANTS = ("infopo", "trl", "trl_precomputed", "trl_best")
 EXTRA = ("trl_accumulated", "infopo_whole", "infopo_objective")
 PEERS = (*VARIANTS[1:], *EXTRA[:2])
-"""Compute the loss that `infopo` computes, in another way."""
+"""Variants that compute the same loss as `infopo`, in another way."""
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "67108864",
 }
-"""Freed memory stays in the process, as in the allocator of a GPU: with glibc's defaults TRL, whose temporaries are
-the larger, spends half of its time on page faults."""
+"""Settings of glibc under which freed memory stays in the process, as in the allocator of a GPU.
 
-LINEARITY_COUNTS = (1, 2, 5, 10, 21, 42)  # examples of 768 tokens: 768 to 32,256
+With glibc's defaults TRL, whose temporaries are larger, spends half of its time on page faults.
+"""
+
+LINEARITY_COUNTS = (1, 2, 5, 10, 21, 42)
+"""Numbers of examples of 768 tokens, which are rows of 768 to 32,256 tokens."""
 ALLOWED_LOSS_DIFFERENCE = {"cpu": 1e-3, "cuda": 5e-2}
 Result = dict[str, Any]
 
@@ -48,7 +51,7 @@ Result = dict[str, Any]
 
 
 class Worker:
-    """A variant's process (`worker.py`)."""
+    """The process of a variant, which runs `worker.py`."""
 
     def __init__(self, job: Mapping[str, Any], log: IO[str]) -> None:
         self.job, self.log = job, log
@@ -73,14 +76,15 @@ class Worker:
         )
 
     def turn(self) -> dict[str, Any]:
-        """Lets the process run its next turn; nothing else runs meanwhile."""
+        """Lets the process run its next turn, during which nothing else runs, and returns its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # what went wrong is in its log
+            # The process has ended. What went wrong is in its log, which is shown below.
+            pass
         answer = self.process.stdout.readline()
         if not answer:
             self.log.flush()
@@ -89,7 +93,7 @@ class Worker:
         return json.loads(answer)
 
     def stop(self) -> None:
-        """Ends the process, which may still wait for a turn."""
+        """Ends the process, even if it still waits for a turn."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -101,7 +105,7 @@ class Worker:
 
 @contextmanager
 def workers(jobs: Sequence[Mapping[str, Any]]) -> Iterator[list[Worker]]:
-    """One process a job, ended when the block is left."""
+    """Starts one process per job, and ends them when the block is left."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         started = []
         for number, job in enumerate(jobs):
@@ -112,17 +116,18 @@ def workers(jobs: Sequence[Mapping[str, Any]]) -> Iterator[list[Worker]]:
 
 
 def interleaved(jobs: Sequence[Mapping[str, Any]], turns: int) -> list[list[dict[str, Any]]]:
-    """Answers of each job's turns, (jobs, turns): one process at a time, taking turns, each round begun by another.
+    """Returns the answers of each job's turns, (jobs, turns).
 
-    On a GPU the jobs run one after the other: their models do not fit beside each other, and no neighbour disturbs.
+    The jobs take turns, one process at a time, and each round begins with another job. On a GPU the jobs run one after
+    the other, because their models do not fit beside each other, and because nobody else's load disturbs them there.
     """
     if jobs[0]["device"] == "cuda" and len(jobs) > 1:
         return [answers for job in jobs for answers in interleaved([job], turns)]
     answers: list[list[dict[str, Any]]] = [[] for _ in jobs]
     with workers(jobs) as started:
         for turn in range(turns):
-            for place in range(len(jobs)):
-                number = (turn + place) % len(jobs)
+            for shift in range(len(jobs)):
+                number = (turn + shift) % len(jobs)
                 answers[number].append(started[number].turn())
     return answers
 
@@ -131,7 +136,7 @@ def interleaved(jobs: Sequence[Mapping[str, Any]], turns: int) -> list[list[dict
 
 
 def spread(rounds: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and range of the rounds, with the rounds themselves."""
+    """Returns median, quartiles and range of the rounds, with the rounds themselves."""
     low, median, high = np.percentile(rounds, [25, 50, 75])
     return {
         "median": float(median),
@@ -142,12 +147,12 @@ def spread(rounds: Sequence[float]) -> dict[str, Any]:
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """How many times as long they take as we do, round by round."""
+    """Returns how many times as long they take as we do, round by round."""
     return spread([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
 def measure_regime(name: str, job: Mapping[str, Any], variants: Sequence[str], rounds: int) -> Result:
-    """Seconds, memory and losses of one regime.
+    """Measures seconds, memory and losses of one regime.
 
     Raises:
         RuntimeError: The variants do not compute the same loss.
@@ -186,16 +191,18 @@ def measure_regime(name: str, job: Mapping[str, Any], variants: Sequence[str], r
 
 
 def loss_difference(answers: Mapping[str, Sequence[Mapping[str, Any]]], device: str) -> float:
-    """Largest difference of DPO's loss from ours on the first step, whose examples and weights all variants share.
+    """Returns the largest difference of DPO's loss from ours on the first step, which all variants share.
 
-    The reference has other weights than the policy, so the loss is not log 2 whatever is computed.
+    They share its examples and weights. The reference has other weights than the policy, because otherwise the loss
+    would be log 2 whatever is computed.
 
     Raises:
-        RuntimeError: It is more than rounding.
+        RuntimeError: The difference is more than rounding.
     """
     losses = {v: a[0]["losses"][0] for v, a in answers.items() if v != "infopo_objective"}
     differences = [abs(loss - losses["infopo"]) for loss in losses.values()]
-    if not all(d <= ALLOWED_LOSS_DIFFERENCE[device] for d in differences):  # NaN is none of them
+    # Written so that NaN fails, too.
+    if not all(d <= ALLOWED_LOSS_DIFFERENCE[device] for d in differences):
         raise RuntimeError(f"the variants do not compute the same loss: {losses}")
     return max(differences)
 
@@ -205,7 +212,7 @@ def _worst(step_mib: Sequence[float | None]) -> float | None:
 
 
 def _work(variant: str, job: Mapping[str, Any], turns: Sequence[regimes.Turn]) -> dict[str, float]:
-    """FLOPs and positions of the rounds, by the formula in README.md."""
+    """Returns FLOPs and positions of the rounds, by the formula in README.md."""
     config = model_config(job["model"], job["vocabulary"])
     if not variant.startswith("infopo"):
         turns = regimes.as_pairs(turns)
@@ -218,11 +225,11 @@ def _work(variant: str, job: Mapping[str, Any], turns: Sequence[regimes.Turn]) -
 
 
 def _tokens(turns: Sequence[regimes.Turn], work: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Positions a step: what each variant computes, and what there is."""
+    """Returns the positions per step that each variant computes, and those that the data contain."""
     steps = [step for turn in turns for step in turn]
     pairs = [p for turn in regimes.as_pairs(turns) for step in turn for p in step]
     rows = sum(len(p.prompt_ids) + len(ids) for p in pairs for ids in p.response_ids)
-    # As TRL's own sampler would group: over the whole run, which saves it a little more padding than over a round.
+    # TRL's own sampler would group over the whole run, which saves a little more padding than grouping over a round.
     group = len(pairs) // len(steps)
     whole_run = regimes.grouped([pairs[i : i + group] for i in range(0, len(pairs), group)])
     padded = sum(flops.padded_work(step, responses_only=True).tokens for step in whole_run)
@@ -235,7 +242,7 @@ def _tokens(turns: Sequence[regimes.Turn], work: Mapping[str, Mapping[str, float
 
 
 def _parts(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Shares of a step: layers forward, head and layout, backward, optimizer, and what is outside of the model."""
+    """Returns the shares of a step: layers forward, head and layout, backward, optimizer, and all that is outside."""
     seconds = sum(a["seconds"] for a in answers)
     part = {name: sum(a["parts"][name] for a in answers) / seconds for name in answers[0]["parts"]}
     return {
@@ -248,7 +255,7 @@ def _parts(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def measure_reference(job: Mapping[str, Any], rounds: int) -> Result:
-    """The reference pass of regime i: ours for DPO (both sides) and for InfoPO (rejected), and TRL's."""
+    """Measures the reference pass of regime i: ours for DPO (both sides) and for InfoPO (rejected), and TRL's."""
     batch = job["batch"] or regimes.REGIMES["i"].batch
     job = {**job, "kind": "reference", "regime": "i", "rounds": rounds, "batch": batch}
     variants = ("infopo", "infopo_objective", "trl_precomputed")
@@ -266,7 +273,10 @@ def measure_reference(job: Mapping[str, Any], rounds: int) -> Result:
 
 
 def measure_linearity(job: Mapping[str, Any], rounds: int) -> Result:
-    """Seconds a token of packed rows of 1k to 32k tokens, and the exponent of time in tokens (1: linear)."""
+    """Measures the seconds per token of packed rows of 1k to 32k tokens, and the exponent of time in tokens.
+
+    An exponent of 1 means that time is linear in tokens.
+    """
     counts = [c for _ in range(1 + rounds) for c in LINEARITY_COUNTS]
     [answers] = interleaved(
         [{**job, "kind": "linearity", "variant": "infopo", "counts": counts}], len(counts)
@@ -284,7 +294,7 @@ def measure_linearity(job: Mapping[str, Any], rounds: int) -> Result:
 
 
 def measure_end_to_end(job: Mapping[str, Any], pairs: int, rounds: int) -> Result:
-    """One epoch of regime i from rows of text to a saved model, by each trainer as a user's script calls it."""
+    """Measures one epoch of regime i, from rows of text to a saved model, as a user's script calls each trainer."""
     variants = ("infopo", "trl", "trl_precomputed")
     batch = job["batch"] or regimes.REGIMES["i"].batch
     seconds: dict[str, list[float]] = {v: [] for v in variants}
@@ -293,9 +303,9 @@ def measure_end_to_end(job: Mapping[str, Any], pairs: int, rounds: int) -> Resul
         build_tokenizer(job["vocabulary"]).save_pretrained(f"{folder}/model")
         write_text(Path(folder, "pairs.jsonl"), regimes.draw("i", pairs, job["vocabulary"], job["seed"]))
         for number in range(rounds):
-            for place in range(len(variants)):
-                variant = variants[(number + place) % len(variants)]
-                # A cache of its own: else a later round would find the tokens of an earlier one.
+            for shift in range(len(variants)):
+                variant = variants[(number + shift) % len(variants)]
+                # Each run has a cache of its own. Otherwise a later round would reuse the tokens of an earlier one.
                 own = Path(folder, f"{number}-{variant}")
                 paths = {"folder": f"{folder}/model", "data": f"{folder}/pairs.jsonl",
                          "output": f"{own}/out", "cache": f"{own}/cache"}  # fmt: skip
@@ -312,7 +322,7 @@ def measure_end_to_end(job: Mapping[str, Any], pairs: int, rounds: int) -> Resul
 
 
 def write_text(path: Path, examples: Sequence[Any]) -> None:
-    """Rows of text whose tokens are those of the examples."""
+    """Writes rows of text whose tokens are those of the examples."""
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
             row = {
@@ -330,7 +340,7 @@ def hardware(device: str) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next((x.split(":")[1].strip() for x in info.open() if x.startswith("model name")), cpu)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -338,8 +348,8 @@ def hardware(device: str) -> dict[str, Any]:
     if device == "cuda":
         import torch
 
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
 
 
 def versions() -> dict[str, str]:
@@ -351,7 +361,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that is measured, marked where files differ from it; None outside of a checkout."""
+    """Returns the commit that is measured, marked if files differ from it, or None outside of a checkout."""
     done = subprocess.run(
         ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
         cwd=HERE, capture_output=True, text=True, check=False,
@@ -369,9 +379,10 @@ SHOWN = {
 
 
 def table(result: Result) -> str:
-    """A Markdown table of the regimes.
+    """Returns a Markdown table of the regimes.
 
-    How many times as long others take, median of rounds [quartiles]; the memory of our step against theirs.
+    It shows how many times as long others take (median of rounds [quartiles]), and the memory of our step relative to
+    theirs.
     """
     peers = [v for v in SHOWN if any(f"ratio_{v}" in regime for regime in result["regimes"])]
     memory = [v for v in peers if v != "trl"]
@@ -409,11 +420,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--regimes", default=",".join(regimes.REGIMES), help="comma-separated; empty for none"
+        "--regimes", default=",".join(regimes.REGIMES), help="comma-separated, or empty for none"
     )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round")
-    parser.add_argument("--pairs-per-step", type=int, help="examples a step; default: each regime's own")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per round")
+    parser.add_argument("--pairs-per-step", type=int, help="examples per step (default: each regime's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=tuple(SHAPES), help="default: a4k on a CPU, 1b on a GPU")
     parser.add_argument("--vocab", type=int, help="default: the model's own")
@@ -424,10 +435,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"infopo and any of the others and of {', '.join(EXTRA)}",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, required=True, help="the result file; written after each part")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="the result file, which is written after each part"
+    )
     parser.add_argument("--reference", action="store_true", help="also the reference pass")
     parser.add_argument(
-        "--overhead", action="store_true", help="also the parts of our step (waits for a GPU)"
+        "--overhead", action="store_true", help="also the parts of our step (this synchronises with the GPU)"
     )
     parser.add_argument("--linearity", action="store_true", help="also rows of 1k to 32k tokens")
     parser.add_argument("--end-to-end", action="store_true", help="also an epoch from text to a saved model")

@@ -1,7 +1,7 @@
-"""One variant in a process of its own: waits for the word, runs a turn, reports.
+"""Runs one variant in a process of its own, turn by turn, and reports each turn.
 
-Started by `speed.py` with its job as JSON. A turn is answered with one line of JSON on what was standard output; all
-that libraries print goes to standard error.
+`speed.py` starts it with its job as JSON, and lets it run a turn by a line on standard input. A turn is answered with
+one line of JSON on what was standard output. All that libraries print goes to standard error.
 """
 
 import copy
@@ -35,10 +35,11 @@ from infopo.reference import precompute
 from shapes import build_model, build_tokenizer
 
 BETA = 0.1
-PROMPT, RESPONSE = 512, 128  # of the examples that show how time grows with tokens
+PROMPT, RESPONSE = 512, 128
+"""Tokens of the prompts and responses that show how time grows with tokens."""
 Job = dict[str, Any]
 ReferencePass = Callable[[list[PreferenceExample]], list[float]]
-"""Examples to log π_ref of their rejected responses; what else it computes and stores is in its time."""
+"""Returns log π_ref of the rejected responses of examples. What else it computes and stores counts in its time."""
 
 
 class Line:
@@ -49,7 +50,7 @@ class Line:
         os.dup2(2, 1)
 
     def wait(self) -> None:
-        """Returns at the word; ends the process when there is nobody to give it."""
+        """Returns when `speed.py` asks for a turn, and ends the process if `speed.py` has ended."""
         if not sys.stdin.readline():
             sys.exit(0)
 
@@ -61,7 +62,7 @@ class Line:
 
 
 def settings(job: Job, folder: str) -> dict[str, Any]:
-    """What both trainers are given, under the names that they share."""
+    """Returns the settings of both trainers, under the names that they share."""
     cuda = job["device"] == "cuda"
     return {
         "output_dir": folder,
@@ -75,7 +76,8 @@ def settings(job: Job, folder: str) -> dict[str, Any]:
         "loss_type": "sigmoid",
         "max_length": None,
         "gradient_checkpointing": cuda,
-        "bf16": False,  # on a GPU the weights themselves are bfloat16
+        # On a GPU the weights themselves are bfloat16.
+        "bf16": False,
         "use_cpu": not cuda,
         "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": False,
@@ -87,7 +89,7 @@ def settings(job: Job, folder: str) -> dict[str, Any]:
 
 
 def turns_of(job: Job) -> list[regimes.Turn]:
-    """The job's turns as its variant takes them."""
+    """Returns the job's turns in the form that its variant takes."""
     turns = regimes.plan(
         job["regime"], job["rounds"], job["steps"], job["batch"], job["vocabulary"], job["seed"]
     )
@@ -98,7 +100,7 @@ def turns_of(job: Job) -> list[regimes.Turn]:
 
 
 def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
-    """The variant's trainer over all turns, in their order."""
+    """Returns the variant's trainer over all turns, in their order."""
     policy, reference = build_model(job, seed=0), build_model(job, seed=1)
     examples = [e for turn in turns for step in turn for e in step]
     common = settings(job, folder) | {"per_device_train_batch_size": len(turns[0][0])}
@@ -113,7 +115,8 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
         return _Watched(
             model=policy,
             ref_model=reference,
-            args=InfoPOConfig(**common, reference_store="off"),  # an earlier run's values would be found
+            # With a store, the values of an earlier run would be reused.
+            args=InfoPOConfig(**common, reference_store="off"),
             train_dataset=ExampleDataset.from_examples(examples),
             processing_class=tokenizer,
         )
@@ -130,12 +133,13 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
         processing_class=tokenizer,
     )
     if precomputed:
-        trainer.ref_model = None  # its work is done
+        # Its values are computed, so that it would only take memory.
+        trainer.ref_model = None
     return trainer
 
 
 class _Watched(InfoPOTrainer):
-    """Tells in which part of a step it is."""
+    """Reports the part of a step that computes log-probs to `parts`."""
 
     parts: Callable[[str], AbstractContextManager[None]] = staticmethod(nullcontext)
 
@@ -145,7 +149,7 @@ class _Watched(InfoPOTrainer):
 
 
 class Parts:
-    """Seconds of a turn by what they went to."""
+    """Seconds of a turn, by part of a step. On a GPU, each measurement synchronises with it."""
 
     def __init__(self, cuda: bool) -> None:
         self.seconds: dict[str, float] = {}
@@ -180,8 +184,8 @@ class Parts:
 class Turns(TrainerCallback):
     """Blocks training between turns.
 
-    A turn lasts from the word to the end of its last step: collating its batches, clipping, the optimizer and what
-    the trainer itself does are inside. The last turn is for memory, and its time means nothing.
+    A turn lasts from the request to the end of its last step. It includes collating its batches, clipping, the
+    optimizer and what the trainer itself does. The last turn is for memory, and its time means nothing.
     """
 
     def __init__(self, sizes: list[int], line: Line, cuda: bool) -> None:
@@ -193,15 +197,15 @@ class Turns(TrainerCallback):
         self.step_mib: list[float | None] = []
 
     def watch(self, trainer: Any) -> None:
-        """Notes each step's loss, which is the sum over its accumulated batches."""
+        """Records each step's loss, which is the sum over its accumulated batches."""
         step = trainer.training_step
 
-        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
             loss = step(*args, **kwargs).detach()
             self.loss = loss if self.loss is None else self.loss + loss
             return loss
 
-        trainer.training_step = noted
+        trainer.training_step = recorded
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._begin()
@@ -242,10 +246,10 @@ class Turns(TrainerCallback):
 
 
 class Memory:
-    """Memory that a step adds to what stood when it began: model, optimizer state and libraries.
+    """Memory that a step adds to what was there when it began, which is model, optimizer state and libraries.
 
-    On a CPU, memory that was freed before stays in the heap under the settings that both sides get, and would hide
-    what a step takes. It is given back first, and the kernel's mark of the highest use is reset.
+    On a CPU, memory that was freed before stays in the heap, under the settings of the allocator that both sides have,
+    and would hide what a step needs. It is therefore returned first, and the kernel's record of the peak is reset.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -260,11 +264,12 @@ class Memory:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self.start = _status_mib("VmRSS")
-        except OSError:  # not Linux with glibc, or not allowed
+        except OSError:
+            # The system is not Linux with glibc, or does not allow this.
             self.start = None
 
     def peak_mib(self) -> float | None:
-        """None where it cannot be measured."""
+        """Returns the peak in MiB, or None if it cannot be measured."""
         if self.start is None:
             return None
         peak = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else _status_mib("VmHWM")
@@ -277,7 +282,7 @@ def _status_mib(name: str) -> float:
 
 
 def train(job: Job, line: Line) -> None:
-    """Real `train()`, a turn at a time; `parts` where the job asks for them."""
+    """Runs the trainer's own `train()`, one turn at a time."""
     turns = turns_of(job)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(job, turns, folder)
@@ -293,7 +298,7 @@ def train(job: Job, line: Line) -> None:
 
 
 def reference(job: Job, line: Line) -> None:
-    """The reference pass over a round's examples: tokens in, log-probs stored."""
+    """Runs the reference pass over the examples of each turn, from tokens to stored log-probs."""
     turns = turns_of(job)
     with tempfile.TemporaryDirectory() as folder:
         run = _our_reference(job) if job["variant"].startswith("infopo") else _trl_reference(job, folder)
@@ -322,7 +327,7 @@ def _our_reference(job: Job) -> ReferencePass:
 def _trl_reference(job: Job, folder: str) -> ReferencePass:
     from peer import dataset_of
 
-    # Of the variant that keeps its reference model; what the pass stores is the same.
+    # The variant `trl` keeps its reference model, and its pass stores the same values.
     turns = turns_of(job)
     trainer = build_trainer(job | {"variant": "trl"}, turns[:1], folder)
 
@@ -334,7 +339,7 @@ def _trl_reference(job: Job, folder: str) -> ReferencePass:
 
 
 def linearity(job: Job, line: Line) -> None:
-    """Forward and backward pass of one packed row of ever more examples of one length; a turn is a number of them."""
+    """Runs forward and backward pass of one packed row, with another number of equally long examples each turn."""
     model = build_model(job, seed=0)
     attention.enable(model)
     rng = torch.Generator().manual_seed(job["seed"])
@@ -343,7 +348,8 @@ def linearity(job: Job, line: Line) -> None:
         examples = []
         for i in range(count):
             prompt, chosen, rejected = (ids((n,)).tolist() for n in (PROMPT, RESPONSE, RESPONSE))
-            chosen[0], rejected[0] = regimes.FIRST_ID, regimes.FIRST_ID + 1  # nothing in common by chance
+            # The first tokens differ, so that the two responses have no common beginning by chance.
+            chosen[0], rejected[0] = regimes.FIRST_ID, regimes.FIRST_ID + 1
             examples.append(PreferenceExample(prompt, [chosen], [rejected], str(i)))
         line.wait()
         begin = time.perf_counter()
@@ -361,7 +367,7 @@ def linearity(job: Job, line: Line) -> None:
 
 
 def end_to_end(job: Job, line: Line) -> None:
-    """What a user's script does: rows of text and a model's folder in, a trained model out."""
+    """Does what a user's script does, from rows of text and a model's folder to a trained model."""
     from datasets import load_dataset
 
     if not job["variant"].startswith("infopo"):

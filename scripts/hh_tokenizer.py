@@ -1,4 +1,4 @@
-"""A tokenizer and a small random Llama for real preference data: what `infopo train` needs to run without a download.
+"""Makes a tokenizer and a small random Llama for real preference data, so that `infopo train` needs no download.
 
 python scripts/hh_tokenizer.py ../shared/data/hh_harmless/harmless-base-test.jsonl.gz models/hh
 """
@@ -24,14 +24,14 @@ MAX_LENGTH = 2048
 
 
 def message_texts(path: str) -> Iterator[str]:
-    """What is said in the prompts and responses of all usable rows."""
+    """Yields the text of every message in the prompts and responses of all usable rows."""
     for row in read_rows(path, DataCounts(on_bad_row="skip")):
         for turns in (row.prompt, *row.chosen, *row.rejected):
             yield from [turns] if isinstance(turns, str) else (turn["content"] for turn in turns)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with BOS, EOS (= end of turn), padding and a chat template."""
+    """Trains a byte-level BPE tokenizer with BOS, EOS (= end of turn), padding and a chat template."""
     special = [PAD, BOS, END_OF_TURN, USER, ASSISTANT]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def random_llama(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Two layers of width 64, randomly initialised."""
+    """Returns a Llama of two layers of width 64 with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -82,7 +82,7 @@ def main() -> None:
     )
     parser.add_argument("out_dir", type=Path, help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0, help="of the model's weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
     arguments = parser.parse_args()
     tokenizer = train_tokenizer(message_texts(arguments.data), arguments.vocab_size)
     model = random_llama(tokenizer, arguments.seed)

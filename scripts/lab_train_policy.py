@@ -2,13 +2,13 @@
 
     python scripts/lab_train_policy.py [--out FOLDER] [--steps N]
 
-Supervised training on worked solutions, one pass over fresh problems of the `sft` split. The learning rate
-decays linearly over 1,400 steps, and the run stops after 850 of them: an SFT run that was stopped early leaves
-preference training something to do, while one decayed to zero errs only where it knows no better (a policy
-made that way gained nothing from any method).
+It is trained on worked solutions, in one pass over fresh problems of the `sft` split. The learning rate decays linearly
+over 1,400 steps, and the run stops after 850 of them, because an SFT run that is stopped early leaves preference
+training something to do. A policy whose learning rate had decayed to zero erred only on what it did not know, and
+gained nothing from any method.
 
-The run is bit-for-bit reproducible on one machine with the thread count below; another CPU or torch build
-rounds differently, so its weights differ slightly and its accuracy by a few points.
+The run is bit-for-bit reproducible on one machine with the thread count below. Another CPU or build of torch rounds
+differently, so that its weights differ slightly and its accuracy by a few points.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from infopo.lab.evaluation import accuracy
 from infopo.lab.problems import Problem
 from infopo.lab.tokenizer import MODEL_MAX_LENGTH, build_tokenizer
 
-THREADS = 1  # the order of sums, and so the weights, would change with their number
+# The order of sums, and with it the weights, would change with the number of threads.
+THREADS = 1
 SEED = 0
 STEPS = 850
 SCHEDULE_STEPS = 1400
@@ -37,7 +38,7 @@ IGNORED = -100
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of about 0.3 million parameters with random weights."""
+    """Returns a Llama of about 0.3 million parameters with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -62,7 +63,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> list[tuple[list[int], int]]:
-    """For each problem the ids of the conversation and the length of its prompt."""
+    """Returns for each problem the token ids of the conversation and the length of its prompt in tokens."""
     prompts = [[{"role": "user", "content": problem.question}] for problem in problems]
     conversations = [
         [*prompt, {"role": "assistant", "content": problem.solution}]
@@ -76,7 +77,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> list[
 
 
 def collate(rows: list[tuple[list[int], int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded input ids and next-token labels of the response tokens, both (rows, longest row - 1)."""
+    """Returns right-padded input ids and next-token labels of the response tokens, both (rows, longest row - 1)."""
     length = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((len(rows), length), pad_token_id)
     labels = torch.full((len(rows), length), IGNORED)
@@ -87,12 +88,12 @@ def collate(rows: list[tuple[list[int], int]], pad_token_id: int) -> tuple[torch
 
 
 def learning_rate_factor(step: int) -> float:
-    """Linear warm-up, then linear decay to zero at the schedule's end."""
+    """Returns the factor of a linear warm-up and a linear decay to zero at the schedule's end."""
     return min((step + 1) / WARMUP_STEPS, (SCHEDULE_STEPS - step) / (SCHEDULE_STEPS - WARMUP_STEPS))
 
 
 def train(model: LlamaForCausalLM, rows: list[tuple[list[int], int]], pad_token_id: int, steps: int) -> None:
-    """One pass over `rows` in `steps` batches."""
+    """Trains the model in place, with one pass over `rows` in `steps` batches."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
     )
@@ -108,7 +109,7 @@ def train(model: LlamaForCausalLM, rows: list[tuple[list[int], int]], pad_token_
         optimizer.step()
         scheduler.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.4f} nats a token", flush=True)
+            print(f"step {step}: loss {loss.item():.4f} nats per token", flush=True)
 
 
 def main() -> None:

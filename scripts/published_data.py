@@ -1,6 +1,6 @@
-"""Published data whose rows are no preference rows yet -> rows of a shape that the readers know (`docs/data.md`).
+"""Converts published data that are no preference rows yet into rows of a shape that the readers know (`docs/data.md`).
 
-Both functions account for what they are given: items in = items used + items left out by reason.
+Both functions account for their items: each is either used, or left out and counted by reason.
 """
 
 from collections import Counter
@@ -20,14 +20,14 @@ MBPP_TEST_TASKS = range(11, 511)
 
 @dataclass
 class Converted:
-    """Rows of a shape, and the account of the items that they were made from.
+    """Rows of one shape, and an account of the items that they were made from.
 
     Attributes:
         shape: Name of the rows' shape.
         rows: The rows.
         items: Number of items in the source.
-        used: Number of items that stand in the rows.
-        left_out: Number of the others, by reason.
+        used: Number of items that the rows contain.
+        left_out: Number of items that they do not contain, by reason.
     """
 
     shape: str
@@ -37,7 +37,7 @@ class Converted:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """The account in words."""
+        """Returns the account as lines of text."""
         lines = [f"{self.items} items, {self.used} used in {len(self.rows)} rows of shape {self.shape}"]
         return [*lines, *(f"  left out {n}: {why}" for why, n in self.left_out.most_common() if n)]
 
@@ -45,15 +45,15 @@ class Converted:
 def mbpp_rows(
     files: Iterable[str | Path], form: str = "lists", tasks: Container[int] = MBPP_TEST_TASKS
 ) -> Converted:
-    """Right and wrong solutions of each task, from files of {task_id: "MBPP/11", prompt, solution, is_solved}.
+    """Collects right and wrong solutions of each task, from rows of {task_id: "MBPP/11", prompt, solution, is_solved}.
 
-    A solution that several models gave stands once; one that is labelled both ways is left out.
+    A solution that several models gave is used once. One that is labelled both right and wrong is left out.
 
     Args:
         files: Files of solutions.
-        form: `lists`: a row a task, where one side may be empty. `pairs`: a row each right with each wrong solution of
-            a task; tasks without both are left out.
-        tasks: Task ids to take; see `MBPP_TEST_TASKS`.
+        form: `lists` gives one row per task, in which one side may be empty. `pairs` gives one row for each right
+            solution with each wrong one of the same task, and leaves out tasks without both.
+        tasks: Task ids to use (see `MBPP_TEST_TASKS`).
 
     Raises:
         RecipeError: `form` is neither.
@@ -98,13 +98,15 @@ def _add_task(
     result.left_out["repeated"] += sum(times[s] - 1 for s in clear)
     right = [_code(solution) for solution, seen in clear.items() if seen == {True}]
     wrong = [_code(solution) for solution, seen in clear.items() if seen == {False}]
-    asked = [
+    question = [
         {"role": "user", "content": f"Complete this Python function.\n\n```python\n{prompt.rstrip()}\n```"}
     ]
     if form == "lists" and (right or wrong):
-        result.rows.append({"prompt": asked, "chosen": right, "rejected": wrong})
+        result.rows.append({"prompt": question, "chosen": right, "rejected": wrong})
     elif right and wrong:
-        result.rows += [{"prompt": asked, "chosen": good, "rejected": bad} for good in right for bad in wrong]
+        result.rows += [
+            {"prompt": question, "chosen": good, "rejected": bad} for good in right for bad in wrong
+        ]
     else:
         result.left_out["none of the other side in its task"] += len(clear)
         return
@@ -120,14 +122,14 @@ def squality_rows(
     prompts: Mapping[tuple[str, str], str] | None = None,
     rating: str = "overall-rating",
 ) -> Converted:
-    """Summaries with the mean of their reviewers' ratings, as `scored` rows: one row a question of a story.
+    """Collects summaries with the mean of their reviewers' ratings, as one `scored` row per question of a story.
 
-    The published ratings hold neither story nor question: without `prompts` a row's prompt is only a name for them,
-    which shows the road but teaches no summarising.
+    The published ratings contain neither story nor question. Without `prompts`, a row's prompt is only a name for them,
+    which shows how the data are used but teaches no summarising.
 
     Args:
-        file: SQuALITY's human evaluation, a story a line.
-        prompts: What was asked, with the story, by (passage id, question number).
+        file: SQuALITY's human evaluation, with one story per line.
+        prompts: Story and question of each prompt, by (passage id, question number).
         rating: `overall-rating`, `correctness-rating` or `selection-rating`.
 
     Raises:
@@ -142,18 +144,19 @@ def squality_rows(
         passage = text_of(story, "passage-id", row_id)
         questions = check_object(value_of(story, "questions", row_id), row_id)
         for question, systems in questions.items():
-            named = f"{row_id}, question {question}"
+            question_id = f"{row_id}, question {question}"
             prompt = f"Summarize story {passage} for question {question}.\n\n"
             if prompts is not None:
-                prompt = text_of({"prompt": prompts.get((passage, question))}, "prompt", named)
-            summaries = [check_object(each, named) for each in check_object(systems, named).values()]
+                prompt = text_of({"prompt": prompts.get((passage, question))}, "prompt", question_id)
+            by_system = check_object(systems, question_id)
+            summaries = [check_object(summary, question_id) for summary in by_system.values()]
             result.items += len(summaries)
             result.used += len(summaries)
             result.rows.append(
                 {
                     "prompt": prompt,
-                    "responses": [text_of(each, "response", named) for each in summaries],
-                    "scores": [_mean_rating(each, rating, named) for each in summaries],
+                    "responses": [text_of(summary, "response", question_id) for summary in summaries],
+                    "scores": [_mean_rating(summary, rating, question_id) for summary in summaries],
                 }
             )
     return result

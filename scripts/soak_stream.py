@@ -1,8 +1,8 @@
-"""Streams synthetic rows as training does, and says whether memory stays flat: rows, tokens and batches, no model.
+"""Streams synthetic rows as training does, without a model, and says whether memory stays flat.
 
 python scripts/soak_stream.py --rows 10000000 [--out result.json]
 
-Exits with 1 where the process grew by more than --allowed-mib between a tenth of the rows and all of them.
+It exits with 1 if the process grew by more than --allowed-mib between a tenth of the rows and all of them.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from infopo.lab.tokenizer import build_tokenizer
 
 BATCH = 32
 BAD_EVERY = 1000
-"""Each of so many rows is empty on one side: skipped rows must not be kept either."""
+"""One of so many rows is empty on one side, because rows that are skipped must not stay in memory either."""
 
 
 def rows() -> Iterator[dict[str, str]]:
-    """Sums, without an end."""
+    """Yields sums, without an end."""
     number = 0
     while True:
         rejected = "" if number % BAD_EVERY == BAD_EVERY - 1 else f"{number + 2}"

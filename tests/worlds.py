@@ -1,4 +1,4 @@
-"""Small random models and examples that tests share. No lab, no files."""
+"""Small random models and examples that tests share. They need neither the lab nor files."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from infopo.records import PreferenceExample
 
 VOCABULARY = 61
 
-# Adam normalises gradients, which would hide a wrong scale; SGD keeps it. Float32 rounding of sums in another order.
+# Adam normalises gradients, which would hide a wrong scale. SGD keeps the scale.
 PLAIN_SGD: dict[str, Any] = {
     "learning_rate": 1e-3,
     "optim": "sgd",
@@ -28,7 +28,7 @@ PLAIN_SGD: dict[str, Any] = {
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
-    """A random Llama of a few thousand parameters with untied, large enough weights to make errors visible."""
+    """Returns a random Llama of a few thousand parameters, with untied weights that are large enough to show errors."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -59,7 +59,7 @@ def ids(rng: random.Random, low: int, high: int) -> list[int]:
 def random_examples(
     n: int, seed: int = 0, chosen: Sequence[int] = (1,), rejected: Sequence[int] = (1,)
 ) -> list[PreferenceExample]:
-    """`n` examples of unequal lengths; the numbers of responses cycle through `chosen` and `rejected`."""
+    """Returns `n` examples of unequal lengths, whose numbers of responses cycle through `chosen` and `rejected`."""
     rng = random.Random(seed)
     return [
         PreferenceExample(

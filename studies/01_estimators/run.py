@@ -1,4 +1,4 @@
-"""Bias and variance of mutual-information estimators with the optimal critic: see README.md beside this file.
+"""Measures bias and variance of mutual-information estimators with the optimal critic (see README.md beside this file).
 
 python studies/01_estimators/run.py                  # writes results.json, plot.png and the README's tables
 python studies/01_estimators/run.py --out elsewhere --tiny
@@ -27,10 +27,10 @@ DIMENSIONS = 20
 INFORMATION = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
 BATCHES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 ELEMENTS = 2**20
-"""Scores held at once."""
+"""Number of scores that exist at once."""
 
 LARGEST_INTERPOLATED = 128
-"""Largest batch of I_0.5, the dearest of the estimators."""
+"""Largest batch of I_0.5, which takes the most time of all estimators."""
 
 Scores = Callable[[Tensor, Tensor], Tensor]
 TWO_SAMPLES: dict[str, Scores] = {
@@ -48,13 +48,13 @@ EXAMPLES: dict[str, Scores] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
-        information: True mutual information I (nats).
-        batches: Number n of joint samples, and of marginal samples or candidates beside each.
-        repetitions: Estimates at batches above 128; smaller batches get ten times as many.
-        seed: Of all draws.
+        information: Values of the true mutual information I (nats).
+        batches: Numbers n of joint samples, and of marginal samples or candidates for each.
+        repetitions: Number of estimates at batches above 128. Smaller batches have ten times as many.
+        seed: Seed of all draws.
     """
 
     information: tuple[float, ...] = INFORMATION
@@ -67,7 +67,7 @@ class Setting:
 
 
 def critic(x: Tensor, y: Tensor, squared_correlation: float) -> Tensor:
-    """f(x, y) = log p(x, y)/(p(x) p(y)) of every x with every y: (..., x, d), (..., y, d) -> (..., x, y)."""
+    """Returns f(x, y) = log p(x, y)/(p(x) p(y)) of every x with every y: (..., x, d), (..., y, d) -> (..., x, y)."""
     s = squared_correlation
     cross = math.sqrt(s) * x @ y.transpose(-1, -2)
     squares = s / 2 * ((x**2).sum(-1)[..., :, None] + (y**2).sum(-1)[..., None, :])
@@ -75,12 +75,13 @@ def critic(x: Tensor, y: Tensor, squared_correlation: float) -> Tensor:
 
 
 def estimates(information: float, batch: int, repetitions: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Each estimator's values, (repetitions,), on the same samples.
+    """Returns each estimator's values, (repetitions,), on the same samples.
 
-    Two-sample estimators see n joint samples and n independent marginal ones. The others see n joint samples, each
+    Two-sample estimators take n joint samples and n independent marginal ones. The others take n joint samples, each
     with the y of the n - 1 others as its negatives.
     """
-    s = -math.expm1(-2 * information / DIMENSIONS)  # I = -d/2 log(1 - ρ²)
+    # ρ² from I = -d/2 log(1 - ρ²).
+    s = -math.expm1(-2 * information / DIMENSIONS)
     chunk = max(1, min(repetitions, ELEMENTS // batch**2))
     values: dict[str, list[Tensor]] = {}
     others = ~torch.eye(batch, dtype=torch.bool)
@@ -91,7 +92,8 @@ def estimates(information: float, batch: int, repetitions: int, draw: torch.Gene
         )
         y = math.sqrt(s) * x + math.sqrt(1 - s) * noise
         joint = critic(x[:, :, None], y[:, :, None], s)[..., 0, 0]
-        scores = critic(x.float(), y.float(), s)  # n² of them, so in single precision
+        # These are n² scores, so they are computed in single precision.
+        scores = critic(x.float(), y.float(), s)
         marginal = critic(x_alone[:, :, None], y_alone[:, :, None], s)[..., 0, 0]
         negatives = scores[:, others].reshape(len(x), batch, batch - 1)
         for name, estimator in TWO_SAMPLES.items():
@@ -104,13 +106,13 @@ def estimates(information: float, batch: int, repetitions: int, draw: torch.Gene
 
 
 def nwj_variance(information: float, batch: int) -> float:
-    """(e^(2I) - 1 + Var f)/n: E_Q[(dP/dQ)²] = e^(2I) for Gaussians, and Var_P[f] = d ρ²."""
+    """Returns (e^(2I) - 1 + Var f)/n. For Gaussians, E_Q[(dP/dQ)²] = e^(2I) and Var_P[f] = d ρ²."""
     variance = -DIMENSIONS * math.expm1(-2 * information / DIMENSIONS)
     return (math.expm1(2 * information) + variance) / batch
 
 
 def summary(values: Tensor, information: float) -> dict[str, float]:
-    """Bias, variance and quantiles. The standard error of the variance is from the fourth moment of the sample."""
+    """Returns bias, variance and quantiles. The variance's standard error is from the sample's fourth moment."""
     n = len(values)
     mean, variance = values.mean(), values.var()
     fourth = ((values - mean) ** 4).mean()
@@ -129,7 +131,7 @@ def summary(values: Tensor, information: float) -> dict[str, float]:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """All rows, and the closed forms beside them."""
+    """Measures all rows, and puts the closed forms beside them."""
     draw = torch.Generator().manual_seed(setting.seed)
     rows = []
     for information in setting.information:
@@ -142,7 +144,7 @@ def measure(setting: Setting) -> dict[str, Any]:
                 "batch": batch,
                 "nwj_variance": nwj_variance(information, batch),
                 "infonce_maximum": math.log(batch),
-                # e^(2I) against n × repetitions: how many times the draws cover what the variance is made of.
+                # The variance comes from E_Q[(dP/dQ)²] = e^(2I). Fewer draws than that are too few to show it.
                 "coverage": batch * repetitions / math.exp(2 * information),
                 "dpo_weight": weight.mean().item(),
                 "estimators": {name: summary(v, information) for name, v in values.items()},
@@ -159,7 +161,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """The README's tables, from the results alone."""
+    """Returns the README's tables, from the results alone."""
     rows = {(row["information"], row["batch"]): row for row in results["rows"]}
     information = sorted({i for i, _ in rows})
     batches = sorted({n for _, n in rows})
@@ -238,7 +240,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bias of the mean and of the median, and standard deviation, against I, at two batch sizes."""
+    """Draws bias of the mean and of the median, and standard deviation, against I, at two batch sizes."""
     import matplotlib
 
     matplotlib.use("Agg")

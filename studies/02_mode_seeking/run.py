@@ -1,9 +1,9 @@
-"""Where InfoPO's minimiser lies beside those of forward and reverse KL: see README.md beside this file.
+"""Compares InfoPO's minimiser with those of forward and reverse KL (see README.md beside this file).
 
     python studies/02_mode_seeking/run.py                # writes results.json, plot.png and the README's tables
     python studies/02_mode_seeking/run.py --out elsewhere --tiny
 
-No sampling: expectations are sums over a grid of responses.
+Nothing is sampled, because expectations are sums over a grid of responses.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from infopo.runs import environment
 
 Law = NDArray[np.float64]
 Loss = Callable[[Law], float]
-"""From log π on the grid (log-probs of cells)."""
+"""Returns the loss of log π on the grid (log-probs of cells)."""
 
 EDGE = 8.0
 NO_CAP = 600.0
-"""Nats; no log-ratio that an optimum depends on comes near it."""
+"""Cap in nats, which no log-ratio that an optimum depends on comes near."""
 LABELS = ("reference", "complement", "graded")
 REFERENCES = ("normal", "two modes")
 
@@ -57,12 +57,18 @@ class World:
 
 
 def world(reference_law: str, labels: str, mode: float, cells: int, error: float = 0.01) -> World:
-    """A world whose chosen responses lie near ±mode; π_ref is N(0, 1), or has narrow modes at ±mode itself.
+    """Makes a world whose chosen responses lie near ±mode. π_ref is N(0, 1), or has narrow modes at ±mode itself.
 
-    `graded`: of two draws from π_ref the one nearer to a mode is chosen (nearer by 0.1 to the one at +mode, so that
-    the modes differ), hence p_l = 2 π_ref - p_w. `reference`: the same p_w, and p_l = π_ref. `complement`: responses
-    within 0.5 of a mode are right, the others wrong, p_w is π_ref given right and p_l is π_ref given wrong, each with
-    `error` of the other's mass: supports are disjoint but for that, and reverse KL stays finite.
+    Args:
+        reference_law: `normal` or `two modes`.
+        labels: `graded`: of two draws from π_ref the one nearer to a mode is chosen, so that p_l = 2 π_ref - p_w.
+            Distances to the mode at +mode count 0.1 less, so that the modes differ. `reference`: p_w is the same, and
+            p_l = π_ref. `complement`: responses within 0.5 of a mode are right and the others wrong, p_w is π_ref given
+            right, and p_l is π_ref given wrong.
+        mode: Position a of the modes ±a.
+        cells: Number of cells of the grid.
+        error: Share of the other law's mass in each law of `complement`. Without it the supports would be disjoint, and
+            reverse KL infinite.
     """
     y = np.linspace(-EDGE, EDGE, cells)
     if reference_law == "normal":
@@ -80,13 +86,14 @@ def world(reference_law: str, labels: str, mode: float, cells: int, error: float
         return World(y, reference, chosen, rejected)
     order = np.argsort(-distance, kind="stable")
     below = np.empty(cells)
-    below[order] = np.cumsum(reference[order]) - reference[order] / 2  # a tie is broken by a coin
+    # Two equal draws are ranked by a coin, so that half of the cell's own mass lies below it.
+    below[order] = np.cumsum(reference[order]) - reference[order] / 2
     chosen = 2 * reference * below
     return World(y, reference, chosen, reference if labels == "reference" else 2 * reference - chosen)
 
 
 def infopo_loss(w: World) -> Loss:
-    """The package's own loss at β = 1: every cell once as a chosen and once as a rejected response."""
+    """Returns the package's own loss at β = 1, with every cell once as a chosen and once as a rejected response."""
     cells = len(w.y)
     logps = ResponseLogps.of(
         policy=torch.zeros(2 * cells, dtype=torch.float64),
@@ -120,7 +127,7 @@ def losses(w: World) -> dict[str, Loss]:
 
 
 def described(log_policy: Law, w: World) -> dict[str, float]:
-    """Entropy (of cells, nats), both divergences from p_w, and the mass at the smaller mode's side."""
+    """Returns moments, entropy (of cells, nats), both divergences from p_w, and the mass on the smaller mode's side."""
     policy = np.exp(log_policy)
     return {
         "mean": float(policy @ w.y),
@@ -136,14 +143,14 @@ def described(log_policy: Law, w: World) -> dict[str, float]:
 
 
 def gaussian(parameters: Law, y: Law) -> Law:
-    """log π of the cells for N(m, s²), parameters (m, log s)."""
+    """Returns log π of the cells for N(m, s²) with parameters (m, log s)."""
     logits = -((y - parameters[0]) ** 2) / 2 * np.exp(-2 * parameters[1])
     return np.asarray(logits - np.logaddexp.reduce(logits))
 
 
 def gaussian_minima(loss: Loss, w: World, mode: float) -> list[dict[str, float]]:
-    """Distinct local minima over N(m, s²), the lowest first; from starts at the modes and between them."""
-    found: list[dict[str, float]] = []
+    """Returns the distinct local minima over N(m, s²), the lowest first, from starts at the modes and between them."""
+    minima: list[dict[str, float]] = []
     for mean in (-mode, 0.0, mode):
         for log_scale in (np.log(0.2), 0.0):
             result = minimize(
@@ -152,11 +159,11 @@ def gaussian_minima(loss: Loss, w: World, mode: float) -> list[dict[str, float]]
                 method="Nelder-Mead",
                 options={"xatol": 1e-7, "fatol": 1e-11, "maxiter": 2000},
             )
-            if result.success and all(abs(result.x[0] - f["m"]) > 1e-3 for f in found):
-                found.append(
+            if result.success and all(abs(result.x[0] - m["m"]) > 1e-3 for m in minima):
+                minima.append(
                     {"m": float(result.x[0]), "log_s": float(result.x[1]), "loss": float(result.fun)}
                 )
-    return sorted(found, key=lambda f: f["loss"])
+    return sorted(minima, key=lambda m: m["loss"])
 
 
 def gaussian_case(reference_law: str, labels: str, mode: float, cells: int) -> dict[str, Any]:
@@ -188,7 +195,10 @@ def gaussian_case(reference_law: str, labels: str, mode: float, cells: int) -> d
 
 
 def infopo_minimiser(w: World) -> tuple[Law, float, float]:
-    """π = p_w/(p_l/π_ref + λ), Σπ = 1, λ, and the mass left over (it goes where p_l/π_ref is least)."""
+    """Returns InfoPO's minimiser over all policies, its multiplier and the mass that is left over.
+
+    π = p_w/(p_l/π_ref + λ), where λ makes the sum 1. If no λ does, the mass left over goes where p_l/π_ref is least.
+    """
     cost = w.rejected / w.reference
     on = w.chosen > 0
     least = -float(cost.min())
@@ -206,7 +216,7 @@ def infopo_minimiser(w: World) -> tuple[Law, float, float]:
 
 
 def finite_case(reference_law: str, labels: str, mode: float, cells: int) -> dict[str, Any]:
-    """Over all policies both KLs are least at p_w itself."""
+    """Measures InfoPO's minimiser over all policies. Both KLs are least at p_w itself."""
     w = world(reference_law, labels, mode, cells)
     policy, lam, left_over = infopo_minimiser(w)
     return {
@@ -222,7 +232,7 @@ def finite_case(reference_law: str, labels: str, mode: float, cells: int) -> dic
 
 
 def random_cases(draws: int, responses: int, seed: int) -> dict[str, Any]:
-    """Random finite spaces with graded labels (scores at random, label noise 0 to 0.4), and random laws at large."""
+    """Measures random finite spaces with graded labels (random scores, label noise 0 to 0.4) and with random laws."""
     draw = np.random.default_rng(seed)
     graded, free = [], []
     for _ in range(draws):
@@ -252,7 +262,7 @@ def entropy(p: Law) -> float:
 
 
 def forgotten_mode(mode: float, cells: int) -> list[dict[str, float]]:
-    """Losses of p_w with the mass of its left half multiplied by δ: what does forgetting a mode cost?"""
+    """Returns the losses of p_w with the mass of its left half multiplied by δ: the cost of forgetting a mode."""
     w = world("normal", "graded", mode, cells)
     rows = []
     for delta in (1.0, 1e-1, 1e-2, 1e-4, 1e-8, 1e-16, 1e-32):
@@ -269,19 +279,20 @@ def measure(modes: tuple[float, ...], cells: int, draws: int) -> dict[str, Any]:
             seed=0, packages=("torch", "numpy", "scipy"), extra={"platform": platform.system()}
         ),
         "cells": cells,
-        "gaussian": [gaussian_case(*each, cells) for each in worlds],
-        "finite": [finite_case(*each, cells) for each in worlds],
+        "gaussian": [gaussian_case(*names, cells) for names in worlds],
+        "finite": [finite_case(*names, cells) for names in worlds],
         "random": random_cases(draws, responses=20, seed=0),
         "forgotten_mode": forgotten_mode(modes[len(modes) // 2], cells),
     }
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """The README's tables, from the results alone."""
+    """Returns the README's tables, from the results alone."""
     names = ("forward KL", "InfoPO", "reverse KL")
 
     def number(value: float, signed: bool = True, places: int = 2) -> str:
-        return f"{round(value, places) + 0.0:{'+' if signed else ''}.{places}f}"  # no -0.00
+        # Adding 0.0 turns -0.0 into 0.0.
+        return f"{round(value, places) + 0.0:{'+' if signed else ''}.{places}f}"
 
     gaussians = [
         [
@@ -337,7 +348,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Chosen law, Gaussian fits and the unrestricted minimiser, one panel each way of labelling, widest modes."""
+    """Draws chosen law, Gaussian fits and the unrestricted minimiser, one panel per way of labelling, widest modes."""
     import matplotlib
 
     matplotlib.use("Agg")

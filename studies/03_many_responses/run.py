@@ -1,4 +1,4 @@
-"""Do more rejected responses a prompt help, at equal prompts and at equal tokens? See README.md beside this file.
+"""Measures whether more rejected responses per prompt help, at equal prompts and at equal tokens (see README.md).
 
     python studies/03_many_responses/run.py              # writes results.json, plot.png and the README's tables
     python studies/03_many_responses/run.py --out elsewhere --tiny
@@ -58,13 +58,13 @@ SHARED = ROOT.parent / "shared" / "data"
 
 REJECTED = 7
 TIMES = (1 + REJECTED) // 2
-"""How many pairs have as many responses as one list."""
+"""Number of pairs that have as many responses as one list."""
 SAMPLES = 16
-"""Drawn a problem; one with a right response and seven wrong ones gives a list."""
+"""Samples per problem. A problem with a right response and seven wrong ones gives a list."""
 TARGET_KL = 0.1
-"""Nats a response, where arms are compared at equal drift."""
+"""Drift (nats per response) at which arms are compared."""
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % quantile of Student's law by the number of seeds."""
+"""97.5 % quantiles of Student's law, by number of seeds."""
 
 LISTS, PAIRS, PROMPTS, EPOCHS = "lists", "pairs", "pairs, more prompts", "pairs, more epochs"
 ARMS = (
@@ -72,38 +72,39 @@ ARMS = (
     *((data, method) for data in (PAIRS, PROMPTS) for method in ("infopo", "dpo", "sft")),
     *((EPOCHS, method) for method in ("infopo", "dpo")),
 )
-"""Data and method. With one rejected response InfoNCE is DPO. SFT sees the chosen responses of the pairs only."""
+"""Data and method of each arm. With one rejected response InfoNCE is DPO. SFT sees the pairs' chosen responses only."""
 
 COMPARED = tuple(
     (many, one, data)
     for many, one in (("infopo", "infopo"), ("infonce", "dpo"), ("dpo", "dpo"))
     for data in (PAIRS, PROMPTS, EPOCHS)
 )
-"""Method on lists, the same method on pairs, which pairs."""
+"""Comparisons: method on lists, method on pairs, which pairs."""
 
 MBPP_ARMS = ((LISTS, "infopo"), (LISTS, "infonce"), (LISTS, "dpo"), (PAIRS, "infopo"), (PAIRS, "dpo"))
-LONGEST = 512  # bytes or tokens of a prompt with a response
+LONGEST = 512
+"""Largest number of tokens (bytes, on real data) of a prompt with a response."""
 UNPAIRED_ARMS = tuple(("unpaired", method) for method in ("infopo", "kto") if method in OBJECTIVES)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Everything that costs time.
+    """Settings that the time depends on.
 
     Attributes:
-        seeds: Repetitions: new problems, samples, splits and order.
-        prompts: Prompts of the lists and of the pairs.
-        epochs: Passes over them.
-        batch: Prompts an optimizer step.
+        seeds: Number of repetitions, each with new problems, samples, splits and order.
+        prompts: Number of prompts of the lists and of the pairs.
+        epochs: Number of passes over them.
+        batch: Number of prompts per optimizer step.
         rates: Learning rates that each arm is tried with.
-        validation: Problems on which an arm's learning rate is chosen.
-        test: Problems on which it is reported.
-        kl_samples: Samples of the policy on the test problems.
-        held_out: Lists on evaluation problems, for log-probs.
+        validation: Number of problems on which an arm's learning rate is chosen.
+        test: Number of problems on which its results are reported.
+        kl_samples: Number of samples of the policy on the test problems.
+        held_out: Number of lists on evaluation problems, for log-probs.
         real_rates: Learning rates on real data.
-        real_rows: Most rows of a real data set.
-        base_epochs: Passes of maximum likelihood that make the reference on real data.
-        real: Real data sets.
+        real_rows: Largest number of rows of a real data set.
+        base_epochs: Number of passes of maximum likelihood that make the reference on real data.
+        real: Names of the real data sets.
     """
 
     seeds: int
@@ -146,7 +147,7 @@ def train(
     batch: int,
     seed: int,
 ) -> PreTrainedModel:
-    """The model, trained in place."""
+    """Trains the model in place, and returns it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = InfoPOTrainer(
             model=model,
@@ -158,7 +159,8 @@ def train(
                 num_train_epochs=epochs,
                 per_device_train_batch_size=batch,
                 activation_checkpointing=False,
-                max_length=LONGEST,  # KTO puts responses behind other prompts
+                # KTO puts responses behind other prompts, which may be longer.
+                max_length=LONGEST,
                 reference_store="off",
                 save_strategy="no",
                 logging_strategy="no",
@@ -175,7 +177,7 @@ def train(
 
 
 def logps(data: ExampleDataset, model: PreTrainedModel) -> Array:
-    """log π(y|x) of every response (nats)."""
+    """Returns log π(y|x) of every response (nats)."""
     sides = frozenset({"chosen", "rejected"})
     values = precompute(data, model, sides, batch_size=64, device=torch.device("cpu")).reference
     assert values is not None
@@ -183,7 +185,7 @@ def logps(data: ExampleDataset, model: PreTrainedModel) -> Array:
 
 
 def response_tokens(data: ExampleDataset, sides: frozenset[Role]) -> int:
-    """Tokens of the responses that a loss is taken of."""
+    """Returns the number of tokens of the responses that a loss uses."""
     return sum(
         len(ids)
         for example in data
@@ -207,9 +209,10 @@ def sides_of(method: str) -> frozenset[Role]:
 def make_lists(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int, split: str
 ) -> tuple[list[Run], dict[str, float]]:
-    """`n` lists of the policy's own samples: a problem's first right one and its first seven wrong ones.
+    """Makes `n` lists of the policy's own samples: a problem's first right one and its first seven wrong ones.
 
-    Wrong samples come as they were drawn, repeated ones too: independent draws from the law of wrong responses.
+    Wrong samples are used as they were drawn, repeated ones too, because they are then independent draws from the law
+    of wrong responses.
     """
     rows: list[Run] = []
     round_size = min(64, 4 * n)
@@ -237,7 +240,7 @@ def draw(
     times: int,
     seed: int,
 ) -> list[list[tuple[str, bool]]]:
-    """Samples at temperature 1, and whether each came to its end."""
+    """Samples at temperature 1. Returns each text, and whether it ended before the token limit."""
     prompts = [as_prompt(problem) for problem in problems]
     drawn = sample(
         model,
@@ -254,7 +257,7 @@ def draw(
 
 @dataclass(frozen=True)
 class Lab:
-    """What the runs of one seed share."""
+    """Objects that the runs of one seed share."""
 
     tokenizer: PreTrainedTokenizerBase
     reference: PreTrainedModel
@@ -267,7 +270,7 @@ class Lab:
 
 
 def lab(size: Size, seed: int) -> Lab:
-    """Training data of this seed; the problems it is measured on are the same for all seeds."""
+    """Makes the training data of this seed. The problems for measurements are the same for all seeds."""
     reference, tokenizer = load_policy(LAB_POLICY).eval(), load_tokenizer(LAB_POLICY)
     rows, facts = make_lists(reference, tokenizer, TIMES * size.prompts, seed, "preference")
     held_out_rows, _ = make_lists(reference, tokenizer, size.held_out, 0, "evaluation")
@@ -299,7 +302,7 @@ def lab(size: Size, seed: int) -> Lab:
 
 
 def measure_policy(world: Lab, policy: PreTrainedModel, kl_samples: int) -> Run:
-    """Greedy accuracy, change of held-out log-probs, and KL(π_θ ‖ π_ref) by samples of π_θ."""
+    """Measures greedy accuracy, change of held-out log-probs, and KL(π_θ ‖ π_ref) by samples of π_θ."""
     problems = world.test[:kl_samples]
     drawn = draw(policy, world.tokenizer, problems, 1, seed=0)
     examples = []
@@ -327,7 +330,7 @@ def measure_policy(world: Lab, policy: PreTrainedModel, kl_samples: int) -> Run:
 
 
 def lab_runs(size: Size, seed: int) -> Run:
-    """All arms at all learning rates, for one seed."""
+    """Runs all arms at all learning rates, for one seed."""
     torch.set_num_threads(1)
     world = lab(size, seed)
     runs = []
@@ -367,7 +370,7 @@ def lab_runs(size: Size, seed: int) -> Run:
 
 
 def mbpp() -> tuple[list[Run], list[Run]]:
-    """Tasks with right and wrong solutions; and those with right ones only, for the reference."""
+    """Reads tasks with right and wrong solutions, and those with right ones only, which are for the reference."""
     files = sorted((SHARED / "code_mbpp").glob("mbpp_seed_*.jsonl*"))
     if not files:
         raise FileNotFoundError("no MBPP solutions beside the repository (shared/data/code_mbpp)")
@@ -376,7 +379,7 @@ def mbpp() -> tuple[list[Run], list[Run]]:
 
 
 def unpaired() -> tuple[list[Run], list[Run]]:
-    """Rows labelled good or bad; the first 60 good ones are for the reference."""
+    """Reads rows that are labelled good or bad. The first 60 good ones are for the reference."""
     file = SHARED / "llamafactory" / "kto_en_demo.json.gz"
     if not file.is_file():
         raise FileNotFoundError("no unpaired rows beside the repository (shared/data/llamafactory)")
@@ -396,7 +399,7 @@ REAL_MEASURES = ("preference_accuracy", "chosen_change", "rejected_change", "tok
 
 @cache
 def byte_model(name: str, size: Size) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small random Llama on bytes after maximum likelihood on rows that are used for nothing else: π_ref."""
+    """Makes π_ref: a small Llama on bytes, trained by maximum likelihood on rows that are used for nothing else."""
     tokenizer = load_tokenizer(LAB_POLICY)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -417,13 +420,14 @@ def byte_model(name: str, size: Size) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def score(data: ExampleDataset, model: PreTrainedModel, reference: Array, within: bool) -> Run:
-    """Share of couples (chosen, rejected) whose chosen one has the larger log-ratio; change of chosen log-prob.
+    """Returns the share of (chosen, rejected) pairs whose chosen one has the larger log-ratio, and log-prob changes.
 
     Args:
         data: Held-out rows.
         model: π_θ.
-        reference: log π_ref of the responses.
-        within: Couples of the same prompt, each prompt with the same weight; else of all rows.
+        reference: log π_ref of the responses (nats).
+        within: Whether pairs are of the same prompt, with the same weight for each prompt. Otherwise they are of all
+            rows.
     """
     ratio = logps(data, model) - reference
     owner = np.repeat(np.arange(len(data)), np.diff(data.response_offsets))
@@ -442,7 +446,7 @@ def score(data: ExampleDataset, model: PreTrainedModel, reference: Array, within
 
 
 def real_runs(name: str, size: Size, seed: int) -> list[Run]:
-    """Half of the rows to train on, a sixth to choose the learning rate, a third to report; by seed."""
+    """Trains on half of the rows, chooses the learning rate on a sixth, and reports on a third, divided by seed."""
     torch.set_num_threads(1)
     load, arms = REAL[name]
     rows = load()[0]
@@ -488,7 +492,7 @@ def mean_se(values: Sequence[float]) -> dict[str, float]:
 
 
 def at_drift(runs: Sequence[Run], start: Run, target: float) -> float:
-    """Accuracy where KL first reaches `target`, linear between the learning rates; NaN if none goes so far."""
+    """Returns the accuracy at which KL first reaches `target`, linear between learning rates, or NaN if none does."""
     points = [(0.0, start["accuracy"]), *((r["kl"], r["accuracy"]) for r in runs)]
     for (kl_0, a_0), (kl_1, a_1) in itertools.pairwise(points):
         if kl_0 < target <= kl_1:
@@ -497,14 +501,14 @@ def at_drift(runs: Sequence[Run], start: Run, target: float) -> float:
 
 
 def chosen_rate(runs: Sequence[Run], rates: Sequence[float]) -> float:
-    """The learning rate with the highest mean accuracy on the validation problems; the lowest of equals."""
+    """Returns the learning rate with the highest mean accuracy on the validation problems, the first of equals."""
     return max(rates, key=lambda rate: np.mean([r["validation_accuracy"] for r in runs if r["rate"] == rate]))
 
 
 def summarise(
     arms: Sequence[tuple[str, str]], runs: Sequence[Run], rates: Sequence[float], measures: Sequence[str]
 ) -> list[Run]:
-    """Mean and standard error of each arm over the seeds, at the learning rate that validation chose."""
+    """Returns mean and standard error of each arm over the seeds, at the learning rate that validation chose."""
     rows = []
     for data, method in arms:
         arm = [r for r in runs if (r["data"], r["method"]) == (data, method)]
@@ -516,7 +520,7 @@ def summarise(
 
 
 def differences(parts: Sequence[Run], arms: Sequence[Run]) -> list[Run]:
-    """Lists minus pairs, seed by seed, each at its own learning rate; and both at the same drift."""
+    """Returns lists minus pairs, seed by seed, each at its own learning rate, and at the same drift."""
     rate = {(a["data"], a["method"]): a["rate"] for a in arms}
     rows = []
     for many, one, data in COMPARED:
@@ -548,7 +552,7 @@ def differences(parts: Sequence[Run], arms: Sequence[Run]) -> list[Run]:
 
 
 def kept(folder: Path | None, kind: str, size: Size, seed: int) -> Any:
-    """The runs of one seed, from `folder` if an earlier call with the same settings left them there."""
+    """Returns the runs of one seed, from `folder` if an earlier call with the same settings left them there."""
     settings = {**vars(size), "seeds": None, "kind": kind, "seed": seed}
     settings = json.loads(json.dumps(settings))
     file = folder / f"{kind}-{seed}.json" if folder else None
@@ -581,7 +585,7 @@ def measure(size: Size, workers: int, folder: Path | None = None) -> Run:
             except FileNotFoundError as error:
                 real[name] = {"skipped": str(error)}
                 continue
-            runs = [run for each in run_all(name) for run in each]
+            runs = [run for part in run_all(name) for run in part]
             real[name] = {
                 "rows": len(rows),
                 "chosen_per_row": float(np.mean([len(r["chosen"]) for r in rows])),
@@ -615,7 +619,7 @@ def measure(size: Size, workers: int, folder: Path | None = None) -> Run:
 
 
 def show(value: Mapping[str, float] | None, places: int, signed: bool = False) -> str:
-    """Mean ± standard error."""
+    """Returns mean ± standard error as text."""
     if value is None:
         return "not reached"
     sign = "+" if signed else ""
@@ -623,10 +627,10 @@ def show(value: Mapping[str, float] | None, places: int, signed: bool = False) -
 
 
 def tables(results: Run) -> dict[str, str]:
-    """The README's tables, from the results alone."""
-    found = results["lab"]
+    """Returns the README's tables, from the results alone."""
+    in_lab = results["lab"]
     title = {name: spec.title for name, spec in OBJECTIVES.items()}
-    start = found["start"]
+    start = in_lab["start"]
     arms = [
         [
             "start",
@@ -651,10 +655,10 @@ def tables(results: Run) -> dict[str, str]:
             show(a["chosen_change"], 2, True),
             show(a["rejected_change"], 2, True),
         ]
-        for a in found["arms"]
+        for a in in_lab["arms"]
     ]
     rows = []
-    for d in found["differences"]:
+    for d in in_lab["differences"]:
         quantile = T_QUANTILE[d["accuracy"]["n"]]
         clear = abs(d["accuracy"]["mean"]) > quantile * d["accuracy"]["se"]
         at = d["accuracy_at_drift"]
@@ -670,8 +674,8 @@ def tables(results: Run) -> dict[str, str]:
         )
     facts = [
         [
-            f"{found['distinct_rejected']['mean']:.2f}",
-            f"{results['size']['prompts']} of {np.mean(found['problems']) / TIMES:.0f}",
+            f"{in_lab['distinct_rejected']['mean']:.2f}",
+            f"{results['size']['prompts']} of {np.mean(in_lab['problems']) / TIMES:.0f}",
             str(len(results["seeds"])),
         ]
     ]
@@ -736,22 +740,24 @@ def tables(results: Run) -> dict[str, str]:
 
 
 def plot(results: Run, path: Path) -> None:
-    """Accuracy against drift: each arm's learning rates, means over seeds; and accuracy of the chosen rate."""
+    """Draws accuracy against drift at each arm's learning rates, as means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = results["lab"]
+    in_lab = results["lab"]
     figure, grid = plt.subplots(1, 3, figsize=(14, 4.4), sharey=True, layout="constrained")
     colours = {LISTS: "#0072B2", PAIRS: "#D55E00", PROMPTS: "#009E73", EPOCHS: "#CC79A7"}
     panels = (("InfoPO", ("infopo",)), ("InfoNCE and DPO", ("infonce", "dpo")), ("SFT on chosen", ("sft",)))
     for axis, (name, methods) in zip(grid, panels, strict=True):
-        axis.axhline(found["start"]["accuracy"], color="0.5", ls="--", lw=1, label="start")
+        axis.axhline(in_lab["start"]["accuracy"], color="0.5", ls="--", lw=1, label="start")
         for data, method in [arm for arm in ARMS if arm[1] in methods]:
             points = []
             for rate in results["size"]["rates"]:
-                at = [r for r in found["runs"] if (r["data"], r["method"], r["rate"]) == (data, method, rate)]
+                at = [
+                    r for r in in_lab["runs"] if (r["data"], r["method"], r["rate"]) == (data, method, rate)
+                ]
                 points.append(
                     [mean_se([r[m] for r in at])[k] for m in ("kl", "accuracy") for k in ("mean", "se")]
                 )
@@ -771,7 +777,7 @@ def plot(results: Run, path: Path) -> None:
             )
         axis.set_xscale("symlog", linthresh=0.1)
         axis.set_title(name)
-        axis.set_xlabel("KL from the start (nats a response)")
+        axis.set_xlabel("KL from the start (nats per response)")
         axis.legend(fontsize=7)
     grid[0].set_ylabel("greedy accuracy, mean ± standard error over seeds")
     figure.savefig(path, dpi=110)
@@ -783,9 +789,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results")
     parser.add_argument("--seeds", type=int, default=5, help="repetitions, 2 to 10")
     parser.add_argument(
-        "--workers", type=int, default=1, help="processes side by side; the numbers do not change"
+        "--workers", type=int, default=1, help="processes side by side, which do not change the numbers"
     )
-    parser.add_argument("--parts", type=Path, help="folder where finished seeds are kept for the next call")
+    parser.add_argument(
+        "--parts", type=Path, help="folder in which finished seeds are kept for the next call"
+    )
     parser.add_argument("--tiny", action="store_true", help="small settings, for tests")
     options = parser.parse_args(arguments)
     results = measure(TINY if options.tiny else Size(options.seeds), options.workers, options.parts)
