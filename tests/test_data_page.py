@@ -10,7 +10,10 @@ import pytest
 from infopo.catalog import DATA_SHAPES, ON_TOO_LONG, SCORE_RULES
 from infopo.data.counts import DataCounts
 from infopo.data.files import SUFFIXES
+from infopo.data.published import VERDICTS
 from infopo.data.sources import read_rows
+from infopo.losses.catalog import UNPAIRED
+from infopo.vocabulary import ALIASES, NEEDED, PROMPTS
 from test_sources import write_lines
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -40,3 +43,16 @@ def test_each_example_becomes_what_the_page_says(tmp_path: Path, shape: str):
 )
 def test_rules_and_endings_are_named(words: Any):
     assert [word for word in words if word not in PAGE] == []
+
+
+def test_columns_and_objectives_are_named():
+    published = [name for name in NEEDED if name in ("compared", "openai", "swift")]
+    columns = {
+        name for shape in published for needed in NEEDED[shape] for c in needed for name in c.split("|")
+    }
+    columns |= {verdict.first for verdict in VERDICTS} | {name for pair in ALIASES[:3] for name in pair}
+    for word in (*columns, *PROMPTS, *UNPAIRED, *(f"| `{name}`" for name in DATA_SHAPES)):
+        assert word in PAGE, word
+    unpaired = re.search(r"objectives that compare no pairs: (.*?)\.", PAGE, flags=re.DOTALL)
+    assert unpaired
+    assert tuple(re.findall(r"`(\w+)`", unpaired[1])) == UNPAIRED
