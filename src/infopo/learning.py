@@ -6,7 +6,7 @@ one row goes through the policy in both directions, which shows whatever the rea
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -19,6 +19,7 @@ from infopo.data.packing import pack
 from infopo.errors import InfoPOError, ModelError, RecipeError
 from infopo.logps.forward import response_logps
 from infopo.logps.wrappers import base_of
+from infopo.noise import in_training
 from infopo.records import PackedBatch, PreferenceExample
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def check_gradients(
     example: PreferenceExample,
     args: InfoPOConfig,
     context: Callable[[], AbstractContextManager[object]],
+    quiet: Sequence[nn.Module] = (),
 ) -> None:
     """One row in both directions, in the mode of training: some parameter must get a gradient.
 
@@ -144,6 +146,7 @@ def check_gradients(
         example: A row of the data.
         args: Its `activation_checkpointing` may be switched off.
         context: Entered around the forward pass (autocast, say).
+        quiet: Modules that stay in evaluation mode.
 
     Raises:
         ModelError: The model does not run, or no parameter to train gets a gradient that is finite and not 0.
@@ -151,10 +154,15 @@ def check_gradients(
     """
     batch = pack([_probe(example)]).to(args.device)
     tried = bool(args.activation_checkpointing)
-    problem = _problem(model, batch, args, context, checkpointing=tried)
+
+    def problem_with(checkpointing: bool) -> str | None:
+        with in_training(model, quiet), _checkpointed(model, args, checkpointing):
+            return _problem(model, batch, context, " with gradient_checkpointing" if checkpointing else "")
+
+    problem = problem_with(tried)
     if problem is None:
         return
-    if not tried or _problem(model, batch, args, context, checkpointing=False) is not None:
+    if not tried or problem_with(False) is not None:
         raise ModelError(problem)
     if args.asks_for_checkpointing:
         raise RecipeError(f"{problem}. It trains without: set gradient_checkpointing=False")
@@ -170,48 +178,30 @@ def _probe(example: PreferenceExample) -> PreferenceExample:
 
 
 def _problem(
-    model: nn.Module,
-    batch: PackedBatch,
-    args: InfoPOConfig,
-    context: Callable[[], AbstractContextManager[object]],
-    *,
-    checkpointing: bool,
+    model: nn.Module, batch: PackedBatch, context: Callable[[], AbstractContextManager[object]], how: str
 ) -> str | None:
     """Why no gradient reaches the policy, in a sentence, or None."""
     name = type(base_of(model)).__name__
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    devices = [args.device] if args.device.type == "cuda" else []
-    was_training = model.training
-    model.train()
     try:
-        with torch.random.fork_rng(devices), _checkpointed(model, args, checkpointing):
-            with context():
-                with (
-                    torch.no_grad()
-                ):  # as before the first step: aLoRA's hooks do not take it with checkpointing
-                    response_logps(model, batch)
-                total = response_logps(model, batch).sum()
-            if not total.isfinite():
-                return (
-                    f"{name}: log-probs are not finite before the first update: its weights, or what its adapter "
-                    "makes of them, hold NaN or inf"
-                )
-            if not total.requires_grad:
-                return f"{name}: {_UNREACHED}"
-            total.backward()
-        gradients = {n: p.grad for n, p in trained.items()}
+        with context():
+            with torch.no_grad():  # as before the first step: aLoRA's hooks do not take it with checkpointing
+                response_logps(model, batch)
+            total = response_logps(model, batch).sum()
+        if not total.isfinite():
+            return f"{name}: log-probs are not finite before the first update: {_NAN}"
+        if not total.requires_grad:
+            return f"{name}: {_UNREACHED}"
+        total.backward()
+        return _judge(name, {n: p.grad for n, p in trained.items()})
     except (InfoPOError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model of any class may raise
         what = models.first_lines(error, 1)[:200]
-        return (
-            f"{name} does not run on a row of {len(batch.input_ids)} tokens: {type(error).__name__}: {what}"
-        )
+        return f"{name} does not run on {len(batch.input_ids)} tokens{how}: {type(error).__name__}: {what}"
     finally:
-        model.train(was_training)
         for parameter in trained.values():
             parameter.grad = None
-    return _judge(name, gradients)
 
 
 _UNREACHED = (

@@ -18,7 +18,7 @@ from infopo.errors import ModelError
 LAB_POLICY = "lab:policy"
 LAB_POLICY_FOLDER = Path(__file__).parent / "lab" / "policy"
 
-DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop")
+DROPOUT_NAMES = ("drop",)  # dropout, pdrop, layerdrop, drop_path_rate, ...
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -178,7 +178,7 @@ def disable_dropout(model: nn.Module) -> ConfigValues:
     """
     before: ConfigValues = []
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         # Functional dropout reads a number: of the module, or of the configuration that it holds.
         for holder in (module, getattr(module, "config", None)):
@@ -220,7 +220,9 @@ def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None
             f"{name} has {embeddings} token embeddings, but the data hold token {largest_token_id}: "
             "the tokenizer does not belong to this model"
         )
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    context = getattr(text, "max_position_embeddings", None)
     if context is not None and 0 <= context < longest_row:  # XLNet's -1 says that there is no limit
         raise ModelError(
             f"{name} reads at most {context} tokens, but a prompt with its response has {longest_row}: "

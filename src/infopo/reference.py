@@ -25,7 +25,7 @@ from infopo.data.packing import pack, select
 from infopo.errors import LogpsError, RecipeError, ReferenceMismatchError
 from infopo.hashing import WeightsHash, config_hash
 from infopo.logps import attention
-from infopo.logps.forward import PATHS, path_of, response_lengths, response_logps
+from infopo.logps.forward import path_of, response_lengths, response_logps, token_logps
 from infopo.losses.catalog import OBJECTIVES
 from infopo.records import PackedBatch, PreferenceExample, Role, Spans, sum_dtype
 from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
@@ -174,6 +174,24 @@ def identity_of(
     )
 
 
+def is_exact(
+    model: nn.Module,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> bool:
+    """Whether this model computes in float32 or better throughout: no autocast, and no TF32 however it was set.
+
+    Args:
+        model: Policy or reference.
+        device: Where it runs.
+        context: What is entered around its forward pass.
+    """
+    with context():
+        casts = torch.is_autocast_enabled(device.type)
+    full = model.dtype in (torch.float32, torch.float64)
+    return full and not casts and _matmul_precision(device) == "ieee"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -316,7 +334,7 @@ def _token_logps(
             )
         )
     batch = pack(parts).to(device)
-    tokens = PATHS[path_of(model)](model, batch).cpu()
+    tokens = token_logps(model, batch).cpu()
     return [part.numpy() for part in tokens.split(response_lengths(batch))]
 
 
@@ -423,15 +441,18 @@ def _spot_check(work: _Work, score: Score, store: ReferenceStore, dataset: Examp
             )
 
 
-def tolerance(tokens: int, *, is_exact: bool) -> float:
-    """How far a response's stored log-prob may be from one computed now (nats).
+def tolerance(tokens: int, *, is_exact: bool, noise: float | None = None) -> float:
+    """How far two values of a response's log-prob may be from each other if one function gave both (nats).
 
     c (1 + √n) for n tokens: rounding of one token's logits, and independent rounding of n tokens' log-probs. c is
-    5e-4 in float32 (other kernels differ by 1e-5 a token) and 0.1 in half precision (one unit in the last place of a
-    bfloat16 logit of 16 is 0.125).
+    5e-4 in float32 (other kernels differ by 1e-5 a token). In half precision it is 0.1 (one unit in the last place of a
+    bfloat16 logit of 16 is 0.125), or, where the noise of this model was measured, five times that, from 0.02 to 0.1.
+    Stored values, the start-up test and the check of step 0 are all judged by it.
 
     Args:
         tokens: Of the response.
         is_exact: Whether values are computed in float32 throughout.
+        noise: c as measured on this model: the change of a response's log-prob (nats) by padding, over 1 + √n.
     """
-    return (5e-4 if is_exact else 0.1) * (1 + math.sqrt(tokens))
+    measured = 0.1 if noise is None else min(0.1, max(0.02, 5 * noise))
+    return (5e-4 if is_exact else measured) * (1 + math.sqrt(tokens))

@@ -3,8 +3,12 @@
 No mathematics and no state: `InfoPOTrainer` calls these functions with what it has.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -16,13 +20,24 @@ from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.data.streaming import ExampleStream
-from infopo.errors import ReferenceMismatchError
-from infopo.logps.forward import path_of, prepare, response_logps, self_test
+from infopo.errors import LogpsError, ModelError, ReferenceMismatchError
+from infopo.logps import rope
+from infopo.logps.forward import (
+    DISAGREEMENT,
+    path_of,
+    prepare,
+    response_lengths,
+    response_logps,
+    self_test,
+)
+from infopo.logps.wrappers import base_of
+from infopo.noise import first_difference
+from infopo.noise import in_training as noise_free_training
 from infopo.records import PackedBatch, PreferenceExample
+from infopo.reference import tolerance
 
 logger = logging.getLogger(__name__)
 
-MAX_STEP_0_LOG_RATIO = 1e-3
 CPU_TOKENS_PER_FORWARD = 2048
 """Where no limit is given; benchmarks/LOG.md says what it saves, and that it costs no time."""
 SELF_TEST_TOKENS = 256
@@ -65,29 +80,156 @@ def check_fit(model: nn.Module, *data: Any) -> None:
                 models.check_fit(model, dataset.longest_row, dataset.largest_token_id)
 
 
-def check_paths(
-    model: nn.Module, dataset: ExampleDataset | ExampleStream, device: torch.device, *, exact: bool
-) -> None:
-    """Start-up self-test on a small batch of the data.
+def refuse_two_passes(model: nn.Module, dataset: ExampleDataset | ExampleStream) -> None:
+    """Refuses rows beyond a boundary of rotary frequencies where ranks wait for each other in each forward pass.
 
+    Raises:
+        ModelError: A batch may take two forward passes on one rank, and one on another.
+    """
+    limit = rope.boundary(model)
+    if limit is not None and (not isinstance(dataset, ExampleDataset) or dataset.longest_row > limit):
+        raise ModelError(
+            f"{type(base_of(model)).__name__} has other rotary frequencies for rows of more than {limit} tokens, which "
+            "take forward passes of their own; FSDP and DeepSpeed need the same number of passes on all ranks: set "
+            f"max_length to {limit} or less"
+        )
+
+
+def check_log_probs(
+    model: nn.Module,
+    dataset: ExampleDataset | ExampleStream,
+    args: InfoPOConfig,
+    *,
+    exact: bool,
+    quiet: Sequence[nn.Module],
+) -> float:
+    """Start-up self-test: on a small batch of the data, on one row as long as the longest, and in training mode.
+
+    Rows run without gradients, the long one alone and beside a short one: the memory of one forward pass of two rows.
     Every rank runs the same number of forward passes: sharded models wait for each other in each.
+
+    Args:
+        model: The policy as it is distributed.
+        dataset: The training data.
+        args: `disable_dropout` says that training shall be without noise; `max_length` is the longest row of a stream.
+        exact: Whether the model computes in float32 or better throughout.
+        quiet: Modules that stay in evaluation mode.
+
+    Returns:
+        Rounding noise: the change of a response's log-prob (nats) by padding, over 1 + √tokens.
 
     Raises:
         LogpsError: The model's log-probs cannot be trusted.
     """
     was_training = model.training
     model.eval()
-    probes = pack(_probes(dataset)).to(device)
+    probes = pack(_probes(dataset)).to(args.device)
     alone = [select(probes, [response]) for response in range(probes.num_responses)]
     noise = self_test(model, probes, alone, exact=exact)
+    unit = noise / (1 + math.sqrt(max(response_lengths(probes))))
+    checked = [f"{probes.num_responses} responses together and alone"]
+    if args.disable_dropout:
+        _check_training_mode(model, probes, quiet)
+        checked.append("training mode against evaluation mode")
+    mode = partial(noise_free_training, model, quiet) if args.disable_dropout else contextlib.nullcontext
+    if (long := _longest(dataset, args.max_length)) is not None:
+        _check_long_row(model, long, args.device, mode, partial(tolerance, is_exact=exact, noise=unit))
+        checked.append(f"a row of {_row_length(long)} tokens")
     if not exact:
         report = logger.warning if noise > 0.1 else logger.info
         report("rounding noise of a response's log-prob: %.2g nats (measured by padding alone)", noise)
+    logger.info("start-up test: %s", ", ".join(checked))
     model.train(was_training)
+    return unit
 
 
-def check_step_0(model: nn.Module, batch: PackedBatch, reference: Callable[[PackedBatch], Tensor]) -> None:
-    """Before the first update, policy and reference are the same function.
+def _check_training_mode(model: nn.Module, probes: PackedBatch, quiet: Sequence[nn.Module]) -> None:
+    """In training mode the policy must be the function that it is in evaluation mode, each time."""
+
+    def run() -> Tensor:
+        return response_logps(model, probes)
+
+    with torch.no_grad():
+        expected = run()
+        with noise_free_training(model, quiet):
+            values = [run(), run()]
+        again = run()
+    allowed = 1e-4 + 2 * float((again - expected).abs().max())  # sums on a GPU may vary by themselves
+    difference = max(float((value - expected).abs().max()) for value in values)
+    if not difference <= allowed:
+        place = first_difference(model, run, quiet)
+        raise LogpsError(
+            f"{type(base_of(model)).__name__}: in training mode a log-prob differs by {difference:.3g} nats from "
+            f"evaluation mode, first in {place}: noise that is no dropout. Policy and reference would not be the same "
+            "function. Switch it off in the model's configuration, or set disable_dropout=False to train with it"
+        )
+
+
+def _check_long_row(
+    model: nn.Module,
+    long: PreferenceExample,
+    device: torch.device,
+    mode: Callable[[], contextlib.AbstractContextManager[None]],
+    allowed: Callable[[int], float],
+) -> None:
+    """A row as long as the data's longest, beside a short one in the mode of training, and alone in evaluation mode."""
+    response = list(long.response_ids[0])
+    half = response[: max(1, len(response) // 2)]
+    short = PreferenceExample(list(long.prompt_ids)[:4], [half], [], long.row_id)
+    together = pack([replace(long, chosen_ids=[response], rejected_ids=[half]), short]).to(device)
+    path = path_of(model)
+    with torch.no_grad():
+        with mode():
+            tested = response_logps(model, together)
+        slow = (
+            "naive" if path == "naive" else "padded"
+        )  # whose head was tested on short rows, and needs less memory
+        for number in (0, together.num_responses - 1):
+            expected = response_logps(model, select(together, [number]), slow)
+            difference = float((tested[number] - expected[0]).abs())
+            limit = allowed(int(together.length[number]))
+            if not difference <= limit:
+                raise LogpsError(
+                    f"{type(base_of(model)).__name__}: beside a row of {_row_length(long)} tokens, as long as the "
+                    f"data's longest, a log-prob changes by {difference:.3g} nats (path {path!r}); expected at most "
+                    f"{limit:.2g}. {DISAGREEMENT[path]}"
+                )
+
+
+def _longest(dataset: ExampleDataset | ExampleStream, max_length: int | None) -> PreferenceExample | None:
+    """The longest row, scored at its end alone; of a stream, its first row repeated to `max_length`, or None."""
+    if isinstance(dataset, ExampleDataset):
+        example, response = dataset.longest_response
+        row = [*example.prompt_ids, *response]
+    else:
+        example = dataset.first()
+        if max_length is None:
+            return None
+        tokens = [*example.prompt_ids, *example.response_ids[0]]
+        row = (tokens * math.ceil(max_length / len(tokens)))[:max_length]
+    scored = min(SELF_TEST_TOKENS // 4, len(row) - 1)
+    return PreferenceExample(row[:-scored], [row[-scored:]], [], example.row_id)
+
+
+def _row_length(example: PreferenceExample) -> int:
+    return len(example.prompt_ids) + len(example.response_ids[0])
+
+
+def check_step_0(
+    model: nn.Module,
+    batch: PackedBatch,
+    reference: Callable[[PackedBatch], Tensor],
+    quiet: Sequence[nn.Module] | None,
+    allowed: Callable[[int], float],
+) -> None:
+    """Before the first update, policy and reference are the same function, in the mode of training.
+
+    Args:
+        model: The policy as it is distributed.
+        batch: The first one.
+        reference: Its reference.
+        quiet: Modules that stay in evaluation mode; None: training has noise that was asked for, so all do.
+        allowed: Difference (nats) between two values of a response of so many tokens: `reference.tolerance`.
 
     Raises:
         ReferenceMismatchError: They differ on a row of this batch.
@@ -95,15 +237,23 @@ def check_step_0(model: nn.Module, batch: PackedBatch, reference: Callable[[Pack
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        log_ratio = (response_logps(model, batch) - reference(batch)).abs().nan_to_num()
-    if batch.num_responses and log_ratio.max() >= MAX_STEP_0_LOG_RATIO:
-        worst = int(log_ratio.argmax())
-        raise ReferenceMismatchError(
-            f"{batch.row_ids[int(batch.example[worst])]}: before the first update, policy and reference differ "
-            f"by {float(log_ratio[worst]):.3g} nats on this row, expected less than {MAX_STEP_0_LOG_RATIO}. "
-            "They should be the same function, so something else differs: dropout, attention kernel, "
-            "precision, or an adapter that rewrites the base at first (then use reference='precompute')."
-        )
+        with contextlib.nullcontext() if quiet is None else noise_free_training(model, quiet):
+            policy = response_logps(model, batch)
+        log_ratio = (policy - reference(batch)).abs().nan_to_num()
+        limits = [allowed(tokens) for tokens in batch.length.tolist()]
+        for worst in torch.argsort(log_ratio, descending=True).tolist():
+            if log_ratio[worst] < limits[worst]:
+                continue
+            alone = response_logps(model, select(batch, [worst]))[0]
+            # Rounding that moves this very response when it runs alone may have moved it in the reference, too.
+            if log_ratio[worst] < 5 * (policy[worst] - alone).abs():
+                continue
+            raise ReferenceMismatchError(
+                f"{batch.row_ids[int(batch.example[worst])]}: before the first update, policy and reference differ "
+                f"by {float(log_ratio[worst]):.3g} nats on this row, expected less than {limits[worst]:.2g}. "
+                "They should be the same function, so something else differs: dropout, attention kernel, "
+                "precision, or an adapter that rewrites the base at first (then use reference='precompute')."
+            )
     model.train(was_training)
 
 

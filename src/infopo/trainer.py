@@ -27,7 +27,17 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, hashing, late_failures, learning, models, ranks, run_state, startup
+from infopo import (
+    checkpoints,
+    hashing,
+    late_failures,
+    learning,
+    models,
+    noise,
+    ranks,
+    run_state,
+    startup,
+)
 from infopo.arguments import InfoPOConfig, init_kwargs, refuse_arguments
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.counts import DataCounts
@@ -64,9 +74,11 @@ from infopo.reference import (
     Reference,
     StoredReference,
     identity_of,
+    is_exact,
     precompute,
     reference_sides,
     resolve,
+    tolerance,
 )
 from infopo.reference_store import ReferenceStore, check_folder, folder_of
 from infopo.saving import SavingTrainer
@@ -147,6 +159,7 @@ class InfoPOTrainer(SavingTrainer):
             models.let_gradients_reach_adapters(policy)
         if args.disable_dropout and ref_model is not None:
             models.disable_dropout(ref_model)
+        self._quiet = noise.random_modules(policy) if args.disable_dropout else []
         self.logps_in_words = startup.choose_path(policy, ref_model, args)
 
         self.mixture = args.mixture()
@@ -201,6 +214,7 @@ class InfoPOTrainer(SavingTrainer):
                     "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
                     "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
                 )
+            startup.refuse_two_passes(policy, train_examples)
             self.data_collator = data_collator or PreferenceCollator()
         per_pass = self.args.train_batch_size * self.args.world_size
         if (
@@ -224,7 +238,9 @@ class InfoPOTrainer(SavingTrainer):
         if not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
         ):  # there a process holds no whole model yet
-            learning.check_gradients(policy, startup.first(train_examples), args, self.accelerator.autocast)
+            learning.check_gradients(
+                policy, startup.first(train_examples), args, self.accelerator.autocast, self._quiet
+            )
         self._set_up_reference(ref_model, quantization_config)
         if self.is_world_process_zero():
             sides = " and ".join(sorted(self.reference_sides)) or "no"
@@ -613,6 +629,7 @@ class InfoPOTrainer(SavingTrainer):
 
         Σ_terms Σ values / count, with the counts of the whole step.
         """
+        noise.silence(self._quiet)
         logps = self._logps(model, inputs)
         terms = self._terms(logps, self._step_values)
         self._record_metrics("train", logps)
@@ -654,14 +671,18 @@ class InfoPOTrainer(SavingTrainer):
     def _check_model(self, model: nn.Module, batch: PackedBatch) -> None:
         """Checks of the first step, on the model as it is distributed; see `startup`."""
         self._is_checked = True
-        exact = (
-            self.model.dtype in (torch.float32, torch.float64)
-            and self.accelerator.mixed_precision == "no"
-            and not self.args.tf32
+        exact = is_exact(self.model, self.args.device, self.accelerator.autocast)
+        rounding = startup.check_log_probs(
+            model, self.train_dataset, self.args, exact=exact, quiet=self._quiet
         )
-        startup.check_paths(model, self.train_dataset, self.args.device, exact=exact)
-        if exact and self._policy_is_reference and self.reference_sides and self.state.global_step == 0:
-            startup.check_step_0(model, batch, self.reference)
+        if self._policy_is_reference and self.reference_sides and self.state.global_step == 0:
+            startup.check_step_0(
+                model,
+                batch,
+                self.reference,
+                self._quiet if self.args.disable_dropout else None,
+                partial(tolerance, is_exact=exact, noise=rounding),
+            )
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
 

@@ -182,6 +182,15 @@ class ExampleDataset(Dataset[PreferenceExample]):
         prompts = np.repeat(np.diff(self._prompt_offsets), np.diff(self.response_offsets))
         return int((prompts + np.diff(self._token_offsets)).max(initial=0))
 
+    @property
+    def longest_response(self) -> tuple[PreferenceExample, list[int]]:
+        """The response that is longest with its prompt, and its example."""
+        prompts = np.repeat(np.diff(self._prompt_offsets), np.diff(self.response_offsets))
+        index = int((prompts + np.diff(self._token_offsets)).argmax())
+        return self[int(np.searchsorted(self.response_offsets, index, side="right")) - 1], self._response(
+            index
+        )
+
     @cached_property
     def largest_token_id(self) -> int:
         """Largest token id of all prompts and responses."""

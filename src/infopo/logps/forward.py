@@ -7,13 +7,14 @@ All paths give the same numbers; `naive` defines them.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from infopo.errors import LogpsError
-from infopo.logps import attention, forest, lm_head, naive, padded
+from infopo.logps import attention, forest, lm_head, naive, padded, rope
 from infopo.logps.wrappers import base_of, has_virtual_tokens
 from infopo.records import PackedBatch, ResponseLogps, sum_dtype
 
@@ -68,12 +69,55 @@ def response_logps(
     The sum runs in float64 where the device has it: float32 sums are off by up to 1e-3 nat on long responses, and
     InfoPO exponentiates differences of such sums.
     """
-    tokens = PATHS[path or path_of(model)](model, batch)
+    tokens = token_logps(model, batch, path)
     tokens = tokens.to(sum_dtype(tokens.device))
     if batch.num_responses == 0:
         return tokens  # no element, but a gradient path to every parameter
     # Split and sum, not index_add: the latter adds in no fixed order on a GPU.
     return torch.stack([part.sum() for part in tokens.split(response_lengths(batch))])
+
+
+def token_logps(
+    model: nn.Module, batch: PackedBatch, path: str | None = None
+) -> Float[Tensor, " response_tokens"]:
+    """log π(y_t | x, y_<t) of every token of every response (nats), response after response.
+
+    A batch with rows on either side of a boundary of the model's rotary frequencies takes two forward passes.
+    """
+    run = PATHS[path or path_of(model)]
+    limit = rope.boundary(model)
+    if limit is None:
+        return run(model, batch)
+    start = batch.segment_start
+    sizes = [
+        sum(start[s + 1] - start[s] for s in batch.path(response)) for response in range(batch.num_responses)
+    ]
+    sides = [[r for r, size in enumerate(sizes) if (size > limit) is is_long] for is_long in (False, True)]
+    if not all(sides):
+        return run(model, batch)
+    parts: dict[int, Tensor] = {}
+    for side in sides:
+        part = _tokens_of(batch, side)
+        parts |= zip(side, run(model, part).split(response_lengths(part)), strict=True)
+    return torch.cat([parts[response] for response in range(batch.num_responses)])
+
+
+def _tokens_of(batch: PackedBatch, responses: Sequence[int]) -> PackedBatch:
+    """The batch with the tokens of these responses only, as paths need it: what else it says is left as it was."""
+    kept = sorted({segment for response in responses for segment in batch.path(response)})
+    number = {segment: new for new, segment in enumerate(kept)}
+    start = batch.segment_start
+    places = [place for s in kept for place in range(start[s], start[s + 1])]
+    index = torch.tensor(places, device=batch.input_ids.device)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[index],
+        position_ids=batch.position_ids[index],
+        segment_start=[0, *accumulate(start[s + 1] - start[s] for s in kept)],
+        segment_parent=[number.get(batch.segment_parent[s], -1) for s in kept],
+        segment_scored=[batch.segment_scored[s] for s in kept],
+        leaf=[number[batch.leaf[response]] for response in responses],
+    )
 
 
 def response_lengths(batch: PackedBatch) -> list[int]:
@@ -84,7 +128,7 @@ def response_lengths(batch: PackedBatch) -> list[int]:
     ]
 
 
-_DISAGREEMENT = {
+DISAGREEMENT = {
     "naive": "This architecture cannot be trained with batched rows.",
     "padded": "This architecture cannot be trained with batched rows, or its head is not what it seems: "
     "set logps_path to 'naive' to know.",
@@ -131,8 +175,7 @@ def foresight(model: nn.Module, batch: PackedBatch, path: str | None = None) -> 
     tokens = batch.input_ids.clone()
     tokens[last] = (tokens[last] + 1) % (int(tokens.max()) + 1)
     with torch.no_grad():
-        run = PATHS[path or path_of(model)]
-        changed = run(model, replace(batch, input_ids=tokens)) - run(model, batch)
+        changed = token_logps(model, replace(batch, input_ids=tokens), path) - token_logps(model, batch, path)
     parts = changed.split(response_lengths(batch))
     return max(float(part[:-1].abs().max()) if len(part) > 1 else 0.0 for part in parts)
 
@@ -180,6 +223,6 @@ def self_test(
     if not noise < allowed:
         raise LogpsError(
             f"{name}: the log-prob of a response changes by {noise:.3g} nats with the other responses of its batch "
-            f"(path {path!r}); expected less than {allowed:.3g}. " + _DISAGREEMENT[path]
+            f"(path {path!r}); expected less than {allowed:.3g}. " + DISAGREEMENT[path]
         )
     return noise

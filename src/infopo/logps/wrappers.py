@@ -25,7 +25,13 @@ def has_virtual_tokens(model: nn.Module) -> bool:
         >>> has_virtual_tokens(nn.Linear(2, 2))
         False
     """
-    return any(config.is_prompt_learning for config in _adapters(model))
+    return num_virtual_tokens(model) > 0
+
+
+def num_virtual_tokens(model: nn.Module) -> int:
+    """Returns how many virtual tokens an adapter puts before each row."""
+    learned = (config for config in _adapters(model) if config.is_prompt_learning)
+    return max((config.num_virtual_tokens for config in learned), default=0)
 
 
 def acts_from_a_token_on(model: nn.Module) -> bool:
