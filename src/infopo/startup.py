@@ -28,6 +28,7 @@ from infopo.logps.forward import (
     prepare,
     response_lengths,
     response_logps,
+    rows_apart,
     self_test,
 )
 from infopo.logps.wrappers import base_of
@@ -80,18 +81,21 @@ def check_fit(model: nn.Module, *data: Any) -> None:
                 models.check_fit(model, dataset.longest_row, dataset.largest_token_id)
 
 
-def refuse_two_passes(model: nn.Module, dataset: ExampleDataset | ExampleStream) -> None:
-    """Refuses rows beyond a boundary of rotary frequencies where ranks wait for each other in each forward pass.
+def refuse_passes_of_unequal_number(model: nn.Module, dataset: ExampleDataset | ExampleStream) -> None:
+    """Refuses rows that must not share a forward pass where ranks wait for each other in each.
 
     Raises:
-        ModelError: A batch may take two forward passes on one rank, and one on another.
+        ModelError: A batch may take more forward passes on one rank than on another.
     """
-    limit = rope.boundary(model)
-    if limit is not None and (not isinstance(dataset, ExampleDataset) or dataset.longest_row > limit):
+    apart = rows_apart(model)
+    if apart is not None and (
+        not isinstance(dataset, ExampleDataset) or apart(dataset.longest_row) != apart(1)
+    ):
+        limit = rope.boundary(model)
         raise ModelError(
-            f"{type(base_of(model)).__name__} has other rotary frequencies for rows of more than {limit} tokens, which "
-            "take forward passes of their own; FSDP and DeepSpeed need the same number of passes on all ranks: set "
-            f"max_length to {limit} or less"
+            f"{type(base_of(model)).__name__}: rows of different lengths take forward passes of their own, and FSDP "
+            "and DeepSpeed need the same number of passes on all ranks: "
+            + ("train without them" if limit is None else f"set max_length to {limit} or less")
         )
 
 
@@ -181,10 +185,9 @@ def _check_long_row(
     with torch.no_grad():
         with mode():
             tested = response_logps(model, together)
-        slow = (
-            "naive" if path == "naive" else "padded"
-        )  # whose head was tested on short rows, and needs less memory
-        for number in (0, together.num_responses - 1):
+        # Without the logits of every position, which a long row may have no memory for.
+        slow = "naive" if path == "naive" else "padded"
+        for number in range(together.num_responses):
             expected = response_logps(model, select(together, [number]), slow)
             difference = float((tested[number] - expected[0]).abs())
             limit = allowed(int(together.length[number]))

@@ -214,7 +214,7 @@ class InfoPOTrainer(SavingTrainer):
                     "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
                     "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
                 )
-            startup.refuse_two_passes(policy, train_examples)
+            startup.refuse_passes_of_unequal_number(policy, train_examples)
             self.data_collator = data_collator or PreferenceCollator()
         per_pass = self.args.train_batch_size * self.args.world_size
         if (

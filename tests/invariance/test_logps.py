@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, MistralConfig
 
+from infopo import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
@@ -13,7 +14,7 @@ from infopo.logps import attention
 from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
 from infopo.models import disable_dropout
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample
-from infopo.startup import check_paths
+from infopo.startup import check_log_probs
 from worlds import random_examples, tiny_llama, tiny_of
 
 # Sums over at most 12 tokens in float32, whose logits carry rounding of about 1e-6 each.
@@ -180,8 +181,9 @@ def test_the_self_test_refuses_a_model_that_sees_ahead_by_name() -> None:
 def test_the_self_test_is_as_sharp_when_the_first_row_has_a_response_of_one_token() -> None:
     """Such a response has no token before its last, which is changed to see who looks ahead."""
     dataset = ExampleDataset.from_examples([PreferenceExample([5], [[7]], [[8]], "short"), *EXAMPLES])
+    args = InfoPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     with pytest.raises(LogpsError, match=r"BertLMHeadModel: .* with the tokens after it"):
-        check_paths(sees_ahead(), dataset, torch.device("cpu"), exact=True)
+        check_log_probs(sees_ahead(), dataset, args, exact=True, quiet=[])
 
 
 def test_virtual_tokens_of_prompt_tuning_shift_nothing() -> None:

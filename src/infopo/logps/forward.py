@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from infopo.errors import LogpsError
 from infopo.logps import attention, forest, lm_head, naive, padded, rope
+from infopo.logps.eligibility import obstacle
+from infopo.logps.registration import OWN_MASK
 from infopo.logps.wrappers import base_of, has_virtual_tokens
 from infopo.records import PackedBatch, ResponseLogps, sum_dtype
 
@@ -29,6 +31,9 @@ PATHS: Mapping[str, TokenLogps] = {
 
 _NAIVE = "_infopo_naive"
 """Attribute of a model that is to stay on the naive path."""
+
+_UNPADDED = "_infopo_unpadded"
+"""Attribute of a model whose rows must not be padded."""
 
 
 def path_of(model: nn.Module) -> str:
@@ -52,6 +57,7 @@ def prepare(models: Sequence[nn.Module], setting: str) -> tuple[str, str | None]
     reason = "logps_path is 'naive'" if setting == "naive" else None
     for model in models:
         setattr(base_of(model), _NAIVE, setting == "naive")
+        setattr(base_of(model), _UNPADDED, OWN_MASK in (obstacle(model) or ""))
         if setting != "naive":
             lm_head.learn_map(model)
         reason = reason or attention.enable(model)
@@ -82,24 +88,36 @@ def token_logps(
 ) -> Float[Tensor, " response_tokens"]:
     """log π(y_t | x, y_<t) of every token of every response (nats), response after response.
 
-    A batch with rows on either side of a boundary of the model's rotary frequencies takes two forward passes.
+    Rows that must not share a forward pass take several: see `rows_apart`.
     """
     run = PATHS[path or path_of(model)]
-    limit = rope.boundary(model)
-    if limit is None:
+    apart = rows_apart(model)
+    if apart is None:
         return run(model, batch)
     start = batch.segment_start
-    sizes = [
-        sum(start[s + 1] - start[s] for s in batch.path(response)) for response in range(batch.num_responses)
-    ]
-    sides = [[r for r, size in enumerate(sizes) if (size > limit) is is_long] for is_long in (False, True)]
-    if not all(sides):
+    groups: dict[int, list[int]] = {}
+    for response in range(batch.num_responses):
+        size = sum(start[s + 1] - start[s] for s in batch.path(response))
+        groups.setdefault(apart(size), []).append(response)
+    if len(groups) < 2:
         return run(model, batch)
     parts: dict[int, Tensor] = {}
-    for side in sides:
-        part = _tokens_of(batch, side)
-        parts |= zip(side, run(model, part).split(response_lengths(part)), strict=True)
+    for group in groups.values():
+        part = _tokens_of(batch, group)
+        parts |= zip(group, run(model, part).split(response_lengths(part)), strict=True)
     return torch.cat([parts[response] for response in range(batch.num_responses)])
+
+
+def rows_apart(model: nn.Module) -> Callable[[int], int] | None:
+    """Which rows may share a forward pass: those for whose lengths (tokens) it gives the same number. None: all.
+
+    Apart are rows on either side of a boundary of the model's rotary frequencies, and rows of unequal length where the
+    model makes a mask of its own, in which padding may count.
+    """
+    if getattr(base_of(model), _UNPADDED, False):
+        return lambda size: size
+    limit = rope.boundary(model)
+    return None if limit is None else lambda size: int(size > limit)
 
 
 def _tokens_of(batch: PackedBatch, responses: Sequence[int]) -> PackedBatch:

@@ -33,6 +33,9 @@ _WITHOUT_EFFECT = {
 WAY_OUT = ": set logps_path to 'naive'"
 """End of each error message of this module: what a user can do about it."""
 
+OWN_MASK = "is given a mask of its model's own making, so rows of unequal length run apart"
+"""Said of an attention that a layout does not reach: what padding does to such a mask is not known either."""
+
 _has_layout: ContextVar[bool] = ContextVar("infopo_has_layout", default=False)
 
 
