@@ -110,9 +110,7 @@ def _replacement_of(original: str) -> Any:
         layout = kwargs.pop("forest", None)
         if layout is not None:
             if attention_mask is not None and attention_mask.numel() != 1:  # 1: what `forest` itself passes
-                raise LogpsError(
-                    f"{type(module).__name__} is given a mask of its model's own making{WAY_OUT}"
-                )
+                raise LogpsError(f"{type(module).__name__} {OWN_MASK}{WAY_OUT}")
             return forest_attention(module, query, key, value, layout, **kwargs)
         if _has_layout.get():
             raise LogpsError(
