@@ -126,9 +126,14 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             "or pass the model without peft_config to go on training the adapter it has."
         )
     try:
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise ModelError(f"peft_config does not fit {type(model).__name__}: {first_lines(error)}") from error
+    for config in adapted.peft_config.values():
+        base = config.base_model_name_or_path
+        if base and Path(base).is_dir():  # the adapter is loaded from other folders than it was made in
+            config.base_model_name_or_path = str(Path(base).resolve())
+    return adapted
 
 
 def lora_config(**settings: Any) -> Any:

@@ -44,6 +44,10 @@ class SavingTrainer(Trainer):
     def kept_averages(self) -> list[float]:
         raise NotImplementedError
 
+    def _card_text(self) -> str:
+        """The model card of what is saved."""
+        raise NotImplementedError
+
     # ---- resuming --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -168,6 +172,9 @@ class SavingTrainer(Trainer):
             if self.args.should_save:
                 folder = Path(output_dir if output_dir is not None else self.args.output_dir)
                 (folder / "training_args.bin").unlink(missing_ok=True)
+                (folder / "README.md").write_text(
+                    self._card_text(), encoding="utf-8"
+                )  # peft's is a blank form
 
     def _set_optimizer(self, mode: Literal["train", "eval"]) -> None:
         """Schedule-free optimizers hold other weights for training than for evaluation and saving."""

@@ -7,7 +7,7 @@ A step, whatever the objective: log-probs of the batch's responses under the pol
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ from infopo.metrics import (
     non_finite_rows,
     preference_metrics,
 )
+from infopo.model_card import Card, render, tags_of
 from infopo.records import PER, LossTerms, PackedBatch, PreferenceExample, ResponseLogps, Role, sum_dtype
 from infopo.reference import (
     LiveReference,
@@ -234,6 +235,10 @@ class InfoPOTrainer(SavingTrainer):
         self._averages = self._no_averages()
         self._is_checked = False
         self._has_trained = False
+        self.base_name = name if name != "model" else None
+        self.dataset_names: Sequence[str] = ()
+        if hasattr(policy, "add_model_tags"):
+            policy.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]
         self._adapter_is_fresh = peft_config is not None
         if not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -800,6 +805,47 @@ class InfoPOTrainer(SavingTrainer):
             "objective": [[name, parameters, weight] for name, parameters, weight in self.mixture],
             "data": self.data_hash(),
         }
+
+    def card(
+        self, model_name: str | None = None, datasets: Sequence[str] = (), tags: Sequence[str] = ()
+    ) -> Card:
+        """What the model card says of this run."""
+        args = self.args
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, ExampleDataset) else None
+        hub = (args.hub_model_id or "").split("/")[-1]
+        return Card(
+            name=model_name or hub or Path(args.output_dir).resolve().name,
+            base=self.base_name,
+            mixture=self.mixture,
+            reference=self.reference_in_words,
+            datasets=datasets or self.dataset_names,
+            rows=rows,
+            settings={
+                "learning rate": args.learning_rate,
+                "steps": self.state.global_step,
+                "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "longest row": f"{args.max_length} tokens",
+                "seed": args.seed,
+            },
+            is_adapter=models.is_peft_model(self.model),
+            tags=tags,
+        )
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes `README.md` to `output_dir`, as TRL's trainers do; transformers' other arguments have no effect."""
+        if self.is_world_process_zero():
+            data = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
+            text = render(self.card(model_name, data, [tags] if isinstance(tags, str) else list(tags or ())))
+            (Path(self.args.output_dir) / "README.md").write_text(text, encoding="utf-8")
+
+    def _card_text(self) -> str:
+        return render(self.card())
 
     def data_hash(self) -> str | None:
         """SHA-256 of the tokens that are trained on; None of a stream, whose end is not known."""

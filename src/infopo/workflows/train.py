@@ -56,6 +56,9 @@ def _train(recipe: Recipe) -> None:
     trainer, accounts = build_trainer(recipe)
     is_main = trainer.is_world_process_zero()
     writer = RunWriter(run_dir)
+    path = recipe.data.path
+    trainer.dataset_names = [path] if isinstance(path, str) else list(path)
+    trainer.base_name = recipe.model.name_or_path
     trainer.add_callback(MetricsFile(writer))
     if resume is True and run_state.last(run_dir) is None:
         if is_main:
