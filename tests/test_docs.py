@@ -1,6 +1,7 @@
 """Documentation and code name the same things."""
 
 import re
+import tomllib
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def test_page_on_recipes_gives_the_defaults(heading: str):
 
 def test_page_on_recipes_has_every_top_level_key():
     for field in fields(config.Recipe):
-        assert f"\n## `{field.name}`\n" in RECIPES
+        # `places` says where each key stands in the file, and is no key itself.
+        assert field.name == "places" or f"\n## `{field.name}`\n" in RECIPES
 
 
 def test_page_on_recipes_names_every_objective_with_its_parameters_and_defaults():
@@ -112,11 +114,34 @@ def test_every_test_named_beside_an_equation_exists():
     assert missing == []
 
 
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+
+
 def test_every_module_has_its_line_in_the_design():
-    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     modules = {
         f"{path.stem}/" if path.is_dir() else path.name
         for path in (ROOT / "src" / "infopo").iterdir()
         if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
     }
-    assert [module for module in sorted(modules) if f"\n  {module} " not in design] == []
+    assert [module for module in sorted(modules) if f"\n  {module} " not in DESIGN] == []
+
+
+def test_the_design_names_no_file_that_does_not_exist():
+    """Paths are relative to the repository or to the package; in the layout, a folder's files stand beneath it."""
+    layout = DESIGN.split("```text\n")[1].split("```")[0]
+    folder, paths = "", []
+    for indent, name in re.findall(r"^( +)([\w./]+)  ", layout, re.MULTILINE):
+        folder = name if len(indent) == 2 else folder
+        paths.append(name if len(indent) == 2 else folder + name)
+    paths += re.findall(r"`([\w./]+(?:\.py|\.md|/))`", DESIGN.replace("`utils.py`", ""))
+    assert len(paths) > 60
+    assert [
+        path for path in paths if not ((ROOT / path).exists() or (ROOT / "src/infopo" / path).exists())
+    ] == []
+
+
+def test_the_layers_of_the_design_are_those_of_the_import_contract():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        layers = tomllib.load(file)["tool"]["importlinter"]["contracts"][0]["layers"]
+    shown = DESIGN.split("may not import each other:\n\n```text\n")[1].split("\n```")[0]
+    assert shown.splitlines() == [re.sub(r"[()]", "", layer) for layer in layers]
