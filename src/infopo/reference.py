@@ -392,7 +392,10 @@ def _through_store(
             next(bar, None)
         if queue and not mine:
             if waited == 0.0:
-                logger.warning("reference store: waiting for %d batches of other processes", len(queue))
+                logger.warning(
+                    "reference store: %d batches that this run needs are being computed by another run (%s); waiting "
+                    "for its results", len(queue), store.claimants(),
+                )  # fmt: skip
             waited += _pause(waited)
     for _ in bar:
         pass

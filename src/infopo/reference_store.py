@@ -246,7 +246,7 @@ class ReferenceStore:
         Yields:
             Batches of keys; none where all that is left is being computed by others.
         """
-        name = uuid.uuid4().hex
+        name = f"{os.getpid()}-{uuid.uuid4().hex}"
         claims = self.folder / "claims"
         own = _lock(claims / f"{name}.lock")
         with self._named():
@@ -265,6 +265,12 @@ class ReferenceStore:
         finally:
             if mine:
                 _remove_claim(own)
+
+    def claimants(self) -> str:
+        """The processes that are computing for this store, e.g. `processes 7, 9`, by their numbers."""
+        numbers = {path.name.partition("-")[0] for path in (self.folder / "claims").glob("*-*.lock")}
+        named = ", ".join(sorted(numbers - {str(os.getpid())}, key=lambda number: (len(number), number)))
+        return f"process{'es' if ',' in named else ''} {named}" if named else "another process"
 
     def _choose(self, queue: deque[list[bytes]], taken: Collection[bytes], batches: int) -> list[list[bytes]]:
         mine, left = list[list[bytes]](), deque[list[bytes]]()

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -274,13 +274,22 @@ def forgotten_mode(mode: float, cells: int) -> list[dict[str, float]]:
 
 def measure(modes: tuple[float, ...], cells: int, draws: int) -> dict[str, Any]:
     worlds = list(itertools.product(REFERENCES, LABELS, modes))
+
+    def each_said(kind: str) -> Iterator[tuple[str, str, float]]:
+        for number, (reference, labels, mode) in enumerate(worlds, start=1):
+            print(
+                f"{kind} {number} of {len(worlds)}: {reference} reference, {labels} labels, mode {mode:g}",
+                flush=True,
+            )
+            yield reference, labels, mode
+
     return {
         "environment": environment(
             seed=0, packages=("torch", "numpy", "scipy"), extra={"platform": platform.system()}
         ),
         "cells": cells,
-        "gaussian": [gaussian_case(*names, cells) for names in worlds],
-        "finite": [finite_case(*names, cells) for names in worlds],
+        "gaussian": [gaussian_case(*names, cells) for names in each_said("Gaussian policy")],
+        "finite": [finite_case(*names, cells) for names in each_said("all policies")],
         "random": random_cases(draws, responses=20, seed=0),
         "forgotten_mode": forgotten_mode(modes[len(modes) // 2], cells),
     }

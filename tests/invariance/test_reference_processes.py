@@ -123,7 +123,7 @@ def test_who_waits_for_a_process_that_is_killed_does_its_work(tmp_path: Path) ->
     waiting = start(tmp_path, 0, 2, seconds=0)
     assert waiting.stderr is not None
     said = ""
-    while "waiting for 1 batches of other processes" not in said:
+    while f"1 batches that this run needs are being computed by another run (process {slow.pid})" not in said:
         said = waiting.stderr.readline()
         assert said, "it ended"
     assert not shards(tmp_path)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -143,8 +144,10 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     setting = Setting(Path(output), labels, seed)
     check_demo(output, seed)
     disable_progress_bar()  # transformers' own, for weights that load at once
+    print(f"sampling {TRAIN_PAIRS + HELD_OUT_PAIRS} {labels} pairs from the SFT policy ...", flush=True)
     with one_thread():
         print(_sample_pairs(setting))
+        print(f"solving {EVALUATION_PROBLEMS} problems with the SFT policy ...", flush=True)
         world = _world(setting)
         start = accuracy(world.reference, world.tokenizer, world.problems)
     print(f"SFT policy (start): accuracy {start}")
@@ -238,10 +241,12 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
     results: dict[tuple[str, float], Result] = {}
     context = multiprocessing.get_context("spawn")
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    runs = len(METHODS) * len(LEARNING_RATES)
+    print(f"{runs} runs, {workers} at a time, which share the work on one reference ...", flush=True)
     tqdm.set_lock(context.RLock())  # of the same context as the processes that share the terminal
     with (
         ProcessPoolExecutor(workers, context, _start_worker, (tqdm.get_lock(),)) as pool,
-        tqdm(total=len(METHODS) * len(LEARNING_RATES), desc="runs", position=0, disable=None) as bar,
+        tqdm(total=runs, desc="runs", position=0, disable=None) as bar,
     ):
         waiting = {pool.submit(_run, setting, m, rate): (m, rate) for m in METHODS for rate in LEARNING_RATES}
         try:
@@ -265,6 +270,8 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
 def _start_worker(lock: Any) -> None:
     """As many processes as cores: one thread each, and one bar each."""
     disable_progress_bar()
+    # The runs of the demo share one reference: that one waits for another's batches is how it works, and no warning.
+    logging.getLogger("infopo.reference").setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, not after its next run
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
