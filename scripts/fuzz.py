@@ -320,6 +320,7 @@ def fuzz(name: str, inputs: int, seed: int = 0) -> dict[str, Any]:
                     {"input": number, "error": f"{type(error).__name__}: {error!s:.200} ({where})"}
                 )
     return {
+        "seed": seed,
         "inputs": inputs,
         "outcomes": dict(outcomes.most_common()),
         "failures": failures,
@@ -336,8 +337,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=targets())
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    results = {}
-    for name in arguments.only or targets():
+    results: dict[str, Any] = {}
+    if arguments.out and arguments.out.exists():  # of targets that are tried another time
+        results = json.loads(arguments.out.read_text())
+    names = arguments.only or list(targets())
+    for name in names:
         results[name] = fuzz(name, arguments.inputs, arguments.seed)
         failures = results[name]["failures"]
         print(
@@ -346,9 +350,9 @@ def main() -> int:
         )
         for failure in failures[:5]:
             print(f"  {failure['input']}: {printable(failure['error'])}", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"seed": arguments.seed, "targets": results}, indent=1) + "\n")
-    return 1 if any(result["failures"] for result in results.values()) else 0
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 1 if any(results[name]["failures"] for name in names) else 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from test_sources import (
     write_lines,
     write_parquet,
 )
+from test_streaming import trainer_of
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -432,7 +433,7 @@ def test_a_transform_is_applied_and_a_format_left_aside():
     def fails(batch: Any) -> Any:
         raise KeyError("nothing")
 
-    with pytest.raises(DataError, match="the dataset's transform, broke off"):
+    with pytest.raises(DataError, match="the dataset's transform broke off"):
         read(dataset.with_transform(fails))
 
 
@@ -440,3 +441,22 @@ def test_lists_of_rows_are_read_and_other_objects_are_told_what_to_do():
     assert parts([STANDARD, STANDARD]) == [TEXT_PAIR] * 2
     with pytest.raises(RecipeError, match=r"got dict .*from_dict"):
         list(read_rows({"prompt": ["a"]}, DataCounts()))  # type: ignore[arg-type]
+
+
+def test_the_trainer_maps_columns_of_training_evaluation_and_streams(tmp_path: Path):
+    rows = [{"ask": f"{i}+1=", "good": f"{i + 1}", "bad": f"{i}"} for i in range(4)]
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    trainer = trainer_of(tmp_path, rows, columns=columns)
+    trainer.train()
+    own = Dataset.from_list([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}])
+    assert len(trainer.train_dataset) == 4
+    trainer_of(tmp_path, Dataset.from_list(rows).to_iterable_dataset(), columns=columns).train()
+    trainer_of(tmp_path, own, columns=json.dumps(columns))
+    with pytest.raises(RecipeError, match="columns: promt: no shape reads"):
+        trainer_of(tmp_path, rows, columns={"promt": "ask"})
+
+
+def test_data_with_one_side_are_told_what_they_train(tmp_path: Path):
+    rows = [{"prompt": "1+1=", "completion": "2", "label": True}]
+    with pytest.raises(DataError, match=r"DPO compares pairs; data with one side train infopo, .*kto"):
+        trainer_of(tmp_path, rows, loss_type=["sigmoid"])

@@ -86,7 +86,7 @@ from infopo.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
-RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | ExampleDataset
+RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]] | ExampleDataset
 
 
 class InfoPOTrainer(SavingTrainer):

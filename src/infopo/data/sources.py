@@ -287,14 +287,15 @@ _TEXTS = ("string", "large_string")
 
 def _stream_rows(dataset: "datasets.Dataset | datasets.IterableDataset", door: Door) -> Iterator[RawRow]:
     """Rows of a stream, or of a dataset with a transform: columns are known when a row comes."""
+    import datasets
+
     number = 0
     try:
         for number, row in enumerate(dataset, 1):
             yield number, door.columnar(row) if isinstance(row, Mapping) else row
-    except (
-        Exception
-    ) as error:  # network, files, generators and transforms of the user's each have their own classes
-        problem = f"the stream, or the dataset's transform, broke off after this row: {error or type(error).__name__}"
+    except Exception as error:  # network, files, and functions of the user's each have their own classes
+        what = "the stream" if isinstance(dataset, datasets.IterableDataset) else "the dataset's transform"
+        problem = f"{what} broke off after this row: {error or type(error).__name__}"
         raise DataError(problem, f"{door.name}:{number}", "unreadable") from error
 
 
