@@ -18,6 +18,8 @@ from infopo.data.turns import (
 from infopo.errors import DataError
 from infopo.records import Message, PreferenceRow, Text
 
+_CLOSING = ("</think>", "[/THINK]")
+
 NOT_A_PREFIX = "prompt rendering is not a prefix"
 MERGED_TOKENS = "tokens merge across the boundary"
 WRITTEN_AS_DATA = "reasoning that the template drops, kept: the response is written as the data have it"
@@ -115,6 +117,17 @@ class Conversation:
                 "use a template that renders earlier turns the same way every time",
                 self._row.row_id,
                 "template rewrites the prompt",
+            )
+        closing = next(
+            (tag for tag in _CLOSING if tag in prompt_text[common:] and tag in full_text[common:]), None
+        )
+        if closing is not None:
+            raise DataError(
+                f"the generation prompt closes the reasoning ({closing}), and the response holds some; set the "
+                "template's variable for it (chat_template_kwargs, such as enable_thinking: true), or take the "
+                "reasoning out of the data",
+                self._row.row_id,
+                "generation prompt closes reasoning",
             )
         notes.append(NOT_A_PREFIX)
         return common

@@ -147,7 +147,8 @@ class Encoder:
             DataError: The row cannot be used; reasons are `empty prompt`, `empty chosen`, `empty rejected`,
                 `prompt too long`, `too long`, `chosen = rejected`, `chosen = rejected after truncation`, `template
                 refuses the row`, `template takes too long`, `template rewrites the prompt`, `template drops content`,
-                `turns cannot be told apart`, `reserved template argument`, `not tokenizable`.
+                `turns cannot be told apart`, `generation prompt closes reasoning`, `reserved template argument`, `not
+                tokenizable`.
             ModelError: The row is a conversation, and the tokenizer has no chat template.
         """
         notes: list[str] = []

@@ -57,7 +57,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.variables = dict(variables or {})
         self._ends: dict[str, str] = {}
-        self._takes_parts: dict[str, bool] = {}
+        self._known_reads: dict[str, tuple[bool, bool]] = {}
 
     def render(
         self,
@@ -86,8 +86,7 @@ class ChatTemplate:
             raise DataError(problem, row_id, "reserved template argument")
         values = {**self.variables, **(variables or {})}
         template = self._source(tools)
-        if self._has_parts(turns) and not self._reads_parts(template, values):
-            turns = [_with_text(turn) for turn in turns]
+        turns = [self._as_read(turn, template, values) for turn in turns]
         return self._run(template, turns, row_id, tools, values, add_generation_prompt)
 
     def end_of_turn(
@@ -187,23 +186,35 @@ class ChatTemplate:
             )
             raise DataError(problem, row_id, "template refuses the row") from error
 
-    @staticmethod
-    def _has_parts(turns: Sequence[Message]) -> bool:
-        return any(isinstance(turn.get("content"), list) for turn in turns)
+    def _as_read(self, turn: Message, template: str, values: dict[str, Any]) -> Message:
+        """The turn with its content as text or as a list of parts, whichever the template reads."""
+        content = turn.get("content")
+        if isinstance(content, list) and not self._reads(template, values)[1]:
+            return {**turn, "content": text_of(content)}
+        if isinstance(content, str) and self._reads(template, values) == (False, True):
+            return {**turn, "content": [{"type": "text", "text": content}]}
+        return turn
 
-    def _reads_parts(self, template: str, values: dict[str, Any]) -> bool:
-        """Whether content in parts is rendered as the same content in one text is."""
-        if template not in self._takes_parts:
-            contents: tuple[Any, Any] = ("0", [{"type": "text", "text": "0"}])
-            try:
-                text, parts = (
-                    self._run(template, [{"role": "user", "content": content}], "", None, values, True)
-                    for content in contents
-                )
-                self._takes_parts[template] = text == parts
-            except DataError:
-                self._takes_parts[template] = False
-        return self._takes_parts[template]
+    def _reads(self, template: str, values: dict[str, Any]) -> tuple[bool, bool]:
+        """Whether the template writes content that is text, and content in parts as if it were text.
+
+        Templates of models that see pictures may know parts only, and write nothing, or a list, for the other.
+        """
+        if template not in self._known_reads:
+            texts, parts = (
+                [self._tried(template, values, content(letter)) for letter in "01"]
+                for content in (str, lambda letter: [{"type": "text", "text": letter}])
+            )
+            reads_text = None not in texts and texts[0] != texts[1]
+            reads_parts = None not in parts and parts[0] != parts[1] and "'" + "text" not in str(parts[0])
+            self._known_reads[template] = reads_text, reads_parts and (not reads_text or texts == parts)
+        return self._known_reads[template]
+
+    def _tried(self, template: str, values: dict[str, Any], content: object) -> str | None:
+        try:
+            return self._run(template, [{"role": "user", "content": content}], "", None, values, True)
+        except DataError:
+            return None
 
 
 def text_of(content: object) -> str:
@@ -266,10 +277,6 @@ def check_variables(variables: Mapping[str, Any], name: str) -> list[str]:
     except ValueError:
         problems.append(f"{name}.{DATE}: expected a date like {TODAY}, got {variables[DATE]!r}")
     return problems
-
-
-def _with_text(turn: Message) -> Message:
-    return {**turn, "content": text_of(turn["content"])} if isinstance(turn.get("content"), list) else turn
 
 
 def _with_date(template: str, date: str) -> str:

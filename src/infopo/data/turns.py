@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 from infopo.data.templates import common_end, common_pieces, text_of
 from infopo.errors import DataError
@@ -48,34 +48,63 @@ def context_spans(
     """
     turns = [*prompt, *response]
     policys = [i for i in range(len(prompt), len(turns)) if turns[i]["role"] == "assistant"]
-    spans = []
+    spans: list[tuple[int, int]] = []
     for before, after in pairwise(policys):
-        rest = _behind(render, turns, before, False, row_id)
-        alone = _behind(render, turns[: before + 1], before, False, row_id)
-        begin = len(text) - len(rest) + common_pieces(alone, rest)
-        rest = _behind(render, turns, after - 1, False, row_id)
-        generating = _behind(render, turns[:after], after - 1, True, row_id)
-        end = len(text) - len(rest) + common_pieces(generating, rest)
-        if not text.endswith(rest) or end < begin:
-            _refuse_turns(row_id)
-        spans.append((begin, end))
+        start = spans[-1][1] if spans else 0
+        begins = _ends_of(render, turns, before, turns[: before + 1], False, text)
+        ends = list(_ends_of(render, turns, after - 1, turns[:after], True, text))
+        fitting = (
+            (begin, end)
+            for begin in begins
+            for end in ends
+            if begin <= end and _parts_as_turns(turns, before, after, text, (start, begin, end))
+        )
+        span = next(fitting, None)
+        if span is None:
+            problem = (
+                "the chat template writes the turns of this response so that what the policy says cannot be told from "
+                "what tools answer; use a template that writes the content of each turn, or responses of one turn"
+            )
+            raise DataError(problem, row_id, "turns cannot be told apart")
+        spans.append(span)
     return spans
 
 
-def _behind(
-    render: Render, turns: Sequence[Message], index: int, add_generation_prompt: bool, row_id: str
-) -> str:
-    """What the rendering of `turns` holds behind the content of one of them."""
+def _ends_of(
+    render: Render,
+    turns: Sequence[Message],
+    index: int,
+    first: Sequence[Message],
+    add_generation_prompt: bool,
+    text: str,
+) -> Iterator[int]:
+    """Where a turn may end in the rendering `text` of all turns, if it ends as in the rendering of the `first` ones."""
+    try:
+        beginning = render(first, add_generation_prompt)
+    except DataError:  # a conversation that a template refuses to end here
+        return
     for pair in _variants(turns[index]):
-        try:
-            zero, one = (
-                render([*turns[:index], turn, *turns[index + 1 :]], add_generation_prompt) for turn in pair
-            )
-        except DataError:  # a template may refuse content beside tool calls
-            continue
-        if zero != one:
-            return common_end(zero, one)
-    _refuse_turns(row_id)
+        whole = _behind(render, turns, index, pair, False)
+        alone = _behind(render, first, index, pair, add_generation_prompt)
+        if whole is not None and alone is not None and text.endswith(whole) and beginning.endswith(alone):
+            yield len(text) - len(whole) + common_pieces(alone, whole)
+
+
+def _behind(
+    render: Render,
+    turns: Sequence[Message],
+    index: int,
+    pair: tuple[Message, Message],
+    add_generation_prompt: bool,
+) -> str | None:
+    """What both renderings have in common behind the turn in which they differ."""
+    try:
+        zero, one = (
+            render([*turns[:index], turn, *turns[index + 1 :]], add_generation_prompt) for turn in pair
+        )
+    except DataError:  # a template may refuse content beside tool calls
+        return None
+    return None if zero == one else common_end(zero, one)
 
 
 def _variants(turn: Message) -> Iterator[tuple[Message, Message]]:
@@ -83,18 +112,27 @@ def _variants(turn: Message) -> Iterator[tuple[Message, Message]]:
     yield {**turn, "content": "0"}, {**turn, "content": "1"}
     if turn.get("tool_calls"):
         pair = deepcopy(turn), deepcopy(turn)
-        for each, name in zip(pair, ("0", "1"), strict=True):
+        for each, number in zip(pair, (0, 1), strict=True):
             call = each["tool_calls"][-1]
-            (call.get("function") or call)["name"] = name
+            function = call.get("function") or call
+            arguments = {"0": number}
+            is_text = isinstance(function.get("arguments"), str)
+            function["arguments"] = json.dumps(arguments) if is_text else arguments
         yield pair
 
 
-def _refuse_turns(row_id: str) -> NoReturn:
-    problem = (
-        "the chat template writes the turns of this response so that what the policy says cannot be told from what "
-        "tools answer; use a template that writes the content of each turn, or responses of one turn"
+def _parts_as_turns(
+    turns: Sequence[Message], before: int, after: int, text: str, places: tuple[int, int, int]
+) -> bool:
+    """Whether what two turns of the policy say stands before and behind a span, and what others say between in it."""
+    start, begin, end = places
+    context = _squeezed(text[begin:end])
+    between = [text_of(turn.get("content")) for turn in turns[before + 1 : after]]
+    return (
+        all(_stands_in(said, context) for said in between)
+        and missing(turns[before], text[start:begin]) == missing(turns[before], text)
+        and missing(turns[after], text[end:]) == missing(turns[after], text)
     )
-    raise DataError(problem, row_id, "turns cannot be told apart")
 
 
 def missing(turn: Message, text: str) -> list[tuple[str, str]]:
