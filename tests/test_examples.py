@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from infopo.data.examples import ExampleDataset
 from infopo.errors import DataError
-from infopo.records import EMPTY_EXAMPLE, PreferenceExample, Role
+from infopo.records import EMPTY_EXAMPLE, PreferenceExample, Role, cut_response
+from infopo.reference_store import response_key
+from worlds import with_context
 
 token_lists = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
 examples = st.builds(
@@ -28,9 +30,10 @@ PAIR = PreferenceExample([1, 2], [[3, 4]], [[5]], "f:1")
 UNPAIRED = PreferenceExample([6], [], [[7, 8, 9], [10]], "f:2")
 
 
-@given(st.lists(examples, max_size=5))
+@given(st.lists(st.one_of(examples, examples.map(with_context)), max_size=5))
 def test_examples_come_back_as_they_went_in(expected: list[PreferenceExample]):
     dataset = ExampleDataset.from_examples(iter(expected))
+    expected = [e if any(e.context) else replace(e, context=()) for e in expected]
     assert list(dataset) == expected
     assert [dataset[np.int64(i)] for i in range(len(dataset))] == expected
     assert list(pickle.loads(pickle.dumps(dataset))) == expected
@@ -145,3 +148,25 @@ def test_rows_of_one_prompt_have_no_mismatched_responses(number: int) -> None:
     data = ExampleDataset.from_examples(example(5, [[i]], i) for i in range(number))
     with pytest.raises(DataError, match=r"a:0.*same prompt"):
         data.mismatched(None)
+
+
+def test_what_is_scored_is_part_of_the_content() -> None:
+    plain = PreferenceExample([1], [[2, 3, 4, 5]], [[6]], "f:1")
+    hashes = {ExampleDataset.from_examples([each]).content_hash() for each in (plain, with_context(plain))}
+    assert len(hashes) == 2
+    keys = {response_key([1], [2, 3, 4, 5], spans) for spans in ((), [(1, 2)], [(1, 3)])}
+    assert len(keys) == 3
+
+
+def test_mismatched_responses_keep_their_context_cut_to_their_room() -> None:
+    rows = [with_context(example(prompt, [[7, 8, 9, 10], [5]], prompt)) for prompt in (1, 2)]
+    first = ExampleDataset.from_examples(rows).mismatched(4)[0]
+    assert first.kl_ids == ([7], [5])  # context at the end predicts nothing
+    assert ExampleDataset.from_examples(rows).mismatched(None)[0].spans[2:] == [((1, 3),), ()]
+
+
+@pytest.mark.parametrize(("room", "left"), [(5, 5), (4, 3), (3, 3), (2, 1), (1, 1)])
+def test_a_cut_leaves_no_context_at_the_end(room: int, left: int) -> None:
+    ids, context = cut_response([5, 6, 7, 8, 9], [(1, 2), (3, 4)], room)
+    assert len(ids) == left
+    assert all(end < left for _, end in context)

@@ -145,3 +145,20 @@ def test_splitting_keeps_order_and_every_example(shared: bool) -> None:
 def test_an_example_above_the_budget_stands_alone_and_nothing_gives_one_empty_piece() -> None:
     assert [len(run) for run in split_by_tokens([PAIR, PAIR], 1)] == [1, 1]
     assert [batch.num_responses for batch in PreferenceCollator()([EMPTY_EXAMPLE])] == [0]
+
+
+def test_context_within_a_response_stands_in_segments_of_its_own() -> None:
+    example = PreferenceExample([5], [[6, 7, 8]], [[6, 9, 8]], "a", context=[[(1, 2)], []])
+    batch = pack([example])
+    assert [path_tokens(batch, r) for r in (0, 1)] == [[5, 6, 7, 8], [5, 6, 9, 8]]
+    assert batch.segment_scored == [False, True, False, True, True]
+    assert batch.length.tolist() == [2, 3] == response_lengths(batch)
+    assert batch.counts.tolist()[3] == 2  # tokens of chosen responses
+
+
+def test_responses_of_the_same_tokens_part_where_one_is_scored_and_the_other_is_not() -> None:
+    example = PreferenceExample([5], [[6, 7, 8]], [[6, 7, 8]], "a", context=[[(1, 2)], []])
+    batch = pack([example])
+    assert [path_tokens(batch, r) for r in (0, 1)] == [[5, 6, 7, 8]] * 2
+    assert batch.length.tolist() == [2, 3]
+    assert [select(batch, [r]).length.tolist() for r in (0, 1)] == [[2], [3]]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,12 @@ def random_examples(
         )
         for i in range(n)
     ]
+
+
+def with_context(example: PreferenceExample) -> PreferenceExample:
+    """The same example, whose responses of four tokens and more hold context: their second and third token."""
+    spans = tuple(((1, 3),) if len(ids) > 3 else () for ids in example.response_ids)
+    return replace(example, context=spans, row_id=f"{example.row_id} with context")
 
 
 def random_dataset(n: int, seed: int = 0, **kwargs: Sequence[int]) -> ExampleDataset:

@@ -15,13 +15,15 @@ from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
 from infopo.models import disable_dropout
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample
 from infopo.startup import check_log_probs
-from worlds import random_examples, tiny_llama, tiny_of
+from worlds import random_examples, tiny_llama, tiny_of, with_context
 
 # Sums over at most 12 tokens in float32, whose logits carry rounding of about 1e-6 each.
 FLOAT32 = {"rtol": 0.0, "atol": 2e-5}
 FLOAT64 = {"rtol": 0.0, "atol": 1e-6}  # RMSNorm and rotary embeddings stay float32 in a float64 model
 
-EXAMPLES = random_examples(6, chosen=(1, 0, 2), rejected=(1, 2))
+PLAIN = random_examples(6, chosen=(1, 0, 2), rejected=(1, 2))
+# One row twice, with and without context: the same tokens, of which others are scored.
+EXAMPLES = [*PLAIN, *map(with_context, random_examples(3, seed=1, rejected=(2,))), with_context(PLAIN[0])]
 
 
 @pytest.fixture(params=sorted(PATHS))
@@ -40,11 +42,13 @@ def ready(model: torch.nn.Module, path: str) -> torch.nn.Module:
 def definition(model: torch.nn.Module, example: PreferenceExample) -> list[torch.Tensor]:
     """Σ_t log softmax(logits before t)[y_t], one unpadded sequence at a time, straight from the textbook."""
     values = []
-    for response in example.response_ids:
+    for response, context in zip(example.response_ids, example.spans, strict=True):
         tokens = torch.tensor([[*example.prompt_ids, *response]])
         logps = model(input_ids=tokens).logits[0].log_softmax(-1)
         first = len(example.prompt_ids)
-        values.append(sum(logps[t - 1, tokens[0, t]].double() for t in range(first, tokens.shape[1])))
+        unscored = {first + t for begin, end in context for t in range(begin, end)}
+        scored = [t for t in range(first, tokens.shape[1]) if t not in unscored]
+        values.append(sum(logps[t - 1, tokens[0, t]].double() for t in scored))
     return values
 
 
@@ -65,6 +69,19 @@ def test_log_probs_are_the_sums_of_the_textbook_on_other_architectures(path: str
     with torch.no_grad():
         expected = torch.stack([v for e in EXAMPLES for v in definition(model, e)])
         torch.testing.assert_close(response_logps(model, pack(EXAMPLES), path), expected, **FLOAT32)
+
+
+def test_context_within_a_response_is_read_and_not_scored(path: str) -> None:
+    """Its tokens move the log-prob of what follows them; the length is that of scored tokens."""
+    model = ready(tiny_llama(), path)
+    example = PreferenceExample([5, 6], [[7, 8, 9, 10]], [[7, 8, 9, 10]], "f:1", context=[[(1, 3)], []])
+    other = replace(example, chosen_ids=[[7, 11, 12, 10]])
+    with torch.no_grad():
+        masked, whole = response_logps(model, pack([example]), path)
+        changed, _ = response_logps(model, pack([other]), path)
+    assert pack([example]).length.tolist() == [2, 4]
+    assert abs(float(masked - whole)) > 1e-2
+    assert abs(float(masked - changed)) > 1e-4
 
 
 def test_gradients_are_those_of_the_textbook(path: str) -> None:
