@@ -432,12 +432,6 @@ def test_with_a_reference_at_hand_or_none_needed_a_set_may_come_after_training(
     assert trainer.evaluate(late)["eval_loss"] == given.evaluate()["eval_loss"]
 
 
-def test_a_foreign_reference_that_was_stored_and_left_is_missed_even_before_training(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, ref_model=tiny_llama(seed=1))
-    with pytest.raises(RecipeError, match="reference='live'"):
-        trainer.evaluate(random_dataset(3, seed=2))
-
-
 ROWS = [
     {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 11"},
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 22 or so"},

@@ -56,6 +56,7 @@ from infopo.errors import (
     UnsupportedArgumentError,
     printable,
 )
+from infopo.late_reference import Context, LateReference, lend
 from infopo.logps import attention
 from infopo.logps.forward import response_logps, with_layout
 from infopo.losses.catalog import OBJECTIVES, UNPAIRED
@@ -235,6 +236,7 @@ class InfoPOTrainer(SavingTrainer):
         self._averages = self._no_averages()
         self._is_checked = False
         self._has_trained = False
+        self._given_name = model if isinstance(model, str) else ""
         self.base_name = name if name != "model" else None
         self.dataset_names: Sequence[str] = ()
         if hasattr(policy, "add_model_tags"):
@@ -294,14 +296,8 @@ class InfoPOTrainer(SavingTrainer):
         if source == "adapter-off" and not models.is_peft_model(self.model):
             raise RecipeError("reference='adapter-off': the model has no adapter to switch off")
         if named_model:
-            kwargs = init_kwargs(self.args, quantization_config)
-            kwargs["dtype"] = self.model.dtype  # what is compared is computed alike
-            kwargs.setdefault("attn_implementation", attention.implementation_of(self.model))
-            ref_model = models.load_policy(source, **kwargs)
+            ref_model = self._load_model(source, quantization_config)
             startup.check_fit(ref_model, self.train_dataset, self.eval_dataset)
-            if self.args.disable_dropout:
-                models.disable_dropout(ref_model)
-            self.logps_in_words = startup.choose_path(self.model, ref_model, self.args)
         policy_weights = hashing.hash_weights(self.model)
         self.policy_hash = policy_weights.whole
         # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
@@ -311,6 +307,7 @@ class InfoPOTrainer(SavingTrainer):
         self.reference: Reference = StoredReference(self.reference_sides)
         self.eval_reference: Reference = StoredReference(self.eval_reference_sides)
         self.reference_store: ReferenceStore | None = None
+        self._late: LateReference | None = None
         if not self.reference_sides:
             self.reference_hash = None
         elif source == "adapter-off":
@@ -328,8 +325,28 @@ class InfoPOTrainer(SavingTrainer):
                 self._live(self.ref_model, self.accelerator.autocast)
             else:
                 model = ref_model if ref_model is not None else self.model
+                load = partial(
+                    self._load_model, source if named_model else self._given_name, quantization_config
+                )
+                self._late = LateReference(
+                    weights.whole,
+                    lend(None if named_model else ref_model),
+                    load if named_model or (ref_model is None and self._given_name) else None,
+                    is_policy=ref_model is None,
+                )
                 self.reference_store = self._open_store(model, weights)
                 self._store_reference(model)
+
+    def _load_model(self, name: str, quantization_config: Any) -> nn.Module:
+        """A reference by name, prepared as the policy is: what is compared is computed alike."""
+        kwargs = init_kwargs(self.args, quantization_config)
+        kwargs["dtype"] = self.model.dtype
+        kwargs.setdefault("attn_implementation", attention.implementation_of(self.model))
+        loaded = models.load_policy(name, **kwargs)
+        if self.args.disable_dropout:
+            models.disable_dropout(loaded)
+        self.logps_in_words = startup.choose_path(self.model, loaded, self.args)
+        return loaded
 
     def _live(
         self, model: nn.Module, context: Callable[[], contextlib.AbstractContextManager[object]]
@@ -395,7 +412,7 @@ class InfoPOTrainer(SavingTrainer):
             add_over_ranks=partial(self.accelerator.reduce, reduction="sum"),
             progress=partial(tqdm, desc="reference log-probs", disable=self.args.disable_tqdm, leave=False),
         )
-        if model is self.model and getattr(model, "quantization_method", None) is None:
+        if getattr(model, "quantization_method", None) is None:
             model.to(home)
         return stored
 
@@ -713,30 +730,44 @@ class InfoPOTrainer(SavingTrainer):
         """As in `Trainer`; a dataset given here is tokenized, and its reference computed, as in the constructor.
 
         Raises:
-            RecipeError: The reference was precomputed from the policy, which training has changed since.
+            RecipeError: The reference was computed before training, and its model cannot be had any more.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._encode_all(eval_dataset, self.args)
             startup.check_fit(self.model, eval_dataset)
             if isinstance(self.eval_reference, StoredReference) and self.eval_reference_sides:
-                eval_dataset = self._late_reference(eval_dataset)
+                eval_dataset = self._complete_late(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _late_reference(self, dataset: Any) -> Any:
+    def _complete_late(self, dataset: Any) -> Any:
+        """A dataset (or dict of them) with reference log-probs, from wherever the reference can be had by now."""
         each = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
         if all(d.reference is not None for d in each):
             return dataset
-        if not self._policy_is_reference or self._has_trained:
-            raise RecipeError(
-                "evaluate(eval_dataset=...): the reference's log-probs were computed before training and its model "
-                "is gone. Give this dataset to the constructor, or set reference='live'."
-            )
+        assert self._late is not None
+        sides = self.eval_reference_sides
+        model, context = self._late.find(
+            self.accelerator.unwrap_model(self.model),
+            self.train_dataset,
+            partial(self._late_values, self.reference_sides),
+            has_trained=self._has_trained,
+            is_exact=is_exact(self.model, self.args.device, self.accelerator.autocast),
+        )
         if isinstance(dataset, dict):
-            return {
-                name: self._with_reference(d, self.model, self.eval_reference_sides)
-                for name, d in dataset.items()
-            }
-        return self._with_reference(dataset, self.model, self.eval_reference_sides)
+            return {name: self._late_values(sides, d, model, context) for name, d in dataset.items()}
+        return self._late_values(sides, dataset, model, context)
+
+    def _late_values(
+        self, sides: frozenset[str], dataset: ExampleDataset, model: nn.Module, context: Context
+    ) -> ExampleDataset:
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with context():
+                return self._with_reference(dataset, model, sides)
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused.
