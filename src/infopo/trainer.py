@@ -84,6 +84,7 @@ from infopo.reference import (
 )
 from infopo.reference_store import ReferenceStore, check_folder, folder_of
 from infopo.saving import SavingTrainer
+from infopo.secrets import masked
 
 logger = logging.getLogger(__name__)
 
@@ -873,10 +874,10 @@ class InfoPOTrainer(SavingTrainer):
         if self.is_world_process_zero():
             data = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
             text = render(self.card(model_name, data, [tags] if isinstance(tags, str) else list(tags or ())))
-            (Path(self.args.output_dir) / "README.md").write_text(text, encoding="utf-8")
+            (Path(self.args.output_dir) / "README.md").write_text(masked(text), encoding="utf-8")
 
     def _card_text(self) -> str:
-        return render(self.card())
+        return masked(render(self.card()))
 
     def data_hash(self) -> str | None:
         """SHA-256 of the tokens that are trained on; None of a stream, whose end is not known."""

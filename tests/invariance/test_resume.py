@@ -413,6 +413,30 @@ def test_resuming_with_the_same_recipe_writes_no_other(tmp_path: Path, data: Pat
     assert {name: (copied / name).read_bytes() for name in before} == before
 
 
+def test_a_trainer_does_not_write_where_another_process_trains(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from infopo.run_state import in_use\n"
+        "with in_use(sys.argv[1]):\n"
+        "    print(flush=True)\n"
+        "    time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    trainer = tiny_trainer(tmp_path)
+    try:
+        for write in (trainer.train, trainer.save_final_model):
+            with pytest.raises(RecipeError, match=rf"is in use by another run \(process {holder.pid} on"):
+                write()
+        assert [path.name for path in tmp_path.iterdir()] == [run_state.LOCK]
+        tiny_trainer(tmp_path, save_strategy="no").train()  # which writes nothing
+    finally:
+        holder.kill()
+        holder.communicate()
+    trainer.train()
+
+
 def test_half_a_checkpoint_is_refused(tmp_path: Path, data: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", data, train__save_only_model=True)
     overrides = [f"output_dir={tmp_path / 'run'}"]
