@@ -869,7 +869,6 @@ NOT_HONOURED: dict[str, Any] = {
     "use_weighting": True,
     "activation_offloading": True,
     "sync_ref_model": True,
-    "router_aux_loss_coef": 0.1,
     "train_sampling_strategy": "batch_rebalance",
 }
 

@@ -74,6 +74,8 @@ class InfoPOConfig(TrainingArguments):
         dataset_num_proc: Processes that tokenize.
         model_init_kwargs: For `from_pretrained`, when the model is given by name.
         trust_remote_code: Allow models that ship their own code.
+        router_aux_loss_coef: Factor of the load-balancing loss of mixture-of-experts models, which is added to the loss
+            and logged as `aux_loss`. None: the value of the model's configuration; 0 leaves it out.
         pad_token: Token to pad with; default the tokenizer's own, else its end of sequence.
     """
 
@@ -183,7 +185,7 @@ class InfoPOConfig(TrainingArguments):
     )
     ref_model_sync_steps: int = field(default=512, metadata={"help": "Has no effect without sync_ref_model."})
     router_aux_loss_coef: float | None = field(
-        default=None, metadata={"help": "Not honoured: refused when set."}
+        default=None, metadata={"help": "Factor of the load-balancing loss."}
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from infopo.losses.catalog import OBJECTIVES
 from infopo.records import LossTerm, PackedBatch, ResponseLogps, Role, sum_dtype
 
-Sums = dict[str, tuple[Tensor, int]]
+Sums = dict[str, tuple[Tensor, float]]
 """Name -> (sum over items, number of items)."""
 
 
@@ -183,7 +183,7 @@ class MetricSums:
     """Adds up sums, counts and maxima over micro-batches, then over ranks."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[Tensor | int]] = {}
+        self._sums: dict[str, list[Tensor | float]] = {}
         self._maxima: dict[str, Tensor] = {}
 
     def add(self, sums: Sums, maxima: dict[str, Tensor] | None = None) -> None:

@@ -61,10 +61,13 @@ def choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConf
     return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
 
 
-def collator(policy: nn.Module, args: InfoPOConfig) -> PreferenceCollator:
-    """The collator for the path that the policy is prepared for."""
+def collator(policy: nn.Module, args: InfoPOConfig, router_coef: float = 0.0) -> PreferenceCollator:
+    """The collator for the path that the policy is prepared for.
+
+    The load-balancing loss of experts is one of a device batch, so that batches stay whole unless pieces are asked for.
+    """
     limit = args.max_tokens_per_forward
-    if limit is None and args.device.type == "cpu":
+    if limit is None and args.device.type == "cpu" and not router_coef:
         limit = CPU_TOKENS_PER_FORWARD
     return PreferenceCollator(limit, shared=path_of(policy) == "forest")
 

@@ -57,7 +57,7 @@ from infopo.errors import (
     printable,
 )
 from infopo.late_reference import Context, LateReference, lend
-from infopo.logps import attention
+from infopo.logps import attention, router
 from infopo.logps.forward import response_logps, with_layout
 from infopo.losses.catalog import OBJECTIVES, UNPAIRED
 from infopo.losses.coupling import step_parts
@@ -163,6 +163,7 @@ class InfoPOTrainer(SavingTrainer):
         if args.disable_dropout and ref_model is not None:
             models.disable_dropout(ref_model)
         self._quiet = noise.random_modules(policy) if args.disable_dropout else []
+        self._router_coef = router.coefficient(policy, args.router_aux_loss_coef)
         self.logps_in_words = startup.choose_path(policy, ref_model, args)
 
         self.mixture = args.mixture()
@@ -198,7 +199,7 @@ class InfoPOTrainer(SavingTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or startup.collator(policy, args),
+            data_collator=data_collator or startup.collator(policy, args, self._router_coef),
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             processing_class=processing_class,
@@ -236,6 +237,8 @@ class InfoPOTrainer(SavingTrainer):
         self._step_values: list[Tensor | None] = [None] * len(self.mixture)
         self._averages = self._no_averages()
         self._is_checked = False
+        self._aux_loss: Tensor | None = None
+        self._aux_share = 1.0
         self._has_trained = False
         self._given_name = model if isinstance(model, str) else ""
         self.base_name = name if name != "model" else None
@@ -595,6 +598,7 @@ class InfoPOTrainer(SavingTrainer):
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 if self._mismatches:  # their part is done: z has no gradient
                     batch = _only(batch, {Role.CHOSEN, Role.REJECTED})
+                self._aux_share = _row_tokens(batch) / max(1, sum(map(_row_tokens, inputs)))
                 loss = loss + super().training_step(model, batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._check_finite(loss)
@@ -656,6 +660,7 @@ class InfoPOTrainer(SavingTrainer):
         logps = self._logps(model, inputs)
         terms = self._terms(logps, self._step_values)
         self._record_metrics("train", logps)
+        self._record_aux("train")
         detached = [replace(term, values=term.values.detach()) for term in terms]
         self._step_record.append((inputs, replace(logps, policy=logps.policy.detach()), detached))
         counts = num_items_in_batch if num_items_in_batch is not None else inputs.counts
@@ -663,12 +668,23 @@ class InfoPOTrainer(SavingTrainer):
         loss = sum(
             (term.values.sum() / counts[PER.index(term.per)] for term in terms), logps.policy.sum() * 0
         )
-        return loss * self.args.world_size
+        loss = loss * self.args.world_size
+        if self._aux_loss is not None:  # a mean over device batches and ranks, as in TRL
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+            loss = loss + self._router_coef * self._aux_share / steps * self._aux_loss
+        return loss
 
     def _logps(self, model: nn.Module, batch: PackedBatch, mode: str = "train") -> ResponseLogps:
-        policy = response_logps(model, batch)
+        with router.aux_losses(self._router_coef != 0) as found:
+            policy = response_logps(model, batch)
+        self._aux_loss = router.mean(found)
         reference = self.reference if mode == "train" else self.eval_reference
         return with_layout(policy, reference(batch) if reference.sides else batch.reference, batch)
+
+    def _record_aux(self, mode: str) -> None:
+        if self._aux_loss is not None:
+            share = self._aux_share
+            self._metric_sums[mode].add({"aux_loss": (self._aux_loss.detach() * share, share)})
 
     def _terms(self, logps: ResponseLogps, step_values: list[Tensor | None]) -> LossTerms:
         return [
@@ -803,8 +819,11 @@ class InfoPOTrainer(SavingTrainer):
         self._metric_sums["eval"] = MetricSums()  # an evaluation that was interrupted leaves half its sums
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in dataloader:
-                for batch in self._prepare_inputs(inputs):
+                pieces = self._prepare_inputs(inputs)
+                for batch in pieces:
+                    self._aux_share = _row_tokens(batch) / max(1, sum(map(_row_tokens, pieces)))
                     logps = self._logps(model, batch, "eval")
+                    self._record_aux("eval")
                     seen.append((batch.counts, logps))
                     self._record_metrics("eval", logps)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -815,6 +834,7 @@ class InfoPOTrainer(SavingTrainer):
                 losses.add({f"{index}": (term.values.sum(), int(counts[PER.index(term.per)]))})
         metrics = {"loss": sum(losses.reduce(self._gather).values())}
         metrics |= self._metric_sums["eval"].reduce(self._gather)
+        metrics["loss"] += self._router_coef * metrics.get("aux_loss", 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset)

@@ -77,10 +77,6 @@ NOT_HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_weighting": ((False,), "the WPO weighting is not implemented"),
     "activation_offloading": ((False,), "use gradient_checkpointing to save memory"),
     "sync_ref_model": ((False,), "the reference is frozen: it is part of InfoPO's definition"),
-    "router_aux_loss_coef": (
-        (None, 0.0),
-        "the load-balancing loss of mixture-of-experts models is not added",
-    ),
     "train_sampling_strategy": (
         ("random", "group_by_length", "sequential"),
         "use group_by_length for batches of similar rows",

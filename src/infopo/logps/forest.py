@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from infopo.logps import lm_head, naive
+from infopo.logps import lm_head, naive, router
 from infopo.logps.layout import ForestLayout
 from infopo.logps.registration import layout_given
 from infopo.records import PackedBatch
@@ -32,12 +32,11 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
     device = batch.input_ids.device
     positions = torch.tensor(before, device=device)
     targets = batch.input_ids[torch.tensor(target, device=device)]
+    mask = _mask(batch)
     inputs = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
-        # Models take a mask of four dimensions as finished, and forest attention ignores it. Without a mask, a model
-        # would look for packed rows in the position ids, which synchronises with the GPU.
-        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "attention_mask": mask,
         "use_cache": False,
         "forest": ForestLayout(batch.segment_start, batch.segment_parent),
     }
@@ -46,8 +45,9 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
             scored = lm_head.logps_of(model, positions, targets, **inputs)
         else:
             # A head with an adapter, or a quantised one, runs as it is, so that its logits exist all at once.
-            logits = model(**inputs, logits_to_keep=positions).logits[0]
-            scored = naive.logps_from(logits, targets)
+            output = model(**inputs, **router.keywords(model), logits_to_keep=positions)
+            router.note(output, mask)
+            scored = naive.logps_from(output.logits[0], targets)
     if list(first_target) == batch.leaf:
         # Each scored segment is one whole response, and they are in order already.
         return scored
@@ -59,6 +59,17 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
         if batch.segment_scored[s]
     )
     return scored[torch.tensor(list(order), device=device)]
+
+
+def _mask(batch: PackedBatch) -> Tensor:
+    """Returns a mask that attention ignores; where routers are balanced, it says how often each token counts.
+
+    Models take a mask of four dimensions as finished, and forest attention ignores it. Without a mask, a model would
+    look for packed rows in the position ids, which synchronises with the GPU.
+    """
+    if router.is_wanted():
+        return router.multiplicity(batch)
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
 
 
 def _scored(batch: PackedBatch) -> tuple[list[int], list[int], dict[int, int]]:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from infopo.errors import LogpsError
+from infopo.logps import router
 from infopo.logps.wrappers import base_of
 
 TILE_LOGITS = {"cpu": 2**20}
@@ -315,7 +316,7 @@ def logps_of(
     # This hook comes first among those after the head, because a wrapper shards the weight again in one of them.
     handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after, prepend=True)]
     try:
-        output = model(**inputs).logits
+        output = model(**inputs, **router.keywords(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -325,4 +326,5 @@ def logps_of(
         )
     # The model has applied its map to what the head returned, so its output is wrong and the result of the hook counts.
     # The gradient passes through the output too, because wrappers that gather weights for the backward pass wait there.
-    return results[0] + 0.0 * output.flatten()
+    router.note(output, inputs["attention_mask"])
+    return results[0] + 0.0 * output.logits.flatten()

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from infopo.logps import router
 from infopo.records import PackedBatch
 
 
@@ -25,7 +26,9 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
     """
     inputs, is_scored = padded_rows(batch)
     input_ids, device = inputs["input_ids"], batch.input_ids.device
-    logits = model(**inputs, use_cache=False).logits
+    output = model(**inputs, **router.keywords(model), use_cache=False)
+    router.note(output, inputs["attention_mask"])
+    logits = output.logits
     # Prompt tuning puts virtual tokens before each row, whose logits come first.
     logits = logits[:, -input_ids.shape[1] :]
     # The mask is on the CPU, because `nonzero` of a tensor on a GPU would synchronise with it.

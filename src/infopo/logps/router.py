@@ -1,0 +1,106 @@
+"""The load-balancing loss of mixture-of-experts models, as the model itself computes it and as TRL adds it.
+
+aux = E Σ_e f_e P_e over E experts, where f_e is the share of choices that went to expert e and P_e its mean router
+probability (https://huggingface.co/papers/2101.03961, equations 4 to 6), over all tokens of all rows without padding.
+On the shared-prefix path a token counts as often as rows hold it, so that the loss is that of rows.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from infopo.errors import RecipeError
+from infopo.logps.wrappers import base_of
+from infopo.records import PackedBatch
+
+_collected: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("infopo_aux_losses", default=None)
+
+
+def coefficient(model: nn.Module, setting: float | None) -> float:
+    """Returns the factor of the auxiliary loss; 0 if the model has none.
+
+    Args:
+        model: The policy.
+        setting: `router_aux_loss_coef`. None: the value of the model's configuration.
+
+    Raises:
+        RecipeError: A factor is set for a model that gives no router logits.
+    """
+    has_routers = _has_routers(model)
+    if setting and not has_routers:
+        raise RecipeError(
+            f"router_aux_loss_coef={setting:g}: {type(base_of(model)).__name__} is no mixture of experts that returns "
+            "its router logits, so it has no auxiliary loss; leave it out"
+        )
+    if setting is not None or not has_routers:
+        return float(setting or 0.0)
+    return float(getattr(base_of(model).config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
+
+
+def _has_routers(model: nn.Module) -> bool:
+    base = base_of(model)
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(text, "output_router_logits"):
+        return False
+    parameters = inspect.signature(base.forward).parameters
+    return "output_router_logits" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@contextmanager
+def aux_losses(wanted: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within it, forward passes leave their (auxiliary loss, number of tokens) in the list, if wanted."""
+    found: list[tuple[Tensor, Tensor]] = []
+    token = _collected.set(found if wanted else None)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
+def is_wanted() -> bool:
+    """Returns whether the auxiliary loss of the next forward pass is asked for."""
+    return _collected.get() is not None
+
+
+def keywords(model: nn.Module) -> dict[str, bool]:
+    """Keywords for the model's call: whatever its configuration says, router logits come only when they are used."""
+    return {"output_router_logits": is_wanted()} if _has_routers(model) else {}
+
+
+def note(output: Any, tokens: Tensor) -> None:
+    """Keeps the auxiliary loss of a forward pass, if one is asked for and the model gives it.
+
+    Args:
+        output: Of the model.
+        tokens: How often each token counts, of any shape: its attention mask.
+    """
+    found, aux = _collected.get(), getattr(output, "aux_loss", None)
+    if found is not None and isinstance(aux, Tensor):
+        found.append((aux, tokens.sum()))
+
+
+def mean(found: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Returns the mean of the passes' auxiliary losses, weighted by their tokens; None if there are none."""
+    if len(found) < 2:
+        return found[0][0] if found else None
+    weights = torch.stack([tokens for _, tokens in found]).float()
+    return (torch.stack([aux for aux, _ in found]) * weights).sum() / weights.sum()
+
+
+def multiplicity(batch: PackedBatch) -> Int[Tensor, "1 tokens"]:
+    """Returns how many responses hold each token of the batch, as an attention mask of one row."""
+    start = batch.segment_start
+    times = [0] * len(batch.segment_parent)
+    for response in range(batch.num_responses):
+        for segment in batch.path(response):
+            times[segment] += 1
+    counts = chain.from_iterable([n] * (start[s + 1] - start[s]) for s, n in enumerate(times))
+    return torch.tensor(list(counts), device=batch.input_ids.device)[None]
