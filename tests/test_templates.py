@@ -1,0 +1,334 @@
+"""Chat templates: what ends a turn, what is missing, variables and dates, content in parts, and templates that hang."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+
+from infopo import InfoPOConfig
+from infopo.build import build_arguments, build_encoder
+from infopo.config import parse_recipe
+from infopo.data import templates
+from infopo.data.counts import DataCounts
+from infopo.data.encode import (
+    END_OF_TURN_APPENDED,
+    END_OF_TURN_DOUBLED,
+    PROMPT_NOT_WRITTEN,
+    REASONING_DROPPED,
+    WRITTEN_AS_DATA,
+    EncodedRow,
+    Encoder,
+    encode_rows,
+)
+from infopo.data.survey import token_problem_lines
+from infopo.data.templates import TODAY, ChatTemplate
+from infopo.errors import DataError, RecipeError
+from infopo.lab import policy_path
+from infopo.records import Message, PreferenceRow
+
+SHIPPED = Path(trl.__file__).parent / "chat_templates"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
+
+
+def tokenizer_of(
+    template: str, eos: str = "<|im_end|>", ordinary: tuple[str, ...] = ()
+) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(policy_path())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eot|>"]})
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ordinary])
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said(text: str, **more: Any) -> list[Message]:
+    return [{"role": "assistant", "content": text, **more}]
+
+
+def row_of(
+    chosen: list[Message], prompt: list[Message] | None = None, rejected: str = "No", **more: Any
+) -> PreferenceRow:
+    return PreferenceRow(
+        prompt or [{"role": "user", "content": "Q"}], [chosen], [said(rejected)], "f:1", **more
+    )
+
+
+def chosen_text(
+    tokenizer: PreTrainedTokenizerBase, row: PreferenceRow, **settings: Any
+) -> tuple[str, EncodedRow]:
+    encoded = Encoder(tokenizer, max_length=None, **settings).encode(row)
+    return tokenizer.decode(encoded.example.chosen_ids[0]), encoded
+
+
+def reason(tokenizer: PreTrainedTokenizerBase, row: PreferenceRow) -> str:
+    with pytest.raises(DataError) as caught:
+        Encoder(tokenizer).encode(row)
+    assert len(str(caught.value)) < 500
+    return caught.value.reason
+
+
+# What ends a turn
+
+
+@pytest.mark.parametrize(
+    ("end", "eos", "expected"),
+    [
+        ("<|im_end|>\n", "<|im_end|>", "<|im_end|>\n"),
+        ("<|im_end|>\n", "<|end|>", "<|im_end|>\n"),
+        ("<|eot|>\n<|im_end|>", "<|im_end|>", "<|eot|>\n<|im_end|>"),
+        ("<|eot|><|eot|>", "<|eot|>", "<|eot|><|eot|>"),
+        ("</answer>", "<|im_end|>", "</answer>"),  # a token of its own, if not a special one
+        ("", "<|im_end|>", "<|im_end|>"),
+    ],
+)
+@pytest.mark.parametrize("last", ["", "</answer>", "</think>", "<|tag|>"])
+def test_a_response_ends_as_the_template_ends_it_and_keeps_its_own_last_token(
+    end: str, eos: str, expected: str, last: str
+):
+    template = (
+        "{% for m in messages %}<|user|>{{ m.content }}" + end.replace("\n", "{{ '\n' }}") + "{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}<|user|>{% endif %}"
+    tokenizer = tokenizer_of(template, eos, ("</answer>", "</think>", "<|tag|>"))
+    text, encoded = chosen_text(tokenizer, row_of(said("Yes" + last)))
+    doubled = last != "" and end.startswith(last)  # the data hold what the template adds
+    assert text == f"Yes{'' if doubled else last}{expected}"
+    assert encoded.notes[:1] == (
+        (END_OF_TURN_DOUBLED,) if doubled else () if end else (END_OF_TURN_APPENDED,)
+    )
+
+
+@pytest.mark.parametrize("held", ["<|eot|>", "<|eot|>\n", "<|eot|>\n<|im_end|>", "<|eot|><|eot|>"])
+def test_of_two_different_ends_what_the_data_hold_stands_once(held: str):
+    template = "{% for m in messages %}<|user|>{{ m.content }}<|eot|>{{ '\n' }}<|im_end|>{% endfor %}"
+    tokenizer = tokenizer_of(template + "{% if add_generation_prompt %}<|user|>{% endif %}")
+    text, encoded = chosen_text(tokenizer, row_of(said("Yes" + held)))
+    assert text == "Yes<|eot|>\n<|im_end|>"
+    assert encoded.notes == (END_OF_TURN_DOUBLED,)
+
+
+def test_a_text_keeps_another_token_before_its_eos():
+    row = PreferenceRow("Q", ["Yes<|eot|>"], ["No<|im_end|>"], "f:1")
+    text, encoded = chosen_text(tokenizer_of(CHATML), row)
+    assert text == "Yes<|eot|><|im_end|>"
+    assert encoded.notes == ()
+
+
+@pytest.mark.parametrize("name", ["</tool_call>", "</think>"])
+def test_tool_calls_keep_the_tag_that_ends_them(name: str):
+    tokenizer = tokenizer_of(CHATML.replace("</tool_call>", name), ordinary=("<tool_call>", name))
+    text, encoded = chosen_text(tokenizer, row_of(said("", tool_calls=[CALL])))
+    assert text.endswith(f"}}{name}<|im_end|>\n")
+    assert encoded.notes == ()
+
+
+# What does not stand in its rendering
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        said("Yes", reasoning_content="Because of rain."),
+        said("Yes", thinking="Because of rain."),
+        said("", tool_calls=[CALL | {"function": {"name": "add", "arguments": {"b": "unseen"}}}]),
+    ],
+)
+def test_content_that_the_template_does_not_write_refuses_the_row(turn: list[Message]):
+    template = CHATML.replace("c.function | tojson", "c.function.name")
+    assert reason(tokenizer_of(template), row_of(turn)) == "template drops content"
+
+
+def test_content_is_found_however_its_white_space_and_escapes_are_written():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content | trim | replace('\n', ' ') }}")
+    call = {"type": "function", "function": {"name": "say", "arguments": {"text": 'é "x"\n\\'}}}
+    tokenizer = tokenizer_of(template, ordinary=("é",))
+    for turn in (said("  Yes,\n\nof course \n"), said("", tool_calls=[call])):
+        chosen_text(tokenizer, row_of(turn))
+
+
+DROPPING = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+
+
+@pytest.mark.parametrize("opens", ["", "<think>\n", "<think>"])
+def test_reasoning_that_the_template_takes_out_is_written_behind_the_generation_prompt(opens: str):
+    template = DROPPING.replace("assistant\n{% endif", f"assistant\n{opens}{{% endif")
+    tokenizer = tokenizer_of(template)
+    text, encoded = chosen_text(tokenizer, row_of(said("<think>\nRain.\n</think>\n\nYes")))
+    whole = tokenizer.decode(encoded.example.prompt_ids) + text
+    assert whole.endswith("<|im_start|>assistant\n<think>\nRain.\n</think>\n\nYes<|im_end|>\n")
+    assert WRITTEN_AS_DATA in encoded.notes
+
+
+def test_reasoning_behind_a_generation_prompt_that_says_there_is_none_is_refused():
+    template = DROPPING.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
+    row = row_of(said("<think>\nRain.\n</think>\n\nYes"))
+    assert reason(tokenizer_of(template), row) == "template drops content"
+
+
+def test_reasoning_of_an_earlier_turn_of_a_response_is_counted():
+    turns = [*said("<think>Rain.</think>", tool_calls=[CALL]), {"role": "tool", "content": "3"}, *said("Yes")]
+    _, encoded = chosen_text(tokenizer_of(DROPPING), row_of(turns))
+    assert REASONING_DROPPED in encoded.notes
+
+
+def test_a_system_prompt_and_tools_that_the_template_ignores_are_counted_and_the_first_named():
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
+    counts = DataCounts()
+    encode_rows([row_of(said("Yes"), prompt)], Encoder(tokenizer_of(template)), counts)
+    assert any(re.search(rf"1 x {PROMPT_NOT_WRITTEN} \(first: f:1\)", line) for line in counts.lines())
+
+
+# Variables, dates, parts, roles
+
+
+def test_variables_of_all_rows_come_after_those_of_a_row():
+    tokenizer = tokenizer_of("{{ level }}" + CHATML)
+    for own, level in (({}, "5"), ({"level": "7"}, "7")):
+        _, encoded = chosen_text(
+            tokenizer, row_of(said("Yes"), chat_template_kwargs=own), chat_template_kwargs={"level": "5"}
+        )
+        assert tokenizer.decode(encoded.example.prompt_ids).startswith(level)
+
+
+RECIPE = "model: {name_or_path: lab:policy}\ndata: {path: lab:verified}\noutput_dir: out\n"
+
+
+def test_a_recipe_and_the_configuration_take_variables_and_keep_them():
+    recipe = parse_recipe(
+        RECIPE, source="r.yaml", overrides=["data.chat_template_kwargs.level=5", "data.as_chat=true"]
+    )
+    arguments = build_arguments(recipe)
+    assert (arguments.chat_template_kwargs, arguments.as_chat) == ({"level": 5}, True)
+    encoder = build_encoder(recipe.data, tokenizer_of(CHATML))
+    assert (encoder.template.variables, encoder.as_chat) == ({"level": 5}, True)
+    assert InfoPOConfig(output_dir="x", chat_template_kwargs={"level": 5}).to_dict()[
+        "chat_template_kwargs"
+    ] == {"level": 5}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"tools": []}, "tools cannot be set"),
+        ({"add_generation_prompt": True, "level": 3}, "add_generation_prompt cannot be set"),
+        ({"strftime_now": "yesterday"}, f"expected a date like {TODAY}"),
+        ({"level": {1, 2}}, "JSON"),
+        ("level", "expected a dict"),
+    ],
+)
+def test_variables_that_cannot_be_set_are_refused_at_once(variables: Any, message: str):
+    with pytest.raises(RecipeError, match=message):
+        InfoPOConfig(output_dir="x", chat_template_kwargs=variables)
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gptoss"])
+@pytest.mark.parametrize(("variables", "year"), [({}, TODAY[:4]), ({"strftime_now": "2031-02-03"}, "2031")])
+def test_today_is_one_day(name: str, variables: dict[str, str], year: str):
+    tokenizer = tokenizer_of((SHIPPED / f"{name}.jinja").read_text(encoding="utf-8"))
+    counts = DataCounts()
+    dataset = encode_rows([row_of(said("Yes"))], Encoder(tokenizer, chat_template_kwargs=variables), counts)
+    assert year in tokenizer.decode(dataset[0].prompt_ids)
+    assert ("today's date" in "".join(counts.lines())) == (variables == {})
+
+
+def test_a_date_has_every_form():
+    tokenizer = tokenizer_of(
+        "{{ strftime_now('%A %a %d %B %b %m %y %Y %H:%M:%S %j') }}|{{ strftime_now('%-d') }}"
+    )
+    template = ChatTemplate(tokenizer, {"strftime_now": "2031-02-03"})
+    assert (
+        template.render([{"role": "user", "content": "Q"}], "f:1")
+        == "Monday Mon 03 February Feb 02 31 2031 00:00:00 034|3"
+    )
+
+
+PARTS_ONLY = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+BOTH = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS_ONLY, BOTH])
+@pytest.mark.parametrize("as_parts", [True, False])
+@pytest.mark.parametrize("role", ["system", "developer", "ipython"])
+def test_content_in_parts_is_written_as_text(template: str, as_parts: bool, role: str):
+    def content(text: str) -> Any:
+        return [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}] if as_parts else text
+
+    prompt = [
+        {"role": role, "content": content("Be brief.")},
+        {"role": "user", "content": content("Question")},
+    ]
+    tokenizer = tokenizer_of(template)
+    text, encoded = chosen_text(
+        tokenizer, row_of([{"role": "assistant", "content": content("Yes.")}], prompt)
+    )
+    assert text == "Yes.<|im_end|>\n"
+    whole = f"<|im_start|>{role}\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encoded.example.prompt_ids) == whole
+    assert encoded.notes == ()
+
+
+# Plain text for a chat model
+
+
+def test_plain_text_for_a_chat_model_is_told_with_the_first_row_and_becomes_a_conversation_if_asked():
+    row = PreferenceRow("The sky?", ["Blue."], ["Green."], "f:1")
+    counts = DataCounts()
+    encode_rows([row, row], Encoder(tokenizer_of(CHATML)), counts)
+    (warning,) = (line for line in counts.lines() if "as_chat" in line)
+    assert "The sky?" in warning
+    assert "⟦" in warning
+    as_chat = Encoder(tokenizer_of(CHATML), as_chat=True).encode(row)
+    turns = row_of(said("Blue."), [{"role": "user", "content": "The sky?"}], "Green.")
+    assert as_chat == Encoder(tokenizer_of(CHATML)).encode(turns)
+
+
+# Templates that hang
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_template_that_loops_for_ever_is_a_named_error(
+    num_proc: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(templates._time_limit, "seconds", 0.4)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = tokenizer_of("{% if messages[0].content == 'Q' %}" + endless + "{% endif %}" + CHATML)
+    with pytest.raises(DataError, match=r"f:1: .* has not rendered it in 0\.4 seconds") as caught:
+        encode_rows([row_of(said("Yes"))], Encoder(tokenizer), DataCounts(), num_proc=num_proc)
+    assert caught.value.reason == "template takes too long"
+
+
+# What `infopo check` says
+
+
+def test_a_turn_that_ends_in_a_line_break_is_in_place_and_another_eos_is_told():
+    turns = [*said("", tool_calls=[CALL]), {"role": "tool", "content": "3"}, *said("Yes")]
+    rows = [row_of(said("Yes")), row_of(turns)]
+    own, other = tokenizer_of(CHATML), tokenizer_of(CHATML, eos="<|end|>")
+    sound = encode_rows(rows, Encoder(own), DataCounts())
+    assert token_problem_lines(sound, own) == ["special tokens: none out of place"]
+    _, line = token_problem_lines(encode_rows(rows, Encoder(other), DataCounts()), other)
+    assert "2 examples: responses end with <|im_end|>, but the tokenizer's EOS is <|end|>" in line
+    held = encode_rows([row_of(said("Yes<|im_end|>No"))], Encoder(own), DataCounts())
+    assert "a special token within a response" in token_problem_lines(held, own)[1]
+
+
+@pytest.mark.parametrize("name", ["gptoss", "phi3", "lfm2_2_5", "qwen3", "gemma3"])
+def test_tokens_that_a_template_writes_itself_are_in_place(name: str):
+    template = (SHIPPED / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = tokenizer_of(template)
+    special = sorted(set(re.findall(r"<\|?\w+\|?>", template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special, "<|im_end|>"]})
+    dataset = encode_rows([row_of(said("Yes"))], Encoder(tokenizer), DataCounts())
+    assert not any("within a response" in line for line in token_problem_lines(dataset, tokenizer))
