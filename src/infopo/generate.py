@@ -19,21 +19,6 @@ from infopo.data.tokenization import Tokenization
 from infopo.errors import DataError, ModelError, RecipeError, UnsupportedArgumentError
 from infopo.records import Text
 
-# `generate` fills what a call leaves open from the model's shipped configuration; neutral values keep that out.
-_NEUTRAL_SETTINGS: dict[str, Any] = {
-    "num_beams": 1,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "guidance_scale": 1.0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "return_dict_in_generate": False,
-}
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -91,7 +76,7 @@ def sample(
     """
     _check_arguments(max_new_tokens, temperature, num_return_sequences, batch_size, top_p)
     end_token_ids = _end_token_ids(model, tokenizer)
-    settings = _generation_config(model.generation_config, max_new_tokens, temperature, top_p)
+    settings = _generation_config(max_new_tokens, temperature, top_p)
     settings.update(
         eos_token_id=end_token_ids, pad_token_id=_pad_id(tokenizer), num_return_sequences=num_return_sequences
     )
@@ -103,7 +88,13 @@ def sample(
     samples: list[list[Sample]] = [[] for _ in prompts]
     longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     prompts_per_batch = max(1, batch_size // num_return_sequences)
-    with _evaluation_mode(model), _private_random_state(seed, model.device), torch.inference_mode():
+    # Not inference_mode: buffers that rotary embeddings make anew within it could not be used in a backward pass.
+    with (
+        _evaluation_mode(model),
+        _without_shipped_settings(model),
+        _private_random_state(seed, model.device),
+        torch.no_grad(),
+    ):
         for start in range(0, len(longest_first), prompts_per_batch):
             indices = longest_first[start : start + prompts_per_batch]
             responses = _generate_batch(model, [encoded[index] for index in indices], settings)
@@ -179,21 +170,22 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def _generation_config(
-    shipped: GenerationConfig | None, max_new_tokens: int, temperature: float, top_p: float
-) -> GenerationConfig:
-    """The settings of a call, with every sampling setting that the model ships overruled."""
-    overruled = {
-        name: neutral
-        for name, neutral in _NEUTRAL_SETTINGS.items()
-        if getattr(shipped, name, None) is not None
-    }
-    if temperature > 0:
-        # Left open, top_k would be 50.
-        overruled |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    return GenerationConfig(
-        **overruled, do_sample=temperature > 0, max_new_tokens=max_new_tokens, use_cache=True
-    )
+def _generation_config(max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
+    """The settings of a call."""
+    # Left open, top_k would be 50.
+    law = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(**law, do_sample=temperature > 0, max_new_tokens=max_new_tokens, use_cache=True)
+
+
+@contextmanager
+def _without_shipped_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, the model ships no settings: `generate` would fill what a call leaves open from them."""
+    shipped = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
 
 
 def _check_arguments(

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from infopo.errors import ModelError
 
@@ -64,11 +70,12 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         if dtype not in DTYPES:
             raise ModelError(f"dtype: expected auto, {', '.join(DTYPES)} or a torch.dtype, got {dtype!r}")
         kwargs["dtype"] = DTYPES[dtype]
+    folder = resolve_name(name_or_path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            resolve_name(name_or_path), output_loading_info=True, **kwargs
-        )
-    except _LOADING_ERRORS as error:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except Exception as error:  # impossible configurations raise whatever their arithmetic does
+        if (other := _other_class(folder, kwargs)) is not None:
+            raise ModelError(f"model {name_or_path!r} {other}") from error
         raise _cannot_load(f"model {name_or_path!r}", name_or_path, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         # Loaded this way the adapter is frozen, and a second one would nest on it.
@@ -77,12 +84,65 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             "(peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), or in "
             "Python pass AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) to go on training it"
         )
+    if (other := _other_class(folder, kwargs)) is not None:
+        raise ModelError(f"model {name_or_path!r} {other}")
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {name_or_path!r}: {len(missing)} weights are not in its files and would be random, "
             f"e.g. {missing[0]!r}; expected a complete causal language model"
         )
     return model
+
+
+_EXPECTED = "expected a causal language model (one that AutoModelForCausalLM loads)"
+
+_OTHER_HEADS = (
+    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice",
+    "ForImageClassification", "ForNextSentencePrediction", "ForPreTraining", "ForRewardModel",
+)  # fmt: skip
+
+
+def _other_class(folder: str, kwargs: dict[str, Any]) -> str | None:
+    """What a model of another class is, in a sentence, or None."""
+    wanted = ("revision", "trust_remote_code", "cache_dir", "token")
+    try:
+        config = AutoConfig.from_pretrained(folder, **{k: kwargs[k] for k in wanted if k in kwargs})
+    except Exception:  # the error of loading says more
+        return None
+    return _no_language_model(config)
+
+
+def _no_language_model(config: Any) -> str | None:
+    names = list(getattr(config, "architectures", None) or [])
+    what = names[0] if names else type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"is {what}, an encoder with a decoder; {_EXPECTED}"
+    if names and all(name.endswith(_OTHER_HEADS) for name in names):
+        return f"is {what}, whose head gives no next tokens; {_EXPECTED}"
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if not known and not getattr(config, "auto_map", None):
+        return f"is {what}, which has no such head; {_EXPECTED}"
+    return None
+
+
+def refuse_other_classes(model: nn.Module) -> None:
+    """Refuses a model that is no causal language model, given as an object.
+
+    Raises:
+        ModelError: It is an encoder with a decoder, reads no tokens, or has another head.
+    """
+    base: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+    if not isinstance(base, PreTrainedModel):
+        return
+    name, what = type(base).__name__, None
+    if getattr(base.config, "is_encoder_decoder", False):
+        what = "an encoder with a decoder"
+    elif getattr(base, "main_input_name", "input_ids") != "input_ids":
+        what = f"which reads {base.main_input_name}, not tokens"
+    elif name.endswith(_OTHER_HEADS) or ("LM" not in name and base.get_output_embeddings() is None):
+        what = "whose head gives no next tokens"
+    if what is not None:
+        raise ModelError(f"model: {name} is a model of another class, {what}; {_EXPECTED}")
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -248,6 +308,9 @@ def _cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
     reason = first_lines(error)
+    if not isinstance(error, _LOADING_ERRORS):
+        reason = f"its configuration describes no model that can be built ({type(error).__name__}: {reason})"
+    reason = reason[:300]
     if isinstance(error, OSError) and name_or_path != LAB_POLICY and not Path(name_or_path).is_dir():
         reason = f"there is no folder {name_or_path} here, and the hub has no answer ({reason[:200]})"
     return ModelError(f"{what} cannot be loaded: {reason}")

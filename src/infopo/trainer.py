@@ -151,6 +151,9 @@ class InfoPOTrainer(SavingTrainer):
             policy = models.load_policy(policy, **init_kwargs(args, quantization_config))
         if processing_class is None:
             processing_class = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        for each in (policy, ref_model):
+            if each is not None:
+                models.refuse_other_classes(each)
         models.set_pad_token(processing_class, policy, args.pad_token)
         # Before an adapter is added, whose dropout was asked for by name: it draws nothing while the adapter adds 0.
         self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
@@ -237,6 +240,7 @@ class InfoPOTrainer(SavingTrainer):
         self._step_values: list[Tensor | None] = [None] * len(self.mixture)
         self._averages = self._no_averages()
         self._is_checked = False
+        self._has_own_collator = data_collator is None
         self._aux_loss: Tensor | None = None
         self._aux_share = 1.0
         self._has_trained = False
@@ -350,6 +354,9 @@ class InfoPOTrainer(SavingTrainer):
         if self.args.disable_dropout:
             models.disable_dropout(loaded)
         self.logps_in_words = startup.choose_path(self.model, loaded, self.args)
+        if self._has_own_collator and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # The path may be another one now, on which tokens are counted otherwise.
+            self.data_collator = startup.collator(self.model, self.args, self._router_coef)
         return loaded
 
     def _live(
