@@ -311,7 +311,8 @@ def fuzz(name: str, inputs: int, seed: int = 0) -> dict[str, Any]:
             except InfoPOError as error:
                 text = str(error)
                 outcomes[f"{type(error).__name__}: {getattr(error, 'reason', '')}".rstrip(": ")] += 1
-                if text != printable(text) or len(text) > LONGEST:
+                longest = max(map(len, getattr(error, "problems", [text])))
+                if text != printable(text) or longest > LONGEST:
                     failures.append({"input": number, "error": text})
             except Exception as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]

@@ -267,9 +267,10 @@ def test_a_column_whose_text_stands_in_the_prompt_is_no_loss():
     assert not counts.ignored
 
 
-@pytest.mark.parametrize("row", [CONVERSATIONAL, CONVERSATIONAL_IMPLICIT, UNPAIRED_MESSAGES])
-def test_a_system_column_begins_a_conversation(row: dict[str, Any]):
-    ((prompt, _, _),) = parts([row | {"system": "Be brief."}])
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("row", [CONVERSATIONAL, CONVERSATIONAL_IMPLICIT, UNPAIRED_MESSAGES, ALPACA])
+def test_a_system_column_begins_a_conversation(row: dict[str, Any], column: str):
+    ((prompt, _, _),) = parts([row | {column: "Be brief."}])
     assert prompt[0] == SYSTEM
     developer = {"role": "developer", "content": "Be kind."}
     if row is CONVERSATIONAL:
@@ -301,6 +302,8 @@ def test_text_of_a_prompt_or_of_turns_is_read_as_such():
     turn = json.dumps({"from": "gpt", "value": "It is 2."})
     row = {"conversations": str([{"from": "human", "value": "1+1?"}]), "chosen": turn, "rejected": "3"}
     assert parts([row]) == [([user("1+1?")], [[assistant("It is 2.")]], [[assistant("3")]])]
+    texts = {side: [json.dumps(TALK[0]), json.dumps(assistant(side))] for side in ("chosen", "rejected")}
+    assert parts([texts]) == [(TALK[:1], [[assistant("chosen")]], [[assistant("rejected")]])]
     row = {"prompt": json.dumps(TALK[:1]), "chosen": "2", "rejected": "3"}
     assert parts([row]) == [(TALK[:1], [[assistant("2")]], [[assistant("3")]])]
 

@@ -313,7 +313,8 @@ def test_python_object_is_refused_and_not_made():
 
 
 def test_value_that_does_not_fit_its_tag_is_refused():
-    assert "not valid YAML" in only_problem_of(MINIMAL, "train.learning_rate=!!float x")
+    for value in ("!!float x", "!!float ''", '!!int ""', "!!bool maybe", "!!int x"):
+        assert "not valid YAML" in only_problem_of(MINIMAL, f"train.learning_rate={value}")
 
 
 def test_self_reference_is_refused():

@@ -124,10 +124,10 @@ def read_tree(text: str, problems: Problems) -> Tree:
 
 
 def _construct(loader: _Loader, node: yaml.Node) -> Any:
-    """The value of a node; `!!float x`, or an integer too long for Python, is a YAML error like any other."""
+    """The value of a node; `!!float x`, `!!int ""`, or an integer too long for Python, is a YAML error like any other."""
     try:
         return loader.construct_document(node)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
         raise yaml.constructor.ConstructorError(
             None, None, f"a value cannot be read: {error}", node.start_mark
         ) from error

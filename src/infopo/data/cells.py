@@ -57,6 +57,8 @@ def _opened(value: Any, column: str, row_id: str) -> Any:
         value = _conversation(value, column, row_id)
     elif isinstance(value, list) and any(isinstance(item, str) and item[:1] in "[{" for item in value):
         items = [_conversation(item, column, row_id) if isinstance(item, str) else item for item in value]
+        if all(_is_conversation(item) and text[:1] == "{" for item, text in zip(items, value, strict=True)):
+            return [turn for item in items for turn in item]  # each text held a turn
         if any(new is not old for new, old in zip(items, value, strict=True)):
             value = items
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list) and column != "input":

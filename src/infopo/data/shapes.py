@@ -290,6 +290,8 @@ def _sides(response: Text, is_good: bool) -> tuple[list[Text], list[Text]]:
 
 def _system(row: Mapping[str, Any], row_id: str) -> list[Message]:
     system = optional_text(row, "system", row_id)
+    if not system.strip():
+        system = optional_text(row, "system_prompt", row_id)
     return [{"role": "system", "content": system}] if system.strip() else []
 
 

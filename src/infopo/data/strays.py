@@ -165,10 +165,11 @@ def ignored_columns(
 
 
 def _dropped(column: str, why: str, row_id: str) -> DataError:
-    remedy = (
-        f"map it (data.columns, e.g. {{instruction: prompt}} reads text prompts as conversations with a system turn), "
-        f"or leave it out with data.columns: {{{column}: null}}"
-    )
+    if column in ("system", "system_prompt", "tools"):
+        remedy = "read text prompts as conversations (data.columns: {instruction: prompt})"
+    else:
+        remedy = "write it into the prompt, map it (data.columns)"
+    remedy += f", or leave it out (data.columns: {{{column}: null}})"
     return DataError(f"column {column!r} would be dropped: {why}; {remedy}", row_id, "ignored column")
 
 
