@@ -124,7 +124,7 @@ def read_tree(text: str, problems: Problems) -> Tree:
 
 
 def _construct(loader: _Loader, node: yaml.Node) -> Any:
-    """The value of a node; `!!float x`, `!!int ""`, or an integer too long for Python, is a YAML error like any other."""
+    """The value of a node. `!!float x`, `!!int ""`, or an integer too long for Python is a YAML error like others."""
     try:
         return loader.construct_document(node)
     except (ValueError, KeyError, IndexError, OverflowError) as error:
