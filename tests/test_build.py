@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from infopo import build
+from infopo import train_table
 from infopo.arguments import InfoPOConfig
 from infopo.build import build_adapter, build_arguments, build_examples, build_policy, train_fields
 from infopo.config import DataSection, Recipe, parse_recipe
@@ -44,12 +44,12 @@ def test_train_accepts_every_default_of_the_trainer():
 
 
 def test_what_has_a_place_of_its_own_in_a_recipe_is_not_accepted_under_train():
-    assert build._SET_ELSEWHERE - {f.name for f in fields(InfoPOConfig)} == set()
-    assert build._SET_ELSEWHERE & train_fields().keys() == set()
+    assert train_table.SET_ELSEWHERE - {f.name for f in fields(InfoPOConfig)} == set()
+    assert train_table.SET_ELSEWHERE & train_fields().keys() == set()
 
 
 def test_every_domain_and_list_of_choices_belongs_to_an_argument():
-    assert (build._DOMAINS.keys() | build._CHOICES.keys()) - train_fields().keys() == set()
+    assert (train_table.DOMAINS.keys() | train_table.CHOICES.keys()) - train_fields().keys() == set()
 
 
 @pytest.mark.parametrize(

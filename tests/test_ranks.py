@@ -104,6 +104,16 @@ def test_a_size_that_names_no_launcher_is_no_launcher(monkeypatch: pytest.Monkey
     assert not ranks.must_use_cpu()
 
 
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK"])
+def test_the_first_rank_is_known_before_the_ranks_are_connected(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert ranks.is_first()
+    for value in ("0", "1"):
+        monkeypatch.setenv(name, value)
+        assert ranks.is_first() == (value == "0")
+
+
 @pytest.mark.parametrize(
     ("settings", "chosen", "line"),
     [

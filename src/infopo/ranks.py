@@ -25,6 +25,11 @@ def launched() -> int:
     return next((int(size) for size in sizes if size.isdecimal() and int(size) > 0), 1)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that a launcher has started, or the only one."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
+
+
 def must_use_cpu() -> bool:
     """Whether `use_cpu` has to be set for the ranks to find each other.
 

@@ -1,7 +1,6 @@
 """`infopo train`: recipe -> run directory with an aligned model."""
 
 import contextlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from infopo import resuming, run_state
+from infopo import ranks, resuming, run_state
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.data.counts import DataCounts
@@ -37,7 +36,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     preflight(recipe_path, overrides)
     recipe = load_recipe(recipe_path, overrides, train_fields())
     run_dir = Path(recipe.output_dir)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = ranks.is_first()
     was_there = run_dir.exists()
     try:
         with run_state.in_use(run_dir) if is_main else contextlib.nullcontext():
