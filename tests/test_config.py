@@ -186,7 +186,10 @@ def test_limits_themselves_are_admitted(override: str):
             "model.adapter.lora_dropout (override): expected a value in [0, 1), got 1",
         ),
         (["model.adapter.target_modules=[1]"], "expected text or a list of texts or null, got [1]"),
-        (["model.adapter.lora_r=3"], "model.adapter.lora_r (override): no such setting (did you mean 'lora_"),
+        (
+            ["model.adapter.lora_r=3"],
+            "model.adapter.lora_r (override): no such setting (did you mean model.adapter.r?)",
+        ),
         (["data.max_length=1"], "data.max_length (override): expected a value >= 2, got 1"),
         (["data.max_length=512.0"], "data.max_length (override): expected an integer or null, got 512.0"),
         (["data.on_bad_row=ignore"], "data.on_bad_row (override): expected one of raise, skip, got 'ignore'"),

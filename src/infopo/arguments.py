@@ -256,6 +256,11 @@ class InfoPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 problems.append(f"{name}: expected a positive number or None, got {value!r}")
+        if self.fp16 and self.device.type == "cpu":
+            problems.append(
+                "fp16=True: there is no accelerator here, and a CPU has no fp16 mixed precision: it would run in "
+                "float32 without a word. Leave it out, or set bf16=True"
+            )
         return problems + self._loader_problems()
 
     def _loader_problems(self) -> list[str]:

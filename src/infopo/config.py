@@ -23,6 +23,7 @@ from infopo.catalog import (
 )
 from infopo.errors import RecipeError
 from infopo.losses.catalog import OBJECTIVES, check_objective, complete_parameters, objective_name
+from infopo.places import SYNONYMS
 from infopo.secrets import learn, masked_tree
 from infopo.vocabulary import check_columns
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
@@ -293,13 +294,14 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
     Checks across sections see the settings as they came, right or wrong: so one mistake does not hide another.
     """
     learn(tree)  # before any value stands in a message
-    _refuse_unknown(tree, Recipe, "", problems, _homes(train_fields))
-    model = _read_section(ModelSection, tree.get("model"), "model", problems)
-    data = _read_section(DataSection, tree.get("data"), "data", problems)
+    homes = _homes(train_fields)
+    _refuse_unknown(tree, Recipe, "", problems, homes)
+    model = _read_section(ModelSection, tree.get("model"), "model", problems, homes)
+    data = _read_section(DataSection, tree.get("data"), "data", problems, homes)
     output_dir = _read_output_dir(tree.get("output_dir"), problems)
     objective = _read_objective(tree.get("objective"), problems)
-    reference = _read_section(ReferenceSection, tree.get("reference"), "reference", problems)
-    train = _read_train(tree.get("train"), train_fields, problems)
+    reference = _read_section(ReferenceSection, tree.get("reference"), "reference", problems, homes)
+    train = _read_train(tree.get("train"), train_fields, problems, homes)
     _check_reference(model, reference, problems)
     if model["quantization"] is not None and model["adapter"] is None:
         problems.add(
@@ -323,11 +325,15 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
 
 
 def _homes(train_fields: Mapping[str, TrainField]) -> dict[str, str]:
-    """The section of each setting that stands beneath one, for those who write it at the top level."""
-    sections = {"model": ModelSection, "data": DataSection, "reference": ReferenceSection}
+    """The place of each setting, for those who write it elsewhere or under another tool's name."""
+    sections = {
+        "model": ModelSection, "model.adapter": AdapterSection, "data": DataSection, "reference": ReferenceSection,
+    }  # fmt: skip
     homes = {name: f"train.{name}" for name in train_fields}
     homes |= {key: f"objective.{key}" for row in OBJECTIVES.values() for key in row.parameters}
-    return homes | {f.name: f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}
+    homes |= {f.name: f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}
+    homes |= {"output_dir": "output_dir, at the top level", "beta": "objective.beta"}
+    return dict(SYNONYMS) | homes | {name: SYNONYMS[name] for name in ("objective", "reference")}
 
 
 def _refuse_unknown(
@@ -342,17 +348,24 @@ def _refuse_unknown(
     there_are = ", ".join(known)
     for key in tree:
         if key not in known:
-            meant = f" (did you mean {homes[key]}?)" if homes and key in homes else suggestion(key, known)
+            home = (homes or {}).get(key)
+            meant = f" (did you mean {home}?)" if home else suggestion(key, known)
             problems.add(join_path(path, key), f"no such setting{meant}; there are {there_are}")
 
 
-def _read_section(section: "type[DataclassInstance]", value: Any, path: str, problems: Problems) -> Tree:
+def _read_section(
+    section: "type[DataclassInstance]",
+    value: Any,
+    path: str,
+    problems: Problems,
+    homes: Mapping[str, str] | None = None,
+) -> Tree:
     """All settings of one section, defaults filled in; wrong ones are noted and kept as they came."""
     is_section = isinstance(value, dict | None)
     if not is_section:
         problems.add(path, f"expected a section with settings beneath it, got {shown(value)}")
     given = value if is_section and value else {}
-    _refuse_unknown(given, section, path, problems)
+    _refuse_unknown(given, section, path, problems, homes)
     kinds, settings = get_type_hints(section), {}
     for spec in fields(section):
         place, kind = f"{path}.{spec.name}", kinds[spec.name]
@@ -362,7 +375,7 @@ def _read_section(section: "type[DataclassInstance]", value: Any, path: str, pro
             if spec.default is MISSING and is_section:
                 problems.add(place, "is required")
         elif isinstance(nested, type) and setting is not None:
-            setting = _read_section(nested, setting, place, problems)
+            setting = _read_section(nested, setting, place, problems, homes)
         elif problem := _value_problem(setting, kind, spec.metadata):
             problems.add(place, problem)
         settings[spec.name] = setting
@@ -396,7 +409,9 @@ def _read_objective(value: Any, problems: Problems) -> Tree:
     return {"name": name, "parameters": parameters}
 
 
-def _read_train(value: Any, train_fields: Mapping[str, TrainField], problems: Problems) -> Tree:
+def _read_train(
+    value: Any, train_fields: Mapping[str, TrainField], problems: Problems, homes: Mapping[str, str]
+) -> Tree:
     if not isinstance(value, dict | None):
         problems.add("train", f"expected a section with settings beneath it, got {shown(value)}")
         return {}
@@ -411,7 +426,9 @@ def _read_train(value: Any, train_fields: Mapping[str, TrainField], problems: Pr
             if problem := known[key].problem(setting):
                 problems.add(f"train.{key}", problem)
         elif train_fields:
-            problems.add(f"train.{key}", f"no such training argument{suggestion(str(key), known)}")
+            home = homes.get(str(key))
+            meant = f"; it is {home}" if home else suggestion(str(key), known)
+            problems.add(f"train.{key}", f"no such training argument{meant}")
     return train
 
 

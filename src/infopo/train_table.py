@@ -21,7 +21,8 @@ SET_ELSEWHERE = {
     "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
     "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
     "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold", "columns",
-    "chat_template_kwargs", "as_chat", "model_init_kwargs", "trust_remote_code",
+    "chat_template_kwargs", "as_chat", "model_init_kwargs", "trust_remote_code", "desirable_weight",
+    "undesirable_weight", "simpo_gamma", "cpo_alpha", "f_divergence_type", "f_alpha_divergence_coef",
 }  # fmt: skip
 """Arguments that have a place of their own in a recipe, outside `train`."""
 
