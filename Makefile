@@ -14,7 +14,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long test-gpu soak lint format docs clean
+.PHONY: help demo test test-long test-gpu soak tried lint format docs clean
 
 help:
 	@echo "make demo       train on the embedded world and write a report"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-long  tests that take minutes: kills, ranks, fuzzing, parity"
 	@echo "make test-gpu   tests of what runs on a GPU only"
 	@echo "make soak       ten million streamed rows in flat memory, 20,000 damaged inputs (half an hour of one core)"
+	@echo "make tried      write docs/tried.md: what comes of every architecture, adapter and shape of data (minutes)"
 	@echo "make lint       the first four of make test"
 	@echo "make format     rewrite the code in the project's format"
 	@echo "make docs       build the documentation into site/"
@@ -44,6 +45,9 @@ soak: $(VENV)/dev.stamp
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/soak_stream.py --rows 10000000 \
 		--out benchmarks/results/soak_stream.json
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --inputs 20000 --out benchmarks/results/fuzz.json
+
+tried: $(VENV)/dev.stamp
+	cd tests && $(OFFLINE) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m tried
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -1,7 +1,10 @@
 """Finds the model of transformers inside the wrappers that other libraries put around it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -37,6 +40,32 @@ def num_virtual_tokens(model: nn.Module) -> int:
 def acts_from_a_token_on(model: nn.Module) -> bool:
     """Returns whether an adapter looks for tokens in each row and acts from there on, as aLoRA does."""
     return any(getattr(config, "alora_invocation_tokens", None) for config in _adapters(model))
+
+
+@contextmanager
+def adapter_moved(model: nn.Module, by: float = 0.02) -> Iterator[None]:
+    """Within it, noise is added to the trainable weights of a model with adapters.
+
+    Most adapters change nothing before the first update, so that whatever is wrong with them would show afterwards only:
+    LILY weighs its experts by a mean over all tokens of a batch, later ones too. Random numbers stay as they were.
+
+    Args:
+        model: Any model; without an adapter, nothing happens.
+        by: Standard deviation of the noise.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad and type(p) is nn.Parameter]
+    trained = trained if _adapters(model) else []
+    before = [p.detach().clone() for p in trained]
+    devices = {p.device.index for p in trained if p.is_cuda}
+    with torch.random.fork_rng(devices), torch.no_grad():
+        for parameter in trained:
+            parameter.add_(by * torch.randn_like(parameter))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.copy_(value)
 
 
 def _adapters(model: nn.Module) -> list[Any]:
