@@ -17,6 +17,7 @@ from infopo.errors import LogpsError, ModelError, ReferenceMismatchError
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.logps import rope
 from infopo.logps.forward import path_of, prepare, response_logps
+from infopo.logps.wrappers import adapter_moved
 from infopo.models import check_fit, disable_dropout
 from infopo.noise import in_training, random_modules
 from infopo.records import PreferenceExample
@@ -299,3 +300,30 @@ def test_the_path_of_a_model_does_not_change_by_its_tests(tmp_path: Path) -> Non
     before = path_of(trainer.model)
     trainer.train()
     assert path_of(trainer.model) == before == "forest"
+
+
+def test_an_adapter_that_is_0_at_first_is_tested_as_it_will_be(tmp_path: Path) -> None:
+    """LILY weighs its experts by a mean over all tokens of a batch, also those that come later."""
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, "LilyConfig"):
+        pytest.skip("this version of peft has no such adapter")
+    lily = peft.LilyConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)
+    model = peft.get_peft_model(tiny_llama(), lily)
+    with pytest.raises(LogpsError, match="the log-prob of a"):
+        trainer_of(tmp_path, model).train()
+
+
+def test_testing_an_adapter_leaves_weights_and_random_numbers_as_they_were() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with adapter_moved(model) as is_moved:
+        assert is_moved
+        changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert torch.get_rng_state().equal(random_state)

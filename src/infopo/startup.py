@@ -31,7 +31,7 @@ from infopo.logps.forward import (
     rows_apart,
     self_test,
 )
-from infopo.logps.wrappers import base_of
+from infopo.logps.wrappers import adapter_moved, base_of
 from infopo.noise import first_difference
 from infopo.noise import in_training as noise_free_training
 from infopo.records import PackedBatch, PreferenceExample
@@ -135,6 +135,10 @@ def check_log_probs(
     noise = self_test(model, probes, alone, exact=exact)
     unit = noise / (1 + math.sqrt(max(response_lengths(probes))))
     checked = [f"{probes.num_responses} responses together and alone"]
+    with adapter_moved(model) as is_moved:
+        if is_moved:  # an adapter that is 0 at first would pass whatever it does
+            self_test(model, probes, alone, exact=exact)
+            checked.append("the same with an adapter that is not 0")
     if args.disable_dropout:
         _check_training_mode(model, probes, quiet)
         checked.append("training mode against evaluation mode")

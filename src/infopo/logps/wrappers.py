@@ -43,15 +43,23 @@ def acts_from_a_token_on(model: nn.Module) -> bool:
 
 
 @contextmanager
-def adapter_moved(model: nn.Module, by: float = 0.02) -> Iterator[None]:
-    """Within it, noise is added to the trainable weights of a model with adapters.
+def adapter_moved(model: nn.Module, by: float = 0.02) -> Iterator[bool]:
+    """Adds noise to the trainable weights of a model with adapters, until it is left.
 
-    Most adapters change nothing before the first update, so that whatever is wrong with them would show afterwards only:
+    Most adapters change nothing before the first update, so that what is wrong with them would show only afterwards:
     LILY weighs its experts by a mean over all tokens of a batch, later ones too. Random numbers stay as they were.
 
     Args:
-        model: Any model; without an adapter, nothing happens.
+        model: Any model.
         by: Standard deviation of the noise.
+
+    Yields:
+        Whether there are such weights; without an adapter, nothing happens.
+
+    Example:
+        >>> with adapter_moved(nn.Linear(2, 2)) as is_moved:
+        ...     is_moved
+        False
     """
     trained = [p for p in model.parameters() if p.requires_grad and type(p) is nn.Parameter]
     trained = trained if _adapters(model) else []
@@ -61,7 +69,7 @@ def adapter_moved(model: nn.Module, by: float = 0.02) -> Iterator[None]:
         for parameter in trained:
             parameter.add_(by * torch.randn_like(parameter))
     try:
-        yield
+        yield bool(trained)
     finally:
         with torch.no_grad():
             for parameter, value in zip(trained, before, strict=True):
