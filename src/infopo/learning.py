@@ -156,8 +156,13 @@ def check_gradients(
     tried = bool(args.activation_checkpointing)
 
     def problem_with(checkpointing: bool) -> str | None:
-        with in_training(model, quiet), _checkpointed(model, args, checkpointing):
-            return _problem(model, batch, context, " with gradient_checkpointing" if checkpointing else "")
+        try:
+            with in_training(model, quiet), _checkpointed(model, args, checkpointing):
+                return _problem(
+                    model, batch, context, " with gradient_checkpointing" if checkpointing else ""
+                )
+        except _NoCheckpointing as error:
+            return str(error).removesuffix(".")
 
     problem = problem_with(tried)
     if problem is None:
@@ -230,6 +235,10 @@ def _judge(name: str, gradients: dict[str, Tensor | None]) -> str | None:
     return None
 
 
+class _NoCheckpointing(Exception):  # noqa: N818 - no error of a run, which goes on without
+    """The model cannot be checkpointed, in the words of transformers."""
+
+
 @contextmanager
 def _checkpointed(model: nn.Module, args: InfoPOConfig, wanted: bool) -> Iterator[None]:
     """Within it, activations are checkpointed as `Trainer.train` sets it up, if wanted."""
@@ -240,7 +249,10 @@ def _checkpointed(model: nn.Module, args: InfoPOConfig, wanted: bool) -> Iterato
     given = args.activation_checkpointing_kwargs
     settings = dict(given) if isinstance(given, dict) else {}
     layers = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
-    enable(activation_checkpointing_kwargs=settings or None, **layers)
+    try:
+        enable(activation_checkpointing_kwargs=settings or None, **layers)
+    except ValueError as error:
+        raise _NoCheckpointing(str(error)) from error
     try:
         yield
     finally:

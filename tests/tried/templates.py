@@ -17,7 +17,8 @@ INTRODUCTION = """The chat templates that TRL ships, on conversations of five ki
 the tags of the template were added. *As TRL* are the kinds whose prompt and response together have the tokens of TRL's
 `DPOTrainer`, *but for the end* those to which one token is added or spared there: a template without an end of turn
 gets EOS here. *Behind the generation prompt* are those whose response follows what `generate` will see, where TRL
-leaves the end of the generation prompt out. What is *refused by the template* is refused by TRL, too.
+leaves the end of the generation prompt out. Templates that read contents in parts only write none of them under TRL.
+What is *refused by the template* is refused by TRL, too.
 """
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -99,6 +100,8 @@ def _outcome(tokenizer: Any, kind: str) -> str:
     ours = begin + end
     if ours == whole:
         return "as TRL"
+    if turn["content"] not in tokenizer.decode(whole):
+        return "whole, where TRL's tokens lack the content"
     shorter, longer = sorted((ours, whole), key=len)
     if longer[: len(shorter)] == shorter and len(longer) == len(shorter) + 1:
         return "as TRL, but for the end"
