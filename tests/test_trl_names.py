@@ -237,3 +237,12 @@ def test_everything_that_is_not_honoured_is_refused_at_once_and_by_name() -> Non
 
 def test_a_setting_left_alone_is_never_refused() -> None:
     assert trl_names.refused(InfoPOConfig(output_dir="unused", use_cpu=True)) == []
+
+
+def test_the_page_lists_what_is_refused_and_every_other_trainer() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "from-trl.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- `(\w+)`$", page.split("## What is refused")[1], flags=re.MULTILINE) == list(
+        trl_names.NOT_HONOURED
+    )
+    for name in (*trl_names.TOLD, *trl_names.PARAMETERS, "KTOTrainer", "CPOTrainer", "ORPOTrainer"):
+        assert name in page, name

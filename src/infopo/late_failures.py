@@ -29,8 +29,8 @@ from infopo.reference_store import check_folder
 
 logger = logging.getLogger(__name__)
 
-OF_TRANSFORMERS = ("runtime", "samples_per_second", "steps_per_second")
-"""Metrics that transformers adds to those of an evaluation."""
+OF_MODEL = ("runtime", "samples_per_second", "steps_per_second", "aux_loss")
+"""Metrics that do not depend on objective and data: of transformers, and of a mixture of experts."""
 
 
 def check_saving(model: nn.Module, processing_class: Any, args: InfoPOConfig) -> None:
@@ -131,9 +131,7 @@ def _metric_problems(
     def names(setting: str) -> list[str]:
         sides = reference_sides(mixture, setting, "eval")
         return [
-            p + n
-            for p, d in prefixes.items()
-            for n in [*metric_names(rule, sides, **kinds(d)), *OF_TRANSFORMERS]
+            p + n for p, d in prefixes.items() for n in [*metric_names(rule, sides, **kinds(d)), *OF_MODEL]
         ]
 
     there = names(args.reference_sides)
@@ -143,7 +141,7 @@ def _metric_problems(
             remedy = " reference_sides='both' (in a recipe, reference.sides: both) computes it."
         elif len(prefixes) > 1 and wanted in METRICS:
             remedy = f" There are several sets: write e.g. {next(iter(prefixes))}{wanted!s}."
-        told = [n for n in there if not n.endswith(OF_TRANSFORMERS)]
+        told = [n for n in there if not n.endswith(OF_MODEL)]
         return [
             f"metric_for_best_model: evaluation will give no {metric!r}{suggestion(wanted, told)}.{remedy} "
             f"It gives: {', '.join(told)}"[:480]

@@ -51,6 +51,7 @@ METRICS: Mapping[str, Metric] = {
     "ratio/capped": Metric("share with β log r(l) > cap", "share", "rejected responses"),
     "kl": Metric("max(0, kl_unclamped)", "nats", "the whole step or set"),
     "kl_unclamped": Metric("log π_θ(y') - log π_ref(y')", "nats", "mismatched responses y'"),
+    "aux_loss": Metric("the router's load-balancing loss", "-", "device batches", False),
 }
 """Every metric of this package, in the order in which a record shows them. `docs/metrics.md` is compared with it."""
 
