@@ -49,8 +49,8 @@ class PaddedSampler(Sampler[int]):
 class LengthGroupedEpochs(Sampler[int]):
     """Puts rows of similar length next to each other, in a random order that depends on seed and epoch alone.
 
-    transformers' `LengthGroupedSampler` draws from a generator whose state a resumed run does not have. This one
-    therefore makes a new generator for each epoch.
+    Without a generator, transformers' `LengthGroupedSampler` draws from the global random state, which differs in a
+    resumed run. This sampler therefore makes a generator for each epoch.
 
     Args:
         lengths: Number of tokens of each row.

@@ -32,13 +32,23 @@ def has_virtual_tokens(model: nn.Module) -> bool:
 
 
 def num_virtual_tokens(model: nn.Module) -> int:
-    """Returns how many virtual tokens an adapter puts before each row."""
+    """Returns how many virtual tokens an adapter puts before each row.
+
+    Example:
+        >>> num_virtual_tokens(nn.Linear(2, 2))
+        0
+    """
     learned = (config for config in _adapters(model) if config.is_prompt_learning)
     return max((config.num_virtual_tokens for config in learned), default=0)
 
 
 def acts_from_a_token_on(model: nn.Module) -> bool:
-    """Returns whether an adapter looks for tokens in each row and acts from there on, as aLoRA does."""
+    """Returns whether an adapter looks for tokens in each row and acts from there on, as aLoRA does.
+
+    Example:
+        >>> acts_from_a_token_on(nn.Linear(2, 2))
+        False
+    """
     return any(getattr(config, "alora_invocation_tokens", None) for config in _adapters(model))
 
 
