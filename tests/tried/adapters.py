@@ -157,6 +157,6 @@ def row(name: str) -> Row:
         return result
     off = once(reference="adapter-off")
     if off.result == "fault":
-        return replace(off, note=f"with `reference: adapter-off`: {off.note}")
+        return replace(result, note=f"{result.note}; not with `reference: adapter-off` ({off.note})")
     same = "the same" if off.result == "trained" else "refused, since the fresh adapter changes the policy"
     return replace(result, note=f"{result.note}; with `reference: adapter-off` {same}")
