@@ -1,8 +1,8 @@
 """The recipe: what a run is asked to do, as typed sections read from YAML and `key=value` overrides.
 
 A recipe is judged as a whole: unknown keys, wrong types and impossible combinations are collected and raised as one
-`RecipeError`, each with its place and line. Imports neither torch nor transformers; what transformers accepts under
-`train` is handed in as a table of `TrainField`.
+`RecipeError`, each with its place and line. This module imports neither torch nor transformers. A table of `TrainField`
+tells it what transformers accepts under `train`.
 """
 
 import math
@@ -36,7 +36,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 QUANTIZATIONS = ("4bit", "8bit")
-"""What bitsandbytes makes of the frozen weights beneath an adapter; 4bit is NF4 with double quantization."""
+"""Quantizations by bitsandbytes of the frozen weights beneath an adapter. 4bit is NF4 with double quantization."""
 
 
 def _one_of(*choices: str) -> dict[str, Any]:
@@ -54,9 +54,9 @@ class AdapterSection:
     r: int = field(default=16, metadata=_within(1))
     """Rank of the update matrices."""
     lora_alpha: int = field(default=32, metadata=_within(1))
-    """Scale: the update is multiplied by lora_alpha / r."""
+    """Numerator of the factor lora_alpha / r that the update is multiplied by."""
     lora_dropout: float = field(default=0.0, metadata=_within(0, below=1))
-    """Probability of dropping an input of the adapter in training; at first the adapter adds 0 whatever it drops."""
+    """Probability of dropping an input of the adapter in training. A new adapter adds 0, whatever it drops."""
     target_modules: str | list[str] | None = None
     """Modules to adapt: names, a regular expression, `all-linear`, or null for peft's choice for the architecture."""
 
@@ -68,17 +68,19 @@ class ModelSection:
     name_or_path: str
     """Folder of a saved model, or a name on the hub."""
     dtype: str = field(default="auto", metadata=_one_of(*DTYPES))
-    """Type of the weights; auto is float32 when all are trained, and the checkpoint's own beneath an adapter."""
+    """Type of the weights. auto is float32 if all are trained, and the checkpoint's own beneath an adapter."""
     attn_implementation: str | None = None
-    """Attention kernel by transformers' name; null lets infopo choose."""
+    """Attention kernel by transformers' name, or null to let infopo choose."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     quantization: str | None = field(default=None, metadata=_one_of(*QUANTIZATIONS))
-    """Bits of the frozen weights beneath an adapter (QLoRA; needs bitsandbytes and an accelerator); null: as loaded."""
+    """Bits of the frozen weights beneath an adapter (QLoRA), for which bitsandbytes and an accelerator are needed.
+    null leaves them as loaded.
+    """
     adapter: AdapterSection | None = None
-    """LoRA adapter; null trains all weights."""
+    """LoRA adapter, or null to train all weights."""
 
 
 @dataclass(frozen=True)
@@ -86,39 +88,39 @@ class DataSection:
     """The preference data and how it is turned into tokens."""
 
     path: str | list[str] | dict[str, float]
-    """File, glob, folder, or name of a dataset; a list of such: all their rows; a mapping of them to weights: mixed."""
+    """File, glob, folder, or name of a dataset. A list takes all rows of several, a mapping to weights mixes them."""
     split: str = "train"
     """Split to train on."""
     shape: str | None = field(default=None, metadata=_one_of(*DATA_SHAPES))
-    """Shape of the rows; null recognises it from the columns."""
+    """Shape of the rows, or null to recognise it from the columns."""
     columns: dict[str, str | None] | None = None
-    """Columns of the data by the names that shapes know: `{prompt: question}`; a name mapped to null is left out."""
+    """Columns of the data by the names that shapes know: `{prompt: question}`. A name mapped to null is left out."""
     score_rule: str = field(default=SCORE_RULES[0], metadata=_one_of(*SCORE_RULES))
     """How scored responses are split into chosen and rejected ones."""
     score_threshold: float | None = None
     """Least score of a chosen response, for `score_rule: threshold`."""
     streaming: bool = False
-    """Read rows when they are needed, instead of all before training; needs `train.max_steps`."""
+    """Whether rows are read when they are needed, and not all before training. This needs `train.max_steps`."""
     eval_path: str | list[str] | dict[str, float] | None = None
-    """Data to evaluate on; null with `eval_split` takes that split of `path`."""
+    """Data to evaluate on. null with `eval_split` takes that split of `path`."""
     eval_split: str | None = None
-    """Split to evaluate on; null with `eval_path` takes the split named by `split`."""
+    """Split to evaluate on. null with `eval_path` takes the split named by `split`."""
     max_length: int | None = field(default=1024, metadata=_within(2))
-    """Tokens of prompt and response together; null cuts nothing."""
+    """Largest number of tokens of prompt and response together, or null for no limit."""
     max_prompt_length: int | None = field(default=None, metadata=_within(1))
-    """Tokens of the prompt; null limits prompt and response together only."""
+    """Largest number of tokens of the prompt, or null to limit only prompt and response together."""
     on_too_long: str = field(default="cut", metadata=_one_of(*ON_TOO_LONG))
-    """What to do with a row that has more tokens than that."""
+    """What to do with a row that has more tokens: cut it, or drop it."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Template variables for all rows; those of a row come before them."""
+    """Template variables for all rows. Those of a row's own take precedence."""
     as_chat: bool = False
-    """Take plain text for a conversation, to which the chat template is applied."""
+    """Whether plain text is taken as a conversation, to which the chat template is applied."""
     on_bad_row: str = field(default="raise", metadata=_one_of(*ON_BAD_ROW))
     """What to do with a row that cannot be used."""
     num_proc: int | None = field(default=None, metadata=_within(1))
-    """Processes that encode rows; null encodes in this one."""
+    """Number of processes that encode rows, or null to encode in this one."""
     limit: int | None = field(default=None, metadata=_within(1))
-    """Number of rows to read, from the start; null reads all."""
+    """Number of rows to read, from the start, or null to read all."""
 
     @property
     def has_eval(self) -> bool:
@@ -128,7 +130,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """The loss. In YAML its parameters stand beside the name: `objective: {name: dpo, beta: 0.1}`, or `objective: dpo`.
+    """The loss. In YAML its parameters are beside the name: `objective: {name: dpo, beta: 0.1}`, or `objective: dpo`.
 
     Raises:
         RecipeError: The catalog has no such objective or parameter, or refuses a value.
@@ -137,7 +139,7 @@ class ObjectiveSection:
     name: str = "infopo"
     """Name in the catalog of objectives."""
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Values by parameter name; what is not given takes the catalog's default, so that a written recipe is complete."""
+    """Values by parameter name. The catalog's defaults are filled in, so that a written recipe is complete."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", objective_name(self.name))
@@ -146,20 +148,20 @@ class ObjectiveSection:
 
 @dataclass(frozen=True)
 class ReferenceSection:
-    """Where log π_ref comes from. In YAML `reference: live` stands for `reference: {source: live}`."""
+    """The source of log π_ref. In YAML `reference: live` means `reference: {source: live}`."""
 
     source: str = "auto"
     """`auto`, `live`, `precompute`, `adapter-off`, or the path of a reference model."""
     store: str | None = "auto"
-    """Folder that precomputed values are kept in; `auto` is the user's cache, `off` or null is memory only."""
+    """Folder that precomputed values are kept in. `auto` is the user's cache, `off` or null is memory only."""
     sides: str = field(default="auto", metadata=_one_of(*REFERENCE_SIDES))
-    """Responses whose reference is computed: those that the loss needs, both sides (for metrics), or auto: both in
-    evaluation only.
+    """Responses whose reference is computed. `needed` are those that the loss needs, `both` serves all metrics, and
+    `auto` is both in evaluation only.
     """
 
     @property
     def is_path(self) -> bool:
-        """Whether `source` names a model and not a mode."""
+        """Whether `source` names a model, not a mode."""
         return self.source not in REFERENCE_MODES
 
 
@@ -167,7 +169,7 @@ class ReferenceSection:
 class Recipe:
     """Everything that a run is asked to do.
 
-    Checked by `parse_recipe`; the sections alone check nothing but the objective.
+    `parse_recipe` checks it. The sections alone check nothing but the objective.
     """
 
     model: ModelSection
@@ -179,22 +181,26 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     """Arguments of the trainer under transformers' names, and `resume_from_checkpoint`."""
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Where each dotted key came from (`line 3`, `override`), for messages; no setting."""
+    """Origin of each dotted key (`line 3`, `override`) for messages. This is not a setting."""
 
     def located(self, key: str) -> str:
-        """The key as messages name it, e.g. `model.name_or_path (line 3)`."""
+        """Returns the key as messages name it, e.g. `model.name_or_path (line 3)`."""
         place = self.places.get(key) or self.places.get(key.rpartition(".")[0])
         return f"{key} ({place})" if place else key
 
 
 @dataclass(frozen=True)
 class TrainField:
-    """What one key under `train` accepts.
+    """The values that one key under `train` accepts.
 
     Attributes:
         name: The key.
-        kinds: Accepted types (`float` takes integers too, `int` takes no booleans); empty accepts anything.
-        choices: Accepted texts; empty accepts any. Values that are not text are judged by `kinds` alone.
+        kinds: Accepted types (`float` takes integers too, `int` takes no booleans). If empty, anything is accepted.
+        choices: Accepted texts. If empty, any is accepted. Values that are not text are judged by `kinds` alone.
+
+    Example:
+        >>> TrainField("max_steps", (int,)).problem("many")
+        "expected an integer, got 'many'"
     """
 
     name: str
@@ -202,7 +208,7 @@ class TrainField:
     choices: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with `value`, or None."""
+        """Returns what is wrong with `value`, or None if nothing is."""
         if self.kinds and not any(_fits(value, kind) for kind in self.kinds):
             return f"expected {_in_words(*self.kinds)}, got {shown(value)}"
         if self.choices and isinstance(value, str) and value not in self.choices:
@@ -211,13 +217,13 @@ class TrainField:
 
 
 RESUME = TrainField("resume_from_checkpoint", (bool, str, NoneType))
-"""Ours in all but name: true finds the newest checkpoint of the run directory."""
+"""Named as in transformers, but handled by infopo: true finds the newest checkpoint of the run directory."""
 
 
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), train_fields: Mapping[str, TrainField] | None = None
 ) -> Recipe:
-    """Reads and checks a recipe file; see `parse_recipe`.
+    """Reads and checks a recipe file (see `parse_recipe`).
 
     Raises:
         RecipeError: The file cannot be read, or anything in it or in the overrides is wrong.
@@ -249,14 +255,20 @@ def parse_recipe(
     """Reads a recipe and checks it as a whole.
 
     Args:
-        text: YAML.
-        source: What errors call the recipe, e.g. its file name.
-        overrides: `section.key=value`, later ones win; the value is YAML, so `key=` means null. A whole section can
-            be replaced (`objective=dpo`, `model.adapter=null`).
-        train_fields: What `train` accepts; None or empty accepts any key.
+        text: The recipe as YAML.
+        source: Name of the recipe in errors, e.g. its file name.
+        overrides: Settings as `section.key=value`, of which later ones win. The value is YAML, so `key=` means null. A
+            whole section can be replaced (`objective=dpo`, `model.adapter=null`).
+        train_fields: Keys that `train` accepts. If None or empty, it accepts any key.
 
     Raises:
-        RecipeError: With every problem that was found.
+        RecipeError: Something is wrong. The error lists every problem.
+
+    Example:
+        >>> recipe = parse_recipe("{model: sft, data: pairs.jsonl, output_dir: out}", source="example",
+        ...                       overrides=["objective=dpo"])
+        >>> recipe.model.name_or_path, recipe.objective.name, recipe.objective.parameters["beta"]
+        ('sft', 'dpo', 0.1)
     """
     problems = Problems(source)
     tree = _expand_shorthands(read_tree(text, problems))
@@ -267,7 +279,10 @@ def parse_recipe(
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every default written out and secrets masked; `parse_recipe` of it gives an equal recipe."""
+    """Returns the recipe as YAML, with every default written out and secrets masked.
+
+    `parse_recipe` of the text returns an equal recipe.
+    """
     tree = masked_tree(asdict(replace(recipe, places={})))
     del tree["places"]
     objective = tree["objective"]
@@ -276,11 +291,11 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 _SHORTHANDS = {"model": "name_or_path", "data": "path", "objective": "name", "reference": "source"}
-"""Sections and the setting that a text in place of a section stands for."""
+"""Sections, and the setting that a text in place of the section means."""
 
 
 def _expand_shorthands(tree: Tree) -> Tree:
-    """`model: sft`, `data: pairs.jsonl`, `objective: dpo` and `reference: live` as the mappings they stand for."""
+    """Replaces `model: sft`, `data: pairs.jsonl`, `objective: dpo` and `reference: live` by the mappings they mean."""
     for section, key in _SHORTHANDS.items():
         value = tree.get(section)
         if isinstance(value, str) or (section == "data" and isinstance(value, list)):
@@ -289,11 +304,13 @@ def _expand_shorthands(tree: Tree) -> Tree:
 
 
 def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problems) -> Recipe:
-    """The recipe; raises with every problem when there is one.
+    """Builds the recipe, or raises with every problem.
 
-    Checks across sections see the settings as they came, right or wrong: so one mistake does not hide another.
+    Checks across sections see the settings as they were given, right or wrong, so that one mistake does not hide
+    another.
     """
-    learn(tree)  # before any value stands in a message
+    # Secrets are learned before any value can be part of a message.
+    learn(tree)
     homes = _homes(train_fields)
     _refuse_unknown(tree, Recipe, "", problems, homes)
     model = _read_section(ModelSection, tree.get("model"), "model", problems, homes)
@@ -325,7 +342,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
 
 
 def _homes(train_fields: Mapping[str, TrainField]) -> dict[str, str]:
-    """The place of each setting, for those who write it elsewhere or under another tool's name."""
+    """Returns the place of each setting, for those who write it elsewhere or under another tool's name."""
     sections = {
         "model": ModelSection, "model.adapter": AdapterSection, "data": DataSection, "reference": ReferenceSection,
     }  # fmt: skip
@@ -343,7 +360,7 @@ def _refuse_unknown(
     problems: Problems,
     homes: Mapping[str, str] | None = None,
 ) -> None:
-    """Notes keys that the section does not have; `homes` says where else a setting of that name stands."""
+    """Records keys that the section does not have. `homes` says where a setting of that name belongs."""
     known = [f.name for f in fields(section) if f.name != "places"]
     there_are = ", ".join(known)
     for key in tree:
@@ -360,7 +377,7 @@ def _read_section(
     problems: Problems,
     homes: Mapping[str, str] | None = None,
 ) -> Tree:
-    """All settings of one section, defaults filled in; wrong ones are noted and kept as they came."""
+    """Returns all settings of one section, with defaults filled in. Wrong ones are recorded and kept as they are."""
     is_section = isinstance(value, dict | None)
     if not is_section:
         problems.add(path, f"expected a section with settings beneath it, got {shown(value)}")
@@ -391,7 +408,7 @@ def _read_output_dir(value: Any, problems: Problems) -> Any:
 
 
 def _read_objective(value: Any, problems: Problems) -> Tree:
-    """Name and parameters, checked against the catalog."""
+    """Returns name and parameters, and checks them against the catalog."""
     if not isinstance(value, dict | None):
         problems.add(
             "objective", f"expected a name, or a section with name and parameters, got {shown(value)}"
@@ -510,7 +527,7 @@ def _check_precision(model: Tree, train: Tree, problems: Problems) -> None:
 
 
 def _value_problem(value: Any, kind: Any, limits: Mapping[str, Any]) -> str | None:
-    """What is wrong with a value of the sections above, or None."""
+    """Returns what is wrong with a value of the sections above, or None if nothing is."""
     if not _fits(value, kind):
         members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         return f"expected {_in_words(*members)}, got {shown(value)}"
@@ -527,7 +544,7 @@ def _value_problem(value: Any, kind: Any, limits: Mapping[str, Any]) -> str | No
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether `value` is of `kind`: a type, a union, or a list of such."""
+    """Returns whether `value` is of `kind`, which is a type, a union, or a list or dict of types."""
     if isinstance(kind, UnionType):
         return any(_fits(value, member) for member in get_args(kind))
     if kind is Any:

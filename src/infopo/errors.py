@@ -1,22 +1,22 @@
-"""What can go wrong, by name. Every error says what was expected, what came, where, and what to do.
+"""All errors that infopo raises on purpose. Every message says what was expected, what came, where, and what to do.
 
     InfoPOError
-    ├── RecipeError                a recipe, an argument or a combination of them is wrong; lists every problem found
+    ├── RecipeError                a recipe, an argument or a combination of them is wrong (lists every problem)
     │   └── UnsupportedArgumentError   an argument is understood but cannot be honoured here
-    ├── DataError                  a data file or one of its rows cannot be used; names the file and the row
+    ├── DataError                  a data file or one of its rows cannot be used (names the file and the row)
     │   └── RunDirectoryError          a file of a run directory cannot be read or written (in runs.py)
     ├── ModelError                 a model, tokenizer or adapter cannot be loaded or is not what it must be
     │   └── LogpsError             log-probs of this model cannot be trusted (start-up self-test)
-    ├── ReferenceStoreError        the store of reference log-probs cannot be read or written; names the file
+    ├── ReferenceStoreError        the store of reference log-probs cannot be read or written (names the file)
     └── TrainingError              the run itself went wrong
-        ├── NonFiniteLossError     loss is NaN or infinite; names the rows
+        ├── NonFiniteLossError     loss is NaN or infinite (names the rows)
         ├── NonFiniteWeightsError  a weight is NaN or infinite, and is not saved
-        ├── SaveError              a checkpoint or the model cannot be written; says what is kept
+        ├── SaveError              a checkpoint or the model cannot be written (says what is kept)
         ├── ReferenceMismatchError policy and reference differ where they must not
         └── CheckpointError        a checkpoint cannot be resumed from
 
-All of them mean that the input or the set-up is at fault: the command line prints them without a traceback
-and exits with status 2. Any other exception is a bug of ours.
+All of them mean that the input or the set-up is at fault. The command line prints them without a traceback and exits
+with status 2. Any other exception is a bug of ours.
 """
 
 import re
@@ -29,13 +29,14 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters written as escapes, so that it may go to a terminal.
+    r"""Returns the text with control characters written as escapes, so that a terminal can show it.
 
-    Rows, templates, file names and model configurations come from strangers: raw, an escape sequence among them could
-    rewrite what a terminal shows, or what its user pastes next.
+    Rows, templates, file names and model configurations come from strangers. An escape sequence in them could change
+    what a terminal shows, or what its user pastes next.
 
-    >>> print(printable("\x1b[31mred"))
-    \x1b[31mred
+    Example:
+        >>> print(printable("\x1b[31mred"))
+        \x1b[31mred
     """
     return _UNPRINTABLE.sub(lambda match: _escape(ord(match[0])), text)
 
@@ -58,8 +59,14 @@ class RecipeError(InfoPOError, ValueError):
     """A recipe or an argument is wrong.
 
     Args:
-        problems: One sentence a problem, each beginning with the place (`data.path: ...`).
-        source: Where the settings came from, e.g. the recipe's file name.
+        problems: One sentence per problem, which begins with the place (`data.path: ...`).
+        source: Origin of the settings, e.g. the recipe's file name.
+
+    Example:
+        >>> print(RecipeError(["data.path: is required", "objective.beta: expected a value > 0, got 0"], "a.yaml"))
+        2 problems in a.yaml:
+          - data.path: is required
+          - objective.beta: expected a value > 0, got 0
     """
 
     def __init__(self, problems: str | Sequence[str], source: str | None = None) -> None:
@@ -76,7 +83,7 @@ class RecipeError(InfoPOError, ValueError):
 
 
 class UnsupportedArgumentError(RecipeError, NotImplementedError):
-    """An argument is understood but cannot be honoured; the message says why and what to use instead."""
+    """An argument is understood but cannot be honoured. The message says why, and what to use instead."""
 
 
 class DataError(InfoPOError, ValueError):
@@ -84,21 +91,24 @@ class DataError(InfoPOError, ValueError):
 
     Args:
         problem: What is wrong and what was expected.
-        row_id: File and row, e.g. `pairs.jsonl:17`; just the file when the whole file is at fault.
+        row_id: File and row, e.g. `pairs.jsonl:17`, or just the file if the whole file is at fault.
         reason: Short name under which skipped rows are counted, e.g. `empty chosen`.
+
+    Example:
+        >>> print(DataError("column 'chosen': expected text, got null", "pairs.jsonl:17", "null value"))
+        pairs.jsonl:17: column 'chosen': expected text, got null
     """
 
     def __init__(self, problem: str, row_id: str, reason: str = "unusable") -> None:
         self.problem = problem
         self.row_id = row_id
         self.reason = reason
-        where = row_id.replace(
-            "\n", "\\n"
-        )  # of a file's name: a line of its own could pass for another message
+        # A file's name may contain a line feed, behind which it could pass for another message.
+        where = row_id.replace("\n", "\\n")
         super().__init__(f"{where}: {problem}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        # The default rebuilds from `args`, which holds the joined message only: it would not survive a process pool.
+        # The default would rebuild from `args`, which has the joined message only, and fail in a process pool.
         return type(self), (self.problem, self.row_id, self.reason)
 
 
@@ -119,19 +129,19 @@ class TrainingError(InfoPOError, RuntimeError):
 
 
 class NonFiniteLossError(TrainingError):
-    """The loss of an optimizer step is NaN or infinite; names the rows that made it so."""
+    """The loss of an optimizer step is NaN or infinite. The message names the rows that made it so."""
 
 
 class NonFiniteWeightsError(TrainingError):
-    """A weight or a value of the optimizer is NaN or infinite; it is not saved. Names the last whole checkpoint."""
+    """A weight or a value of the optimizer is NaN or infinite, and is not saved. Names the last whole checkpoint."""
 
 
 class SaveError(TrainingError):
-    """A checkpoint, the model or the metrics cannot be written, e.g. to a full disk; says what is kept."""
+    """A checkpoint, the model or the metrics cannot be written, e.g. to a full disk. The message says what is kept."""
 
 
 class ReferenceMismatchError(TrainingError):
-    """Policy and reference give different log-probs where they must be the same model."""
+    """Policy and reference give different log-probs although they must be the same model."""
 
 
 class CheckpointError(TrainingError):

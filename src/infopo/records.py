@@ -1,4 +1,4 @@
-"""The nouns: what flows from rows to losses, and the shape vocabulary of the whole package.
+"""The records that flow from rows to losses, and the shape vocabulary of the whole package.
 
 Shape names: `tokens` (positions of a packed batch), `segments`, `responses`, `chosen`, `rejected`, `pairs`,
 `scored` (tokens that belong to a response). Log-probs are natural logarithms (nats).
@@ -15,26 +15,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Message = dict[str, Any]
-"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+"""A turn of a conversation: `{"role": ..., "content": ...}`."""
 
 Text = str | list[Message]
 """A prompt or a response: plain text, or the turns of a conversation."""
 
 
 class Role(IntEnum):
-    """What a response is to its prompt."""
+    """The role of a response for its prompt."""
 
     CHOSEN = 0
     REJECTED = 1
     KL = 2
-    """Mismatched response that estimates a KL term (KTO)."""
+    """Response to another prompt, with which KTO estimates a KL term."""
 
 
 Per = Literal["pair", "chosen", "rejected", "token", "response"]
 """What a loss term is averaged over: pairs, chosen, rejected, tokens of chosen, or chosen and rejected responses."""
 
 PER: tuple[Per, ...] = get_args(Per)
-"""Order of the denominators where they stand in one tensor."""
+"""Order of the denominators in tensors that have them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,11 @@ class PreferenceRow:
 
     Attributes:
         prompt: Plain text, or the turns up to and including the last user turn.
-        chosen: Responses to prefer; each as plain text or as the turns that follow the prompt.
-        rejected: Responses to avoid, likewise.
-        row_id: File and row (`pairs.jsonl:17`), the name under which errors and logs speak of it.
+        chosen: Responses to prefer, each as plain text or as the turns that follow the prompt.
+        rejected: Responses to avoid, in the same form.
+        row_id: File and row (`pairs.jsonl:17`), which name it in errors and logs.
+        chat_template_kwargs: Variables of the chat template for this row.
+        tools: Schemas of the tools that the policy may call, or None.
     """
 
     prompt: Text
@@ -57,25 +59,30 @@ class PreferenceRow:
 
 
 Spans = Sequence[tuple[int, int]]
-"""Begin and end of runs of tokens, in order."""
+"""Begin and end (exclusive) of spans of tokens, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
     """One row in token ids: a prompt with n >= 0 chosen and m >= 0 rejected responses, n + m >= 1.
 
-    The example with no response at all (`EMPTY_EXAMPLE`) stands in where a rank has run short of rows.
+    A rank that has run short of rows takes the example without any response (`EMPTY_EXAMPLE`).
 
     Attributes:
-        prompt_ids: At least one token (whatever predicts a response's first token).
+        prompt_ids: Token ids of the prompt, at least one, because the last predicts a response's first token.
         chosen_ids: Token ids of each chosen response, at least one token each.
-        rejected_ids: Token ids of each rejected response.
+        rejected_ids: Token ids of each rejected response, at least one token each.
         row_id: See `PreferenceRow`.
-        reference: log π_ref of each response (nats), chosen first; NaN where not computed. None: not computed.
-        kl_ids: Token ids of responses to other prompts, of role `KL`; empty where no objective asks for them.
-        context: For each of `response_ids`, the spans (begin, end) of its tokens that are context and not scored: what
-            tools answered between turns of the policy. They lie within the response, in order, and its last token is
-            scored. Empty if every token of every response is scored.
+        reference: log π_ref of each response (nats), chosen first, NaN if it was not computed. None if none was.
+        kl_ids: Token ids of responses to other prompts, of role `KL`. Empty if no objective needs them.
+        context: For each of `response_ids`, the spans (begin, end) of its tokens that are context and not scored, such
+            as answers of tools between turns of the policy. They are within the response, in order, and its last token
+            is scored. Empty if every token of every response is scored.
+
+    Example:
+        >>> pair = PreferenceExample(prompt_ids=[5], chosen_ids=[[6, 7]], rejected_ids=[[8]], row_id="pairs.jsonl:1")
+        >>> pair.response_ids, [role.name for role in pair.roles]
+        ([[6, 7], [8]], ['CHOSEN', 'REJECTED'])
     """
 
     prompt_ids: Sequence[int]
@@ -99,19 +106,20 @@ class PreferenceExample:
 
     @property
     def spans(self) -> list[Spans]:
-        """Context of each of `response_ids`, if there is none too."""
+        """Context of each of `response_ids`, one entry per response even if there is none."""
         return list(self.context) or [()] * len(self.response_ids)
 
 
 def cut_response(
     ids: Sequence[int], context: Spans, room: int | None
 ) -> tuple[Sequence[int], list[tuple[int, int]]]:
-    """A response and its context, cut at the end to `room` tokens; None cuts nothing.
+    """Returns a response and its context, cut off at the end to `room` tokens. None cuts nothing.
 
     Context at the very end predicts nothing that is scored, and is left out.
 
-    >>> cut_response([5, 6, 7, 8, 9], [(1, 2), (3, 4)], 4)
-    ([5, 6, 7], [(1, 2)])
+    Example:
+        >>> cut_response([5, 6, 7, 8, 9], [(1, 2), (3, 4)], 4)
+        ([5, 6, 7], [(1, 2)])
     """
     room = len(ids) if room is None else min(room, len(ids))
     spans = [(begin, min(end, room)) for begin, end in context if begin < room]
@@ -125,19 +133,19 @@ EMPTY_EXAMPLE = PreferenceExample(prompt_ids=(), chosen_ids=(), rejected_ids=(),
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
 class PackedBatch:
-    """Token segments as a forest; a response is the path from a root to its leaf.
+    """Token segments as a forest, in which a response is the path from a root to its leaf.
 
-    Each segment is stored once and follows its parent, so that what several responses share is encoded and
-    scored once: the prompt of all, and whatever some of them begin with.
+    Each segment is stored once, after its parent. What several responses share is therefore encoded and scored once:
+    the prompt of all, and the common beginning of some of them. The lists stay on the CPU, the tensors move to the
+    device.
 
     Attributes:
         input_ids: Tokens of all segments, one after the other.
-        position_ids: Position of each token on its path: a child goes on where its parent ended.
-        segment_start: First token of each segment, and the number of tokens at the end. On the host.
-        segment_parent: Parent of each segment, -1 for a root; a parent comes before its children. On the host.
-        segment_scored: Whether the policy wrote the segment (False: it is prompt, or context within a response). On the
-            host.
-        leaf: Segment at which each response ends. On the host.
+        position_ids: Position of each token on its path. A child continues the positions of its parent.
+        segment_start: First token of each segment, and the number of tokens at the end.
+        segment_parent: Parent of each segment, -1 for a root. A parent comes before its children.
+        segment_scored: Whether the policy wrote the segment, which otherwise is prompt, or context within a response.
+        leaf: Segment with which each response ends.
         role: `Role` of each response.
         example: Index (within the batch) of the example that each response belongs to.
         length: Number of scored tokens of each response.
@@ -146,7 +154,7 @@ class PackedBatch:
         pairs: Every (chosen, rejected) couple of the same example, as indices into the responses.
         counts: Number of pairs, chosen responses, rejected responses, tokens of chosen responses, and of chosen and
             rejected responses together (order: `PER`).
-        reference: log π_ref of each response (nats); NaN where not computed.
+        reference: log π_ref of each response (nats), NaN if it was not computed.
         row_ids: Name of each example's row.
     """
 
@@ -175,7 +183,7 @@ class PackedBatch:
         return len(self.leaf)
 
     def path(self, response: int) -> list[int]:
-        """Segments from the root to the response's leaf."""
+        """Returns the segments from the root to the response's leaf."""
         segment, path = self.leaf[response], []
         while segment != -1:
             path.append(segment)
@@ -183,13 +191,13 @@ class PackedBatch:
         return path[::-1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
-        """The same batch with its tensors on `device`; what describes the layout stays on the host."""
+        """Returns the same batch with its tensors on `device`. The lists that describe the layout stay on the CPU."""
         moved = {n: getattr(self, n) for n in self.__slots__ if isinstance(getattr(self, n), Tensor)}
         moved["reference"] = moved["reference"].to(sum_dtype(device))
         return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in moved.items()})
 
     def pin_memory(self) -> "PackedBatch":
-        """The same batch in page-locked memory; the hook that `DataLoader(pin_memory=True)` calls."""
+        """Returns the same batch in page-locked memory. `DataLoader(pin_memory=True)` calls this."""
         pinned = {
             n: getattr(self, n).pin_memory() for n in self.__slots__ if isinstance(getattr(self, n), Tensor)
         }
@@ -198,19 +206,19 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
 class ResponseLogps:
-    """What a loss sees of a batch: log-probs of responses, and who is what. No tokens, no model.
+    """The part of a batch that a loss sees: log-probs of responses, and each response's role and example.
 
     Attributes:
-        policy: log π_θ(y|x), summed over the response's tokens (nats). Carries the gradient.
-        reference: log π_ref(y|x) (nats); NaN where it was not computed.
+        policy: log π_θ(y|x), summed over the response's tokens (nats), with its gradient.
+        reference: log π_ref(y|x) (nats), NaN if it was not computed.
         length: Number of tokens of each response.
         role: `Role` of each response.
         example: Index of the example that each response belongs to.
         chosen: Indices of the chosen responses.
         rejected: Indices of the rejected responses.
         pairs: Every (chosen, rejected) couple of one example, as indices into the responses.
-        statistic: The number, of the whole optimizer step, that the objective's catalog row names (nats, without
-            gradient); None: this batch is all there is, and the objective takes the number from it.
+        statistic: The number of the whole optimizer step that the objective's catalog row names (nats, without
+            gradient). If it is None, this batch is the whole step, and the objective computes the number from it.
     """
 
     policy: Float[Tensor, " responses"]
@@ -250,7 +258,7 @@ class ResponseLogps:
         reference: tuple[float, float] = (math.nan, math.nan),
         length: tuple[int, int] = (1, 1),
     ) -> "ResponseLogps":
-        """A chosen and a rejected response of one prompt, in this order, for examples and notebooks.
+        """Makes a chosen and a rejected response of one prompt, in this order, for examples and notebooks.
 
         Args:
             policy: log π_θ of the two responses (nats).
@@ -281,15 +289,25 @@ class ResponseLogps:
 
 
 def sum_dtype(device: torch.device | str) -> torch.dtype:
-    """Type in which log-probs are summed: float64, except on devices that have none (Apple's MPS)."""
+    """Returns the type in which log-probs are summed: float64, except on devices that lack it (Apple's MPS).
+
+    Example:
+        >>> sum_dtype("cpu"), sum_dtype("mps")
+        (torch.float64, torch.float32)
+    """
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def response_indices(role: Sequence[int], example: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of chosen responses, of rejected responses, and of all chosen-rejected pairs of one example.
+    """Returns the indices of chosen responses, of rejected responses, and of all chosen-rejected pairs of one example.
 
     Returns:
-        chosen (chosen,), rejected (rejected,) and pairs (pairs, 2), int64, on the host.
+        chosen (chosen,), rejected (rejected,) and pairs (pairs, 2), int64, on the CPU.
+
+    Example:
+        >>> chosen, rejected, pairs = response_indices([0, 1, 1], example=[0, 0, 0])
+        >>> pairs.tolist()
+        [[0, 1], [0, 2]]
     """
     chosen = [i for i, r in enumerate(role) if r == Role.CHOSEN]
     rejected = [i for i, r in enumerate(role) if r == Role.REJECTED]
@@ -306,16 +324,17 @@ def response_indices(role: Sequence[int], example: Sequence[int]) -> tuple[Tenso
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
 class LossTerm:
-    """One summand of a loss: values to add up, and what their sum is divided by.
+    """One summand of a loss: values to add up, and the count that their sum is divided by.
 
-    The loss of an optimizer step is Σ_terms Σ values / count, where count is the number of `per` in the *whole*
-    step, over all micro-batches and ranks. So the split into micro-batches changes nothing.
+    The loss of an optimizer step is Σ_terms Σ values / count, where count is the number of `per` in the *whole* step,
+    over all micro-batches and ranks. The split into micro-batches therefore changes nothing.
 
     Attributes:
-        values: One value each pair, chosen or rejected response; with `per="token"`, one value a chosen response,
-            already summed over its tokens; with `per="response"`, those of chosen responses, then of rejected ones.
+        values: One value per pair, per chosen or per rejected response. With `per="token"` there is one value per
+            chosen response, summed over its tokens. With `per="response"`, chosen responses come first, then rejected
+            ones.
         per: The denominator.
-        name: What the term is called in metrics, e.g. `chosen` or `rejected`.
+        name: Name of the term in metrics, e.g. `chosen` or `rejected`.
     """
 
     values: Float[Tensor, " items"]
@@ -324,4 +343,4 @@ class LossTerm:
 
 
 LossTerms = list[LossTerm]
-"""A loss: its summands."""
+"""The summands of a loss."""

@@ -1,12 +1,12 @@
-"""The run directory: what a run leaves behind, written so that a kill at any moment leaves it readable.
+"""The run directory, which is written so that a kill at any moment leaves it readable.
 
-    recipe.yaml        the resolved recipe; of a part that was resumed with another, recipe-from-step-N.yaml
+    recipe.yaml        the resolved recipe (recipe-from-step-N.yaml for a part that was resumed with another one)
     environment.json   versions, commit, hardware, seed, command line
-    metrics.jsonl      one JSON object a line, each with its `step`
+    metrics.jsonl      one JSON object per line, each with its `step`
     eval.json          results of evaluation
 
-All JSON is strict: NaN and infinities, which JSON cannot hold, are the texts "NaN", "Infinity" and "-Infinity";
-`read_run` turns them back into numbers in the metrics. Imports neither torch nor transformers.
+All JSON is strict. NaN and infinities, which JSON lacks, are the texts "NaN", "Infinity" and "-Infinity". `read_run`
+turns them back into numbers in the metrics. This module imports neither torch nor transformers.
 """
 
 import contextlib
@@ -35,32 +35,32 @@ ENVIRONMENT = "environment.json"
 EVALUATION = "eval.json"
 
 SCHEMA_VERSION = 1
-"""Of `environment.json`; rises when a reader must know about a change."""
+"""Version of `environment.json`, which rises if a reader must know about a change."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "peft")
 """Packages whose versions a run records."""
 
 Record = dict[str, Any]
-"""One line of metrics: `step` and numbers by name."""
+"""One line of metrics, which is `step` and numbers by name."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class RunDirectoryError(DataError):
-    """A file of a run directory cannot be read or written; names the file, and the line where there is one."""
+    """A file of a run directory cannot be read or written. The message names the file, and the line if there is one."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory as it was found.
+    """The contents of a run directory.
 
     Attributes:
-        directory: Where it lies.
-        recipe: Text of the resolved recipe; None where the file is missing, as for each file below.
+        directory: Path of the directory.
+        recipe: Text of the resolved recipe. It is None if the file is missing, as for each file below.
         environment: Versions, hardware, seed.
         evaluation: Results of evaluation.
-        metrics: Records in the order written.
-        lost_last_line: Whether the last line of metrics was half-written and left out.
+        metrics: Records in the order in which they were written.
+        lost_last_line: Whether the last line of metrics was half-written, and is left out.
     """
 
     directory: Path
@@ -71,16 +71,21 @@ class Run:
     lost_last_line: bool = False
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric, from the records that hold it."""
-        held = [(record["step"], record[name]) for record in self.metrics if name in record]
-        return [step for step, _ in held], [value for _, value in held]
+        """Returns steps and values of one metric, from the records that have it.
+
+        Example:
+            >>> Run(Path("run"), metrics=[{"step": 1, "loss": 0.7}, {"step": 2}]).series("loss")
+            ([1], [0.7])
+        """
+        points = [(record["step"], record[name]) for record in self.metrics if name in record]
+        return [step for step, _ in points], [value for _, value in points]
 
 
 class RunWriter:
-    """Writes a run directory; one writer a run (rank 0).
+    """Writes a run directory. A run has one writer, on rank 0.
 
     Args:
-        directory: Made, with its parents, when absent.
+        directory: Path of the directory, which is made if it does not exist.
 
     Raises:
         RunDirectoryError: The directory cannot be written to. So do all methods.
@@ -93,14 +98,15 @@ class RunWriter:
             self.directory.mkdir(parents=True, exist_ok=True)
 
     def write_recipe(self, text: str, done: int = 0) -> None:
-        """Writes what is run. `recipe.yaml` is what a run began with and never changes.
+        """Writes the recipe. `recipe.yaml` is the one that a run began with, and never changes.
 
         Args:
             text: The resolved recipe.
-            done: Optimizer steps that lie behind a resumed run. If its recipe differs, it is written beside the first,
-                under the first step that it is for.
+            done: Number of optimizer steps before a resumed run. If its recipe differs, it is written to a file of its
+                own, named by the first step that it is for.
         """
-        for path in self.directory.glob("recipe-from-step-*.yaml"):  # of steps that are taken anew
+        # Recipes of later steps belong to a part of the run that is now repeated.
+        for path in self.directory.glob("recipe-from-step-*.yaml"):
             number = path.stem.rpartition("-")[2]
             if done and number.isdecimal() and int(number) > done:
                 path.unlink()
@@ -111,11 +117,11 @@ class RunWriter:
             write_text_atomic(self.directory / f"recipe-from-step-{done + 1}.yaml", text)
 
     def write_environment(self, environment: Mapping[str, Any], done: int = 0) -> None:
-        """Writes with what it is run; of a resumed part, what differs, as an entry of `resumed`.
+        """Writes the environment. A resumed part adds an entry to `resumed`, with what differs.
 
         Args:
-            environment: As `environment()` gives it.
-            done: Optimizer steps that lie behind a resumed run.
+            environment: The result of `environment()`.
+            done: Number of optimizer steps before a resumed run.
         """
         path = self.directory / ENVIRONMENT
         record = json.loads(to_json(masked_tree(environment)))
@@ -130,10 +136,10 @@ class RunWriter:
         write_json_atomic(self.directory / EVALUATION, results)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Adds one line. It survives the death of the process at once; that of the machine when it is synced.
+        """Adds one line. It survives the end of the process at once, and that of the machine when it is synced.
 
         Args:
-            record: Has an integer `step`.
+            record: Values by name, with an integer `step`.
         """
         if not isinstance(record.get("step"), int):
             raise ValueError(f"a record of metrics has an integer step, got {record.get('step')!r}")
@@ -143,15 +149,18 @@ class RunWriter:
             if not self._last_line_is_whole:
                 _cut_partial_line(path)
                 self._last_line_is_whole = True
-            # One write to a file opened for appending: a kill leaves the line whole, or cut short at the very end.
+            # With one write to a file that is opened for appending, a kill leaves the line whole, or cut off at its
+            # end.
             with path.open("ab", buffering=0) as file:
                 if file.write(line) != len(line):
                     self._last_line_is_whole = False
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def truncate_metrics_after(self, step: int) -> None:
-        """Drops what a resumed run will write again: records of later steps, a half-written last line, and the summary
-        (`train_runtime`) of a run that ended, with all that follows it.
+        """Removes what a resumed run will write again.
+
+        These are records of later steps, a half-written last line, and the summary (`train_runtime`) of a run that
+        ended, with all that follows it.
         """
         path = self.directory / METRICS
         if not path.exists():
@@ -163,10 +172,10 @@ class RunWriter:
 
 
 def read_run(directory: str | Path) -> Run:
-    """Reads what there is of a run: files may be missing, the last line of metrics may be half-written.
+    """Reads a run directory. Files may be missing, and the last line of metrics may be half-written.
 
     Raises:
-        RunDirectoryError: No such directory, nothing of a run in it, or a file in it is damaged.
+        RunDirectoryError: There is no such directory, it has nothing of a run, or a file in it is damaged.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -208,22 +217,22 @@ def _read_object(path: Path) -> Record | None:
 
 
 def _metric_lines(path: Path) -> list[tuple[str, Record | None]]:
-    """Lines of metrics with their records; None for a last line that was cut short."""
+    """Returns the lines of metrics with their records. The record of a last line that was cut off is None."""
     with _named(path):
         lines = path.read_bytes().split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-    found: list[tuple[str, Record | None]] = []
+    records: list[tuple[str, Record | None]] = []
     for number, raw in enumerate(lines, start=1):
         record = _record(raw)
         if record is None and number < len(lines):
             raise RunDirectoryError("is no JSON object with an integer step", f"{path}:{number}")
-        found.append((raw.decode("utf-8", errors="replace"), record))
-    return found
+        records.append((raw.decode("utf-8", errors="replace"), record))
+    return records
 
 
 def _record(line: bytes) -> Record | None:
-    """One record, non-finite texts as numbers; None where the line is none."""
+    """Returns the record of a line, with non-finite texts as numbers, or None if the line is not a record."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -237,7 +246,7 @@ def _record(line: bytes) -> Record | None:
 
 
 def _cut_partial_line(path: Path) -> None:
-    """Ends the file at its last whole line, so that the next record does not grow onto half of one."""
+    """Ends the file at its last whole line, so that the next record does not continue half of one."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -250,7 +259,12 @@ def _cut_partial_line(path: Path) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON; NaN and infinities as text, arrays and tensors of one number as that number."""
+    """Returns strict JSON, with NaN and infinities as text, and arrays and tensors of one number as that number.
+
+    Example:
+        >>> to_json({"loss": math.nan, "steps": (1, 2)})
+        '{"loss": "NaN", "steps": [1, 2]}'
+    """
     return json.dumps(_jsonable(value), indent=indent, allow_nan=False)
 
 
@@ -271,15 +285,15 @@ def _jsonable(value: Any) -> Any:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Writes indented JSON; see `write_text_atomic`."""
+    """Writes indented JSON (see `write_text_atomic`)."""
     write_text_atomic(path, f"{to_json(value, indent=2)}\n")
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all, and durable once this returns.
+    """Writes a file that exists as a whole or not at all, and that is durable once this returns.
 
     Raises:
-        RunDirectoryError: The file cannot be written; what stood there before still does.
+        RunDirectoryError: The file cannot be written. A file that was there before is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -316,7 +330,7 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What the system refuses, as an error that names the file."""
+    """Turns errors of the system into an error that names the file."""
     try:
         yield
     except OSError as error:
@@ -327,7 +341,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, read in pieces.
+    """Returns the SHA-256 of a file, which is read in pieces.
 
     Raises:
         RunDirectoryError: The file cannot be read.
@@ -343,13 +357,13 @@ def environment(
     accelerators: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Where and with what a run was made.
+    """Returns a record of where and with what a run is made.
 
     Args:
-        seed: Of the run; None where none was set.
-        packages: Distributions whose versions are recorded; null for those not installed.
-        accelerators: Names of the devices in use. Handed in, because asking for them takes torch.
-        extra: Further keys; they win over those of the same name.
+        seed: Seed of the run, or None if none is set.
+        packages: Distributions whose versions are recorded, as null if they are not installed.
+        accelerators: Names of the devices in use. They are an argument, because asking for them needs torch.
+        extra: Further keys, which replace those of the same name.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -380,7 +394,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git_state(directory: Path) -> dict[str, Any] | None:
-    """Commit of the repository that `directory` lies in, and whether it has changes; None without one."""
+    """Returns the commit of the repository around `directory`, and whether it has changes, or None without one."""
     if _git(directory, "rev-parse", "--is-inside-work-tree") != "true":
         return None
     changes = _git(directory, "status", "--porcelain")
@@ -391,15 +405,15 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
 
 
 def _own_git_state() -> dict[str, Any] | None:
-    """State of the checkout that infopo itself runs from; None if it is installed apart from one."""
+    """Returns the state of the checkout that infopo itself runs from, or None if it is installed elsewhere."""
     package = Path(__file__).parent
-    # A virtual environment may lie within some repository that knows nothing of its files.
+    # A virtual environment may be inside some repository that does not track its files.
     is_tracked = _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is not None
     return _git_state(package) if is_tracked else None
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails, hangs or is not installed."""
+    """Returns what git prints, or None if it fails, hangs or is not installed."""
     quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(

@@ -1,7 +1,7 @@
-"""YAML text and `key=value` overrides as one tree of settings that knows where each key came from.
+"""Reads YAML text and `key=value` overrides into one tree of settings that knows where each key came from.
 
-Knows no recipe. YAML is read by the 1.2 core schema, where `no` and `on` are text (`eval_strategy: no` means what it
-says) and `1e-6` is a number; PyYAML's own 1.1 rules read a boolean and a text there.
+It knows nothing of recipes. YAML is read by the 1.2 core schema, in which `no` and `on` are text (as in
+`eval_strategy: no`) and `1e-6` is a number. PyYAML's own 1.1 rules would read a boolean and a text.
 """
 
 import re
@@ -14,11 +14,11 @@ from infopo.errors import RecipeError
 from infopo.secrets import masked_argument
 
 Tree = dict[str, Any]
-"""Settings by name; sections are trees themselves."""
+"""Settings by name. Sections are trees themselves."""
 
 
 class Problems:
-    """Problems in the order found, each at a dotted path, with the lines (or overrides) that paths came from."""
+    """Collects problems, each at a dotted path, and the lines (or overrides) that paths came from."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -32,7 +32,7 @@ class Problems:
         self._found.append((path, message))
 
     def fail(self, path: str, message: str) -> RecipeError:
-        """The error of a recipe that cannot be read any further."""
+        """Adds a problem, and returns the error of a recipe that cannot be read any further."""
         self.add(path, message)
         return RecipeError(self.sentences(), self.source)
 
@@ -47,7 +47,12 @@ class Problems:
 
 
 def join_path(path: str, key: str) -> str:
-    """Dotted path of a key beneath `path`; the top level has the empty path."""
+    """Returns the dotted path of a key beneath `path`. The top level has the empty path.
+
+    Example:
+        >>> join_path("model", "adapter"), join_path("", "model")
+        ('model.adapter', 'model')
+    """
     return f"{path}.{key}" if path else key
 
 
@@ -84,7 +89,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes whatever either YAML 1.1 or 1.2 would not read as text."""
+    """SafeDumper that quotes all text that YAML 1.1 or 1.2 would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -102,7 +107,15 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def read_tree(text: str, problems: Problems) -> Tree:
-    """The top-level mapping; records the line of every key and refuses what a recipe has no use for."""
+    """Returns the top-level mapping. Records the line of every key, and refuses what a recipe has no use for.
+
+    Example:
+        >>> problems = Problems("recipe.yaml")
+        >>> read_tree("train: {learning_rate: 1e-6, eval_strategy: no}", problems)
+        {'train': {'learning_rate': 1e-06, 'eval_strategy': 'no'}}
+        >>> problems.places["train.learning_rate"]
+        'line 1'
+    """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -124,7 +137,7 @@ def read_tree(text: str, problems: Problems) -> Tree:
 
 
 def _construct(loader: _Loader, node: yaml.Node) -> Any:
-    """The value of a node. `!!float x`, `!!int ""`, or an integer too long for Python is a YAML error like others."""
+    """Returns the value of a node. A bad `!!float x` or a very long integer is a YAML error like others."""
     try:
         return loader.construct_document(node)
     except (ValueError, KeyError, IndexError, OverflowError) as error:
@@ -134,7 +147,7 @@ def _construct(loader: _Loader, node: yaml.Node) -> Any:
 
 
 def _syntax_problem(error: Exception) -> tuple[str, str]:
-    """Place and message of a YAML error."""
+    """Returns place and message of a YAML error."""
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     return (f"line {mark.line + 1}" if mark else "recipe", f"not valid YAML: {what}")
@@ -143,7 +156,7 @@ def _syntax_problem(error: Exception) -> tuple[str, str]:
 def _inspect(
     node: yaml.Node, path: str, problems: Problems, open_nodes: list[yaml.Node], seen: set[yaml.Node]
 ) -> None:
-    """Notes lines; finds duplicate keys, keys that are not text, foreign tags, NaN, and self-reference."""
+    """Records lines, and finds duplicate keys, keys that are not text, foreign tags, NaN, and self-reference."""
     if node in open_nodes:
         raise problems.fail(path, "refers to itself")
     if node in seen:
@@ -168,7 +181,7 @@ def _inspect(
 
 
 def _drop_odd_keys(node: yaml.MappingNode, path: str, problems: Problems) -> None:
-    """Notes and removes keys that are not text, so that no later check meets one."""
+    """Records and removes keys that are not text, so that no later check sees one."""
     sound = [(key, value) for key, value in node.value if key.tag in (_STR, _MERGE)]
     for key, _ in node.value:
         if key.tag not in (_STR, _MERGE):
@@ -192,7 +205,14 @@ def _find_duplicates(node: yaml.MappingNode, path: str, problems: Problems) -> N
 
 
 def apply_override(tree: Tree, override: str, problems: Problems) -> None:
-    """Sets one dotted key in `tree`; what is wrong with `key=value` itself is noted."""
+    """Sets one dotted key in `tree`. Records what is wrong with `key=value` itself.
+
+    Example:
+        >>> tree = {"train": {"max_steps": 10}}
+        >>> apply_override(tree, "train.max_steps=20", Problems("recipe.yaml"))
+        >>> tree
+        {'train': {'max_steps': 20}}
+    """
     place = f"override {masked_argument(override)!r}"
     path, equals, text = override.partition("=")
     names = path.strip().split(".")
@@ -218,13 +238,13 @@ def apply_override(tree: Tree, override: str, problems: Problems) -> None:
 
 
 def _assign(tree: Tree, names: list[str], value: Any) -> str | None:
-    """`tree[a][b][c] = value`, opening sections that are absent or null; what stands in the way, or None."""
+    """Sets `tree[a][b][c] = value`, with new sections for absent or null ones. Returns what prevents it, or None."""
     node = tree
     for depth, name in enumerate(names[:-1]):
         child = node.get(name)
         if not isinstance(child, dict | None):
             return f"{'.'.join(names[: depth + 1])} is {shown(child)}, which has no key {names[depth + 1]!r}"
-        # A copy: the section may be shared through a YAML anchor, and only this use of it changes.
+        # The section is copied, because a YAML anchor may share it, and only this use of it changes.
         opened = dict(child or {})
         node[name] = opened
         node = opened
@@ -233,7 +253,12 @@ def _assign(tree: Tree, names: list[str], value: Any) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, as YAML users know it, cut to a line."""
+    """Returns a value for a message, as YAML users know it, cut to a line.
+
+    Example:
+        >>> shown(None), shown("text")
+        ('null', "'text'")
+    """
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
@@ -241,5 +266,5 @@ def shown(value: Any) -> str:
 
 
 def dump_tree(tree: Tree) -> str:
-    """YAML that `read_tree` reads back as an equal tree, and YAML 1.1 readers too."""
+    """Returns YAML that `read_tree`, and YAML 1.1 readers too, read back as an equal tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
