@@ -31,52 +31,61 @@ from infopo.vocabulary import check_columns
 class InfoPOConfig(TrainingArguments):
     """Settings of `InfoPOTrainer`.
 
-    All of transformers' `TrainingArguments`, with TRL's defaults for `learning_rate` (1e-6), `logging_steps` (10)
-    and `gradient_checkpointing`, which transformers now calls `activation_checkpointing` (True). `bf16` defaults to
-    True where the accelerator computes in bfloat16, to False on a CPU.
+    It has all of transformers' `TrainingArguments`, with TRL's defaults for `learning_rate` (1e-6), `logging_steps`
+    (10) and `gradient_checkpointing`, which transformers now calls `activation_checkpointing` (True). The default of
+    `bf16` is True if the accelerator computes in bfloat16, and False on a CPU.
 
     Attributes:
-        objective: Name of the loss (see `infopo.catalog.OBJECTIVES`). None: `loss_type` decides; without that, InfoPO.
-        loss_type: TRL's name(s) of the loss, e.g. `sigmoid` (DPO), `ipo`, `bco_pair`, `kto`, `simpo`: all that
-            `infopo.trl_names.LOSS_TYPES` has. Several are added up.
-        loss_weights: Weights of several loss types; 1 each by default.
-        beta: β of the objective. None: the objective's default (InfoPO 1, DPO 0.1).
+        objective: Name of the loss (see `infopo.catalog.OBJECTIVES`). If None, `loss_type` decides, or else it is
+            InfoPO.
+        loss_type: TRL's name(s) of the loss, e.g. `sigmoid` (DPO), `ipo`, `bco_pair`, `kto`, `simpo`, or any other of
+            `infopo.trl_names.LOSS_TYPES`. Several are added up.
+        loss_weights: Weights of several loss types, 1 each by default.
+        beta: β of the objective, or None for the objective's default (InfoPO 1, DPO 0.1).
         objective_parameters: Further parameters of the objective, e.g. `{"length_normalized": True}`.
-        label_smoothing: Assumed share of flipped labels, in [0, 0.5); for DPO (in TRL 1.16 `sigmoid` ignores it).
-        max_length: Most tokens of prompt + response; the response's end is cut. None: no limit.
-        max_prompt_length: Most tokens of a prompt; its beginning is cut. None: no limit but `max_length`.
+        label_smoothing: Assumed share of flipped labels, in [0, 0.5), for DPO (in TRL 1.16 `sigmoid` ignores it).
+        max_length: Largest number of tokens of prompt + response, of which the response's end is cut off. None for no
+            limit.
+        max_prompt_length: Largest number of tokens of a prompt, whose beginning is cut off. None for no limit but
+            `max_length`.
         on_too_long: `cut` rows to these lengths, or `drop` and count rows that are longer.
         score_rule: How responses with scores are split into chosen and rejected ones: `best-worst`, `best-rest`,
             or `threshold` with `score_threshold`.
         score_threshold: Least score of a chosen response.
         columns: Columns of the data by the names that shapes know, for data of other names:
-            `{"prompt": "question", "chosen": "good", "rejected": "bad"}`; a name mapped to None is left out.
-        chat_template_kwargs: Template variables for all rows, e.g. `{"enable_thinking": False}`; a row's own column of
-            this name comes before them. `{"strftime_now": "2026-11-26"}` is today for templates that write the date.
-        as_chat: Whether plain text is taken for a conversation, to which the chat template is applied.
-        on_bad_row: `raise` stops at the first row that cannot be used, `skip` counts it and goes on.
+            `{"prompt": "question", "chosen": "good", "rejected": "bad"}`. A name that is mapped to None is left out.
+        chat_template_kwargs: Template variables for all rows, e.g. `{"enable_thinking": False}`. A row's own column of
+            this name takes precedence. `{"strftime_now": "2026-11-26"}` is today for templates that write the date.
+        as_chat: Whether plain text is taken as a conversation, to which the chat template is applied.
+        on_bad_row: `raise` stops at the first row that cannot be used, and `skip` counts it and continues.
         reference: `precompute` (once, before training), `live` (a second model beside the policy), `adapter-off` (the
-            policy without its adapter), `auto` (`precompute` where rows can be enumerated, else `live`), or the path of
-            a model.
-        reference_store: Folder where precomputed values are kept for later runs, by content; `auto` is
-            `$INFOPO_CACHE/reference`, else `~/.cache/infopo/reference`; `off` or None keeps them in memory only.
+            policy without its adapter), `auto` (`precompute` if rows can be enumerated, else `live`), or the path of a
+            model.
+        reference_store: Folder in which precomputed values are kept for later runs, by content. `auto` is
+            `$INFOPO_CACHE/reference`, else `~/.cache/infopo/reference`. `off` or None keeps them in memory only.
         reference_sides: `needed` computes the reference log-probs that the loss needs, `both` also those that
             only metrics need, and `auto` those that the loss needs for training and both for evaluation.
         precompute_ref_log_probs: TRL's name for `reference="precompute"`.
-        precompute_ref_batch_size: Examples a forward pass of the reference; default `per_device_train_batch_size`.
-        max_tokens_per_forward: Most tokens that go through the model at once; a larger device batch runs in
-            pieces, with the same loss and gradient. None: 2048 on a CPU, where pieces save memory and cost no time;
-            elsewhere no limit.
-        logps_path: `auto` encodes each prompt once and pads nothing where the model's attention can do so; `naive`
-            runs one padded row a response and takes the logits of every position.
-        disable_dropout: Set dropout to 0 in policy and reference. The dropout of an adapter that `peft_config` adds is
-            kept: it was asked for, and changes nothing before the first update.
-        dataset_num_proc: Processes that tokenize.
-        model_init_kwargs: For `from_pretrained`, when the model is given by name.
-        trust_remote_code: Allow models that ship their own code.
+        precompute_ref_batch_size: Number of examples per forward pass of the reference. The default is
+            `per_device_train_batch_size`.
+        max_tokens_per_forward: Largest number of tokens that go through the model at once. A larger device batch runs
+            in pieces, with the same loss and gradient. None is 2048 on a CPU, where pieces save memory and cost no
+            time, and no limit elsewhere.
+        logps_path: `auto` encodes each prompt once, without padding, if the model's attention can do so. `naive` runs
+            one padded row per response and computes the logits of every position.
+        disable_dropout: Whether dropout is set to 0 in policy and reference. The dropout of an adapter that
+            `peft_config` adds is kept, because it was asked for, and changes nothing before the first update.
+        dataset_num_proc: Number of processes that tokenize.
+        model_init_kwargs: Keyword arguments of `from_pretrained`, if the model is given by name.
+        trust_remote_code: Whether models may bring code of their own.
         router_aux_loss_coef: Factor of the load-balancing loss of mixture-of-experts models, which is added to the loss
-            and logged as `aux_loss`. None: the value of the model's configuration; 0 leaves it out.
-        pad_token: Token to pad with; default the tokenizer's own, else its end of sequence.
+            and logged as `aux_loss`. None is the value of the model's configuration, and 0 leaves it out.
+        pad_token: Token to pad with. The default is the tokenizer's own, or else its end of sequence.
+
+    Example:
+        >>> config = InfoPOConfig("out", loss_type="ipo", beta=0.2, use_cpu=True)
+        >>> config.mixture()
+        [('ipo', {'beta': 0.2, 'length_normalized': True}, 1.0)]
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
@@ -203,10 +212,13 @@ class InfoPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         old, new = self.gradient_checkpointing, self.activation_checkpointing
         self.activation_checkpointing = new if new is not None else old in (None, True)
-        self.asks_for_checkpointing = True in (old, new)  # else it is switched off where the model has none
-        self.direction_is_unset = self.greater_is_better is None  # transformers is about to guess
+        # If nobody asked for it, it is switched off for models that lack it.
+        self.asks_for_checkpointing = True in (old, new)
+        # `super().__post_init__` guesses the direction, after which nobody could tell.
+        self.direction_is_unset = self.greater_is_better is None
         super().__post_init__()
-        loss_type: Any = self.loss_type  # TRL takes a name as well as a list of them
+        # TRL takes one name as well as a list of names.
+        loss_type: Any = self.loss_type
         names = [loss_type] if isinstance(loss_type, str) else loss_type
         self.loss_type = names and [trl_names.canonical(name) for name in names]
         self.objective = trl_names.canonical(self.objective)
@@ -264,7 +276,7 @@ class InfoPOConfig(TrainingArguments):
         return problems + self._loader_problems()
 
     def _loader_problems(self) -> list[str]:
-        """accelerate's settings that would repeat rows, or take a batch of another kind apart."""
+        """Returns problems with accelerate's settings, which could repeat rows or split batches that are packed."""
         loader = self.accelerator_config
         return [
             f"accelerator_config: {name}={getattr(loader, name)!r} does not go with packed batches; expected {right}"
@@ -277,25 +289,26 @@ class InfoPOConfig(TrainingArguments):
         )
 
     def _loss(self) -> trl_names.LossSettings:
-        """What names the loss."""
+        """Returns the settings that name the loss."""
         values = {f.name: getattr(self, f.name) for f in fields(trl_names.LossSettings)}
         return trl_names.LossSettings(
             **values | {"objective_parameters": _as_dict(self.objective_parameters)}
         )
 
     def column_names(self) -> dict[str, str | None]:
-        """The setting `columns`; empty where there is none."""
+        """Returns the setting `columns`, or an empty dict if there is none."""
         return _as_dict(self.columns)
 
     def mixture(self) -> list[tuple[str, dict[str, Any], float]]:
-        """The objectives to add up: (name, all parameters, weight); one, unless `loss_type` names several."""
+        """Returns the objectives to add up, as (name, all parameters, weight). `loss_type` may name several."""
         return [
-            (name, complete_parameters(name, given), weight) for name, given, weight in self._loss().mixture()
+            (name, complete_parameters(name, parameters), weight)
+            for name, parameters, weight in self._loss().mixture()
         ]
 
 
 def _as_dict(setting: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A copy; text is for the command line only, where TrainingArguments has parsed it by now."""
+    """Returns a copy. Text is for the command line only, and TrainingArguments has parsed it by now."""
     return dict(setting) if isinstance(setting, dict) else {}
 
 
@@ -306,16 +319,18 @@ def _accelerator_has_bf16() -> bool:
 
 
 def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
-    """For `from_pretrained`: `model_init_kwargs`, with what has an argument of its own.
+    """Returns the keyword arguments of `from_pretrained`: `model_init_kwargs` and what has a setting of its own.
 
     Raises:
         RecipeError: `quantization_config` is given twice.
     """
     kwargs = dict(_as_dict(args.model_init_kwargs))
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if "torch_dtype" in kwargs:  # its name until transformers 5
+    # `dtype` was `torch_dtype` until transformers 5.
+    if "torch_dtype" in kwargs:
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-    kwargs.setdefault("dtype", "float32")  # as TRL: updates of 1e-6 vanish in bfloat16 weights
+    # The default is TRL's, because updates of 1e-6 vanish in bfloat16 weights.
+    kwargs.setdefault("dtype", "float32")
     if quantization_config is not None:
         if "quantization_config" in kwargs:
             raise RecipeError("quantization_config is given twice: as an argument and in model_init_kwargs")
@@ -324,7 +339,7 @@ def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
 
 
 def _stream_problems(args: Any) -> list[str]:
-    """What training on a stream needs."""
+    """Returns what is missing or wrong in the settings for training on a stream."""
     problems = []
     if getattr(args, "max_steps", -1) <= 0:
         problems.append(

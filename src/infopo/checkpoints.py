@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and that know which run they belong to."""
+"""Writes checkpoints that are whole or do not exist, and that know which run they belong to."""
 
 import contextlib
 import json
@@ -20,25 +20,25 @@ REPLACED = ".replaced"
 
 
 def write_identity(checkpoint: Path, identity: dict[str, Any], averages: Sequence[float]) -> None:
-    """Notes which reference, objective and data the checkpoint was made with, and what the objectives average.
+    """Writes which reference, objective and data the checkpoint was made with, and the objectives' moving averages.
 
     Args:
-        checkpoint: Its folder.
-        identity: What a run that resumes must have in common.
-        averages: Logarithm of each objective's moving average (nats), NaN where it keeps none. Exact: a float is
-            written with all its digits.
+        checkpoint: Folder of the checkpoint.
+        identity: Values that a resumed run must have in common with this one.
+        averages: Logarithm of each objective's moving average (nats), NaN if it has none. A float is written with all
+            its digits, so that it is read back exactly.
     """
     kept = [None if math.isnan(average) else average for average in averages]
     write_json_atomic(checkpoint / IDENTITY, {**identity, AVERAGES: kept})
 
 
 def read_averages(checkpoint: Path) -> list[float]:
-    """The moving averages of the checkpoint's objectives (nats), NaN where there is none.
+    """Returns the moving averages of the checkpoint's objectives (nats), NaN if an objective has none.
 
-    Of a checkpoint whose identity has been checked.
+    The identity of the checkpoint must have been checked.
 
     Raises:
-        CheckpointError: They are not there, or are no numbers.
+        CheckpointError: They are missing, or are not numbers.
     """
     saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
     averages = saved.get(AVERAGES)
@@ -50,15 +50,17 @@ def read_averages(checkpoint: Path) -> list[float]:
 
 
 def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another run: a reference that moved is the classic silent error of resuming.
+    """Refuses a checkpoint of another run.
+
+    A reference that has changed is the classic silent error of resuming.
 
     Args:
-        checkpoint: Its folder.
-        saved: What `read_identity` gives for it.
-        identity: Of this run.
+        checkpoint: Folder of the checkpoint.
+        saved: Identity that the checkpoint was written with.
+        identity: Identity of this run.
 
     Raises:
-        CheckpointError: Reference, objective or data differ; names each.
+        CheckpointError: Reference, objective or data differ. The message names each difference.
     """
     now = json.loads(json.dumps(identity))
     differing = [
@@ -75,17 +77,21 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
 def staged(
     run_dir: Path, state: TrainerState, args: TrainingArguments, wait_for_everyone: Callable[[], None]
 ) -> Iterator[Path]:
-    """A folder to write a checkpoint in; afterwards it is made durable and renamed to its place, oldest ones go.
+    """Provides a folder to write a checkpoint in.
+
+    On exit the checkpoint is fsynced and renamed into place, and old checkpoints beyond `save_total_limit` are deleted.
+    A kill at any moment therefore leaves a whole checkpoint or none.
 
     Args:
-        run_dir: Where checkpoints live.
+        run_dir: Folder of all checkpoints.
         state: The trainer's state, whose `best_model_checkpoint` is set to the final name.
-        args: `should_save` and `save_total_limit`.
-        wait_for_everyone: Barrier over ranks: all have written before the rename.
+        args: Settings, of which `should_save` and `save_total_limit` are used.
+        wait_for_everyone: Barrier over ranks, so that all have written before the rename.
     """
     staging = run_dir / STAGING
     if args.should_save:
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+        # A killed process may have left something there.
+        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     wait_for_everyone()
     yield staging
@@ -98,7 +104,8 @@ def staged(
             seal(staging / name)
         fsync_tree(staging / name)
         final = run_dir / name
-        if final.is_dir():  # moved away first: a kill while it is deleted would leave half a checkpoint
+        if final.is_dir():
+            # It is moved away first, because a kill while it is deleted would leave half a checkpoint.
             final.replace(staging / f"{name}.old")
         (staging / name).replace(final)
         fsync_path(run_dir)
@@ -110,16 +117,17 @@ def staged(
             use_mtime=True,
         )
     wait_for_everyone()
-    _fix_best(state, run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")  # on the other ranks
+    # The other ranks have the temporary name, too.
+    _fix_best(state, run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def remove_staging(run_dir: Path) -> None:
-    """Removes what a save that failed has left."""
+    """Removes what a failed save has left."""
     shutil.rmtree(run_dir / STAGING, ignore_errors=True)
 
 
 def _fix_best(state: TrainerState, run_dir: Path, newest: str) -> None:
-    """Names the best checkpoint by its final place, where transformers noted the temporary one."""
+    """Sets the best checkpoint to its final path, in place of the temporary one that transformers has recorded."""
     if state.best_global_step:
         best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.is_dir() or best.name == newest else None
@@ -129,7 +137,7 @@ def _fix_best(state: TrainerState, run_dir: Path, newest: str) -> None:
 def staged_files(
     directory: Path, args: TrainingArguments, wait_for_everyone: Callable[[], None]
 ) -> Iterator[Path]:
-    """A folder to write files in; afterwards they are made durable and moved, one by one, into `directory`."""
+    """Provides a folder to write files in. On exit they are fsynced and moved, one by one, into `directory`."""
     staging = directory / STAGING
     if args.should_save:
         shutil.rmtree(staging, ignore_errors=True)
@@ -145,10 +153,10 @@ def staged_files(
 
 
 def _move_into(directory: Path, staging: Path) -> None:
-    """Moves everything in `staging` into `directory`, each artefact in place of the one of the same name.
+    """Moves everything in `staging` into `directory`, where each artefact replaces the one of the same name.
 
-    A tokenizer with several chat templates and a second adapter are saved as folders, and a rename cannot replace a
-    folder with files in it: the old one is moved aside first.
+    A tokenizer with several chat templates and a second adapter are saved as folders. A rename cannot replace a folder
+    that has files in it, so the old one is moved aside first.
     """
     replaced = staging / REPLACED
     for new in sorted(staging.iterdir()):

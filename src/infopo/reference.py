@@ -1,8 +1,8 @@
-"""Reference log-probs: where they come from, and for which sides.
+"""Computes reference log-probs, before training or in each step, for the sides that need them.
 
-A reference maps a batch to log π_ref of its responses, NaN for the sides that were not asked for. It is either
-put into the examples beforehand (`precompute`, through `reference_store.py` or in memory) or computed live, by a
-second model or by the policy with its adapter switched off.
+A reference maps a batch to log π_ref of its responses, with NaN for the sides that were not asked for. Its values are
+either put into the examples before training (`precompute`, through `reference_store.py` or in memory) or computed live,
+by a second model or by the policy with its adapter switched off.
 """
 
 import logging
@@ -33,34 +33,37 @@ from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, re
 logger = logging.getLogger(__name__)
 
 HEAD = "float32 logits (on the naive path in the model's type), normalised in float32"
-"""What `logps/` does with hidden states. Whoever changes it changes this text, and no stored value is used again."""
+"""Part of the store's keys that describes what `logps/` does with hidden states.
+
+Change it whenever that computation changes, so that no stored value of the old one is used again.
+"""
 
 SECONDS_PER_SHARD = 30.0
-"""How much work a killed process loses at most, about."""
+"""Seconds of work per shard, which is about what a killed process loses at most."""
 
 SPOT_CHECKS = 4
-"""Stored responses that are computed anew before any is used."""
+"""Number of stored responses that are computed again before any is used."""
 
 _ROLE_OF = {"chosen": Role.CHOSEN, "rejected": Role.REJECTED, "kl": Role.KL}
 
 
 @runtime_checkable
 class Reference(Protocol):
-    """What a trainer needs of a reference.
+    """The interface that a trainer needs of a reference.
 
     Attributes:
-        sides: Subset of {chosen, rejected, kl} whose log-probs it gives.
+        sides: Sides whose log-probs it computes, a subset of {chosen, rejected, kl}.
     """
 
     sides: frozenset[str]
 
     def __call__(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
-        """log π_ref(y|x) of each response (nats), NaN where the side was not asked for."""
+        """Returns log π_ref(y|x) of each response (nats), NaN if its side was not asked for."""
         ...
 
 
 class StoredReference:
-    """Values that the examples already carry."""
+    """A reference whose values are already part of the examples."""
 
     def __init__(self, sides: frozenset[str]) -> None:
         self.sides = sides
@@ -75,7 +78,7 @@ class LiveReference:
     Args:
         model: The reference, or the policy itself when `context` turns it into the reference.
         sides: Sides to compute.
-        context: Entered around the forward pass, e.g. to switch an adapter off.
+        context: Context of the forward pass, e.g. one that switches an adapter off.
     """
 
     def __init__(
@@ -92,7 +95,8 @@ class LiveReference:
         roles = {_ROLE_OF[side] for side in self.sides}
         wanted = [i for i, role in enumerate(batch.role.tolist()) if role in roles]
         was_training = self.model.training
-        self.model.eval()  # it may be the policy, whose dropout is not the reference's
+        # The model may be the policy, whose dropout must not change the reference.
+        self.model.eval()
         with torch.no_grad(), self.context():
             values = response_logps(self.model, select(batch, wanted))
         self.model.train(was_training)
@@ -104,19 +108,20 @@ class LiveReference:
 def reference_sides(
     mixture: Sequence[tuple[str, Mapping[str, object], float]], setting: str, split: Literal["train", "eval"]
 ) -> frozenset[str]:
-    """Sides whose reference log-probs are computed: subset of {chosen, rejected, kl}.
+    """Returns the sides whose reference log-probs are computed, a subset of {chosen, rejected, kl}.
 
     Args:
         mixture: The objectives, each as (name, parameters, weight).
-        setting: `needed`: those that the loss needs. `both`: chosen and rejected. `auto`: needed for training, where
-            each side costs a pass over the data, and both for evaluation, which is small and is there for its metrics;
-            of losses without a reference, none.
-        split: What the examples are for.
+        setting: `needed` is the sides that the loss needs, and `both` is chosen and rejected. `auto` is `needed` for
+            training, where each side costs a pass over the data, and `both` for evaluation, which is small and is done
+            for its metrics. For losses without a reference, `auto` is no side.
+        split: Whether the examples are for training or for evaluation.
 
-    >>> sorted(reference_sides([("infopo", {}, 1.0)], "auto", "train"))
-    ['rejected']
-    >>> sorted(reference_sides([("infopo", {}, 1.0)], "auto", "eval"))
-    ['chosen', 'rejected']
+    Example:
+        >>> sorted(reference_sides([("infopo", {}, 1.0)], "auto", "train"))
+        ['rejected']
+        >>> sorted(reference_sides([("infopo", {}, 1.0)], "auto", "eval"))
+        ['chosen', 'rejected']
     """
     needed = frozenset[str]().union(*(OBJECTIVES[name].reference for name, _, _ in mixture))
     if any(OBJECTIVES[name].statistic == "kl" for name, _, _ in mixture):
@@ -127,7 +132,7 @@ def reference_sides(
 
 
 def resolve(source: str, dataset: object) -> str:
-    """What `reference: auto` means for a dataset: `precompute` where its rows can be enumerated, else `live`.
+    """Returns what `reference: auto` means for a dataset: `precompute` if its rows can be enumerated, else `live`.
 
     Any other source is returned as it is.
 
@@ -150,13 +155,14 @@ def identity_of(
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> ReferenceIdentity:
-    """Which function `precompute` evaluates: all that a value depends on besides the tokens.
+    """Returns the identity of the function that `precompute` evaluates: all that a value depends on besides tokens.
 
     Args:
-        model: The reference, ready to run: its attention is chosen.
-        weights: Its hashes.
-        device: Where it will run. The kind of device is no part of the identity: rounding is all that it changes.
-        context: As in `precompute`.
+        model: The reference, whose attention implementation is set.
+        weights: Hashes of its weights.
+        device: Device that it will run on. The kind of device is not part of the identity, because it changes no more
+            than rounding.
+        context: Context of the forward pass, as in `precompute`.
     """
     with context():
         casts = torch.is_autocast_enabled(device.type)
@@ -179,12 +185,12 @@ def is_exact(
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> bool:
-    """Whether this model computes in float32 or better throughout: no autocast, and no TF32 however it was set.
+    """Returns whether this model computes in float32 or better throughout: no autocast and no TF32, however set.
 
     Args:
         model: Policy or reference.
-        device: Where it runs.
-        context: What is entered around its forward pass.
+        device: Device that it runs on.
+        context: Context of its forward pass.
     """
     with context():
         casts = torch.is_autocast_enabled(device.type)
@@ -197,10 +203,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _matmul_precision(device: torch.device) -> str:
-    """How float32 matrix products round on this kind of device: `ieee`, `tf32` or `bf16`."""
+    """Returns the precision of float32 matrix products on this kind of device: `ieee`, `tf32` or `bf16`."""
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     precision = getattr(backend, "fp32_precision", None)
-    if precision is None:  # torch before 2.9
+    if precision is None:
+        # Versions of torch before 2.9 have no such attribute.
         precision = "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     return "ieee" if precision == "none" else str(precision)
 
@@ -219,20 +226,20 @@ def precompute(
     add_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = lambda batches: batches,
 ) -> ExampleDataset:
-    """The dataset with log π_ref of `sides` stored in it, each response computed once.
+    """Returns the dataset with log π_ref of `sides`, for which each distinct response is computed once.
 
-    Examples run in order of length, so that little padding is computed. Batches depend on the dataset alone, not on
-    ranks or on what an interrupted computation has left: so the values do not either.
+    Examples run in order of length, so that little padding is computed. Batches depend on the dataset alone, neither on
+    ranks nor on what an interrupted computation has left, so that the values do not depend on these either.
 
     Args:
         dataset: Examples to complete.
         model: The reference, in the precision in which it will be compared with the policy.
-        sides: Sides to compute; the others stay NaN.
-        batch_size: Examples a forward pass.
-        device: Where `model` is.
-        context: Entered around each forward pass (autocast, say).
-        store: Where values are looked up and kept, for all ranks and processes; None: in memory only.
-        rank: This process's number.
+        sides: Sides to compute. The others stay NaN.
+        batch_size: Number of examples per forward pass.
+        device: Device of `model`.
+        context: Context of each forward pass, e.g. autocast.
+        store: Store in which values are looked up and kept, for all ranks and processes. None for memory only.
+        rank: Index of this process.
         world_size: Number of processes.
         add_over_ranks: Sums a (responses,) tensor over the processes. Not called with a store.
         progress: Wraps the list of batches.
@@ -255,8 +262,9 @@ def precompute(
                 logps = _in_memory(work, score, progress, rank, world_size, add_over_ranks, device)
             else:
                 _through_store(work, score, progress, store, dataset)
-                logps = {key: each.logp for key, each in store.found.items()}
-    finally:  # it may be interrupted in a notebook, where the model lives on
+                logps = {key: response.logp for key, response in store.found.items()}
+    finally:
+        # In a notebook, the model is used further after an interruption.
         model.train(was_training)
     values = [np.nan if key is None else logps[key] for key in work.keys]
     return dataset.with_reference(np.array(values, dtype=np.float64))
@@ -264,12 +272,12 @@ def precompute(
 
 @dataclass(frozen=True)
 class _Work:
-    """What there is to compute.
+    """The responses to compute.
 
     Attributes:
-        keys: Content of each response of the dataset; None where its side is not asked for.
+        keys: Key of each response's content, or None if its side is not asked for.
         first: First response with each content.
-        batches: Responses to run together; each content once.
+        batches: Responses to run together, each content once.
     """
 
     keys: list[bytes | None]
@@ -302,20 +310,20 @@ def _plan(dataset: ExampleDataset, sides: frozenset[str], batch_size: int) -> _W
 
 
 def _wanted(dataset: ExampleDataset, sides: frozenset[str]) -> np.ndarray:
-    """Which responses of the dataset belong to these sides, (responses,) bool."""
+    """Returns which responses of the dataset belong to these sides, (responses,) bool."""
     return np.isin(dataset.roles, [int(_ROLE_OF[side]) for side in sides])
 
 
 def _token_logps(
     dataset: ExampleDataset, model: nn.Module, responses: Sequence[int], device: torch.device
 ) -> list[Tokens]:
-    """log π_ref of each token of these responses of the dataset (nats), in their order.
+    """Returns log π_ref of each token of these responses of the dataset (nats), in their order.
 
     Args:
         dataset: Examples.
         model: The reference.
-        responses: Numbers of responses; those of one example stand together, in its order.
-        device: Where `model` is.
+        responses: Indices of responses. Those of one example are next to each other, in its order.
+        device: Device of `model`.
     """
     owner = np.searchsorted(dataset.response_offsets, responses, side="right") - 1
     parts = list[PreferenceExample]()
@@ -323,8 +331,8 @@ def _token_logps(
         example, start = dataset[i], int(dataset.response_offsets[i])
         sides: dict[Role, list[Sequence[int]]] = {role: [] for role in Role}
         context = list[Spans]()
-        for response, of in zip(responses, owner.tolist(), strict=True):
-            if of == i:
+        for response, example_index in zip(responses, owner.tolist(), strict=True):
+            if example_index == i:
                 sides[Role(dataset.roles[response])].append(example.response_ids[response - start])
                 context.append(example.spans[response - start])
         chosen, rejected, kl = sides.values()
@@ -347,7 +355,7 @@ def _in_memory(
     add_over_ranks: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> dict[bytes, float]:
-    """log π_ref by content; each rank computes its share of the batches."""
+    """Returns log π_ref by content. Each rank computes its share of the batches."""
     values = np.zeros(len(work.keys), dtype=np.float64)
     for responses in progress(work.batches[rank::world_size]):
         values[responses] = [summed(tokens) for tokens in score(responses)]
@@ -363,9 +371,11 @@ def _through_store(
     store: ReferenceStore,
     dataset: ExampleDataset,
 ) -> None:
-    """Fills `store.found`: with what is stored, what this process computes, and what others compute meanwhile.
+    """Fills `store.found` with what is stored, what this process computes, and what others compute meanwhile.
 
-    Values are written in shards of about `SECONDS_PER_SHARD`, beginning with one batch.
+    Values are written in shards of about `SECONDS_PER_SHARD`, beginning with one batch. `queue` contains the batches
+    that are not known to be stored. It shrinks by what this process claims and by what others have stored, and keeps
+    what others have claimed, so that the values of a process that dies are computed by another.
     """
     store.want(work.first)
     _spot_check(work, score, store, dataset)
@@ -377,10 +387,10 @@ def _through_store(
     size, waited = 1, 0.0
     while queue:
         before = len(queue)
-        with store.claim(queue, size) as mine:
+        with store.claim(queue, size) as claimed:
             begin = time.perf_counter()
             values = dict[bytes, Tokens]()
-            for keys in mine:
+            for keys in claimed:
                 responses = [work.first[key] for key in keys]
                 values |= zip(keys, score(responses), strict=True)
             if values:
@@ -390,7 +400,8 @@ def _through_store(
                 size = max(1, min(2 * size, int(size * SECONDS_PER_SHARD / seconds)))
         for _ in range(before - len(queue)):
             next(bar, None)
-        if queue and not mine:
+        if queue and not claimed:
+            # All that is left is being computed by others.
             if waited == 0.0:
                 logger.warning(
                     "reference store: %d batches that this run needs are being computed by another run (%s); waiting "
@@ -403,7 +414,7 @@ def _through_store(
 
 
 def _pause(waited: float) -> float:
-    """Sleeps a moment, longer when it has been long already; returns the seconds."""
+    """Sleeps for a moment, longer after a longer wait, and returns the seconds."""
     seconds = min(2.0, 0.1 + waited / 10)
     time.sleep(seconds)
     return seconds
@@ -425,9 +436,9 @@ def _row(dataset: ExampleDataset, response: int) -> str:
 
 
 def _spot_check(work: _Work, score: Score, store: ReferenceStore, dataset: ExampleDataset) -> None:
-    """Computes a few stored responses anew: what is stored must be what this model gives here and now.
+    """Computes a few stored responses again, because stored values must be those that this model gives here and now.
 
-    Their choice is random, so that in time all are looked at; the global generators are left alone.
+    They are chosen at random, so that in time all are checked. The global random generators are not used.
     """
     stored = list(store.found)
     for key in random.Random(time.time_ns()).sample(stored, min(SPOT_CHECKS, len(stored))):
@@ -445,17 +456,22 @@ def _spot_check(work: _Work, score: Score, store: ReferenceStore, dataset: Examp
 
 
 def tolerance(tokens: int, *, is_exact: bool, noise: float | None = None) -> float:
-    """How far two values of a response's log-prob may be from each other if one function gave both (nats).
+    """Returns how far two values of a response's log-prob may differ if the same function computed both (nats).
 
-    c (1 + √n) for n tokens: rounding of one token's logits, and independent rounding of n tokens' log-probs. c is
-    5e-4 in float32 (other kernels differ by 1e-5 a token). In half precision it is 0.1 (one unit in the last place of a
-    bfloat16 logit of 16 is 0.125), or, where the noise of this model was measured, five times that, from 0.02 to 0.1.
-    Stored values, the start-up test and the check of step 0 are all judged by it.
+    It is c (1 + √n) for n tokens, because the logits of one token are rounded, and the log-probs of n tokens are
+    rounded independently. c is 5e-4 in float32, where other kernels differ by 1e-5 per token. In half precision it is
+    0.1, where one unit in the last place of a bfloat16 logit of 16 is 0.125. If the noise of this model was measured,
+    it is five times that, from 0.02 to 0.1. Stored values, the start-up test and the check of step 0 are all judged by
+    it.
 
     Args:
-        tokens: Of the response.
+        tokens: Number of tokens of the response.
         is_exact: Whether values are computed in float32 throughout.
-        noise: c as measured on this model: the change of a response's log-prob (nats) by padding, over 1 + √n.
+        noise: c as measured on this model: the change of a response's log-prob (nats) by padding, divided by 1 + √n.
+
+    Example:
+        >>> round(tolerance(100, is_exact=True), 6)
+        0.0055
     """
     measured = 0.1 if noise is None else min(0.1, max(0.02, 5 * noise))
     return (5e-4 if is_exact else measured) * (1 + math.sqrt(tokens))

@@ -2,15 +2,17 @@
 
     <store>/                          $INFOPO_CACHE/reference, else ~/.cache/infopo/reference
       <identity>/                     one reference function (`ReferenceIdentity`), named by its hash
-        provenance.json               the identity in words, versions, counts
+        provenance.json               description of the identity, versions, counts
         <sha256>.safetensors          a shard, named by the hash of its bytes:
                                         keys (responses, 16) uint8, offsets (responses + 1,), logps (tokens,) float32
-        damaged/                      shards whose bytes are not what their name says
-        claims/                       who is computing what at the moment
-        lock                          held while claims are made
+        damaged/                      shards whose bytes do not have the hash in their name
+        claims/                       responses that processes are computing now
+        lock                          held while a claim is made
 
-A shard is written beside, made durable and renamed, so it is whole or not there. Who computes holds a lock on its
-claim, which the system releases when the process ends, however it ends.
+Invariants: A shard is written under another name, fsynced and renamed, so that it is whole or does not exist, and it
+never changes. A process that computes responses holds a lock on its claim, which the system releases when the process
+ends, however it ends. A claim is removed after its shard is in place, so that at every moment a response is stored,
+claimed, or free. Claims are made, and folders removed, under `lock` only.
 """
 
 import contextlib
@@ -42,7 +44,7 @@ PROVENANCE = "provenance.json"
 SCHEMA_VERSION = 1
 KEY_BYTES = 16
 LOCK_SECONDS = 300
-"""A lock that is held for moments only is waited for this long."""
+"""Seconds to wait for a lock that others hold for moments only."""
 
 Tokens = npt.NDArray[np.floating[Any]]
 """log π_ref of each token of a response (nats), (tokens,)."""
@@ -50,19 +52,19 @@ Tokens = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """Which function a log-prob was computed with: whatever changes a value, and nothing else, is in it.
+    """The function that a log-prob was computed with. It contains all that changes a value, and nothing else.
 
     Attributes:
         weights: Hash of the model's weights, without an adapter's.
-        adapter: Hash of the adapter's weights and settings; None without one.
+        adapter: Hash of the adapter's weights and settings, or None without one.
         config: Hash of the model's class and of the configuration that decides what it computes.
         dtype: Type of the weights.
         autocast: Type that the forward pass casts to, or `off`.
         matmul: Precision of float32 matrix products: `ieee`, `tf32`, ...
-        head: How logits become log-probs.
-        path: How responses are laid out: `forest`, `padded` or `naive`.
+        head: Description of how logits become log-probs.
+        path: Layout of responses: `forest`, `padded` or `naive`.
         attention: The attention implementation, by transformers' name.
-        schema: Rises when the meaning of stored values changes.
+        schema: Version, which rises if the meaning of stored values changes.
     """
 
     weights: str
@@ -78,7 +80,7 @@ class ReferenceIdentity:
 
     @property
     def digest(self) -> str:
-        """32 hexadecimal digits, the same on every machine."""
+        """32 hexadecimal digits that identify the function, the same on every machine."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -92,22 +94,27 @@ class ReferenceIdentity:
 def response_key(
     prompt_ids: Sequence[int], response_ids: Sequence[int], context: Sequence[tuple[int, int]] = ()
 ) -> bytes:
-    """16 bytes that stand for the tokens of a response and of its prompt, and for which of them are scored.
+    """Returns 16 bytes that identify the tokens of a response and of its prompt, and which of them are scored.
 
     Args:
         prompt_ids: Tokens of the prompt.
         response_ids: Tokens of the response.
         context: Begin and end of the spans of the response that are not scored.
+
+    Example:
+        >>> len(response_key([1, 2], [3])), response_key([1, 2], [3]) == response_key([1], [2, 3])
+        (16, False)
     """
     digest = hashlib.sha256(len(prompt_ids).to_bytes(8, "little"))
     digest.update(np.array([*prompt_ids, *response_ids], dtype="<i4").tobytes())
-    if context:  # else the key is that of values which were stored before there was any
+    # Without context, the key stays that of values which were stored before there was any.
+    if context:
         digest.update(np.array([-1, *(place for span in context for place in span)], dtype="<i4").tobytes())
     return digest.digest()[:KEY_BYTES]
 
 
 def default_folder() -> Path:
-    """`$INFOPO_CACHE/reference`, else `infopo/reference` in the user's cache."""
+    """Returns `$INFOPO_CACHE/reference`, or else `infopo/reference` in the user's cache."""
     if cache := os.environ.get("INFOPO_CACHE"):
         return Path(cache).expanduser() / "reference"
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -115,14 +122,19 @@ def default_folder() -> Path:
 
 
 def folder_of(setting: str | None) -> Path | None:
-    """The folder that a setting names: `auto` is the default one, `off` and None are none."""
+    """Returns the folder that a setting names. `auto` is the default one, and `off` and None are no folder.
+
+    Example:
+        >>> folder_of("off"), folder_of("/tmp/store")
+        (None, PosixPath('/tmp/store'))
+    """
     if setting is None or setting == "off":
         return None
     return default_folder() if setting == "auto" else Path(setting).expanduser()
 
 
 def check_folder(folder: Path) -> str | None:
-    """Why a store cannot be kept in a folder, or None. Makes nothing."""
+    """Returns why a store cannot be kept in a folder, or None if it can. Makes nothing."""
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
     if not there.is_dir():
         return f"{folder} cannot be made: {there} is a file"
@@ -133,11 +145,11 @@ def check_folder(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """What the store knows of a response.
+    """A response whose value is stored.
 
     Attributes:
         logp: log π_ref(y|x) = Σ_t log π_ref(y_t | x, y_<t) (nats), summed in float64.
-        shard: File that holds it.
+        shard: Name of the file that contains it.
     """
 
     logp: float
@@ -145,7 +157,7 @@ class StoredResponse:
 
 
 def summed(tokens: Tokens) -> float:
-    """Sum of a response's token log-probs in float64."""
+    """Returns the sum of a response's token log-probs in float64."""
     return float(tokens.sum(dtype=np.float64))
 
 
@@ -153,13 +165,13 @@ class ReferenceStore:
     """The values of one reference function, as one process sees them.
 
     Args:
-        root: The store's folder; made when the first value is written.
+        root: Folder of the store, which is made when the first value is written.
         identity: The function.
-        model_name: What people call the model; for provenance only.
-        device: Kind of device that values written here were computed on; for provenance only.
+        model_name: Name of the model, for provenance only.
+        device: Kind of device that computes the values that are added here, for provenance only.
 
     Attributes:
-        folder: Where this function's values lie.
+        folder: Folder of this function's values.
         found: Wanted responses whose values are known.
         computed: Keys of the responses that this process has added.
         reused: Number of responses that were found where they were looked up.
@@ -174,7 +186,7 @@ class ReferenceStore:
         self.found: dict[bytes, StoredResponse] = {}
         self.computed: set[bytes] = set()
         self.reused = 0
-        # A folder's place says nothing on another machine.
+        # The path of a folder means nothing on another machine.
         self._model_name = Path(model_name).name if Path(model_name).is_absolute() else model_name
         self._device = device
         self._wanted: frozenset[bytes] = frozenset()
@@ -183,13 +195,13 @@ class ReferenceStore:
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def want(self, keys: Collection[bytes]) -> None:
-        """Looks these responses up; `found` then holds those that are stored."""
+        """Looks these responses up. `found` then contains those that are stored."""
         self._wanted, self._read, self.found = frozenset(keys), set(), {}
         self._read_new_shards()
         self.reused += len(self.found)
 
     def in_words(self) -> str:
-        """Where it lies and what it saved, in one line."""
+        """Returns the folder and the numbers of responses found and computed, in one line."""
         return f"{self.folder}: {self.reused} responses found, {len(self.computed)} computed"
 
     def _read_new_shards(self) -> None:
@@ -206,11 +218,12 @@ class ReferenceStore:
                 self.found[key] = StoredResponse(summed(tokens), name)
 
     def _shard(self, name: str) -> list[tuple[bytes, Tokens]]:
-        """Responses of a shard; none where it has gone, or is damaged, and is then set aside."""
+        """Returns the responses of a shard. If it is gone, there are none. If it is damaged, it is set aside."""
         try:
             content = (self.folder / name).read_bytes()
         except FileNotFoundError:
-            return []  # pruned, or set aside by another process
+            # It has been pruned, or set aside by another process.
+            return []
         try:
             return _unpacked(name, content)
         except (ValueError, KeyError, SafetensorError) as error:
@@ -222,12 +235,13 @@ class ReferenceStore:
             "%s: is damaged (%s); it is moved to %s, and its responses are computed anew",
             self.folder / name, problem, self.folder / "damaged",
         )  # fmt: skip
-        with contextlib.suppress(OSError):  # another process was faster, or the store is read-only
+        # Another process may be faster, or the store may be read-only.
+        with contextlib.suppress(OSError):
             (self.folder / "damaged").mkdir(exist_ok=True)
             (self.folder / name).replace(self.folder / "damaged" / name)
 
     def tokens(self, key: bytes) -> Tokens | None:
-        """log π_ref of each token of a wanted response (nats), float32; None where it is not stored."""
+        """Returns log π_ref of each token of a wanted response (nats, float32), or None if it is not stored."""
         if key not in self.found:
             return None
         return dict(self._shard(self.found[key].shard)).get(key)
@@ -236,34 +250,36 @@ class ReferenceStore:
 
     @contextlib.contextmanager
     def claim(self, queue: deque[list[bytes]], batches: int) -> Iterator[list[list[bytes]]]:
-        """Within it, the responses that are yielded are this process's to compute, and no other's.
+        """Claims responses, which this process and no other computes within the block.
 
         Args:
-            queue: Batches of keys that are not known to be stored. Those found in the meantime are taken out, and so
-                are those yielded; what others are computing stays.
-            batches: Most batches to claim.
+            queue: Batches of keys that are not known to be stored. Keys that are found meanwhile are removed from it,
+                and so are those that are yielded. Keys that others are computing stay.
+            batches: Largest number of batches to claim.
 
         Yields:
-            Batches of keys; none where all that is left is being computed by others.
+            Batches of keys. There are none if others are computing all that is left.
         """
         name = f"{os.getpid()}-{uuid.uuid4().hex}"
         claims = self.folder / "claims"
         own = _lock(claims / f"{name}.lock")
         with self._named():
             claims.mkdir(parents=True, exist_ok=True)
-            self._read_new_shards()  # most of them, before others have to wait
+            # Most shards are read before the lock is taken, so that others wait for a short time only.
+            self._read_new_shards()
             with exclusive(self.folder):
-                # Claims before shards: who finishes in between has put its shard in place before its claim goes.
+                # Claims are read before shards, because a process that finishes in between puts its shard in place
+                # before it removes its claim. In the other order, its responses could be missed in both.
                 taken = live_claims(self.folder)
                 self._read_new_shards()
-                mine = self._choose(queue, taken, batches)
-                if mine:
+                claimed = self._choose(queue, taken, batches)
+                if claimed:
                     own.acquire(timeout=0)
-                    (claims / f"{name}.keys").write_bytes(b"".join(k for batch in mine for k in batch))
+                    (claims / f"{name}.keys").write_bytes(b"".join(k for batch in claimed for k in batch))
         try:
-            yield mine
+            yield claimed
         finally:
-            if mine:
+            if claimed:
                 _remove_claim(own)
 
     def claimants(self) -> str:
@@ -273,18 +289,18 @@ class ReferenceStore:
         return f"process{'es' if ',' in named else ''} {named}" if named else "another process"
 
     def _choose(self, queue: deque[list[bytes]], taken: Collection[bytes], batches: int) -> list[list[bytes]]:
-        mine, left = list[list[bytes]](), deque[list[bytes]]()
-        while queue and len(mine) < batches:
+        claimed, left = list[list[bytes]](), deque[list[bytes]]()
+        while queue and len(claimed) < batches:
             missing = [key for key in queue.popleft() if key not in self.found]
             if free := [key for key in missing if key not in taken]:
-                mine.append(free)
+                claimed.append(free)
             if others := [key for key in missing if key in taken]:
                 left.append(others)
         queue.extend(left)
-        return mine
+        return claimed
 
     def add(self, values: Mapping[bytes, Tokens]) -> None:
-        """Writes values as one shard, there as a whole or not at all, durable once this returns."""
+        """Writes values as one shard, which exists as a whole or not at all, and is durable once this returns."""
         content = _packed(values, self._about)
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
         temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
@@ -300,28 +316,29 @@ class ReferenceStore:
                 temporary.unlink(missing_ok=True)
                 raise
             fsync_path(self.folder)
+        # Values are read back from the file, so that what is used is what was written.
         self._read.add(name)
-        self._read_shard(name)  # what is used is what was written
+        self._read_shard(name)
         self.computed.update(values)
 
     def note_use(self) -> None:
-        """Brings the provenance file up to date. In a store that cannot be written to, does nothing."""
+        """Updates the provenance file. Does nothing in a store that cannot be written to."""
         if not self.folder.is_dir():
             return
         with contextlib.suppress(OSError, ReferenceStoreError), exclusive(self.folder):
             path = self.folder / PROVENANCE
-            about = provenance(self.folder)
-            if about.get("identity") != asdict(self.identity):
-                about = {"identity": asdict(self.identity), "model": self._model_name, **self._about}
+            record = provenance(self.folder)
+            if record.get("identity") != asdict(self.identity):
+                record = {"identity": asdict(self.identity), "model": self._model_name, **self._about}
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json_atomic(path, about | {"counts": counts(self.folder), "used": now})
+            write_json_atomic(path, record | {"counts": counts(self.folder), "used": now})
 
     @cached_property
     def _about(self) -> dict[str, Any]:
-        """What shards and provenance say of this process: nothing that names the machine or its user."""
+        """The part of shards and provenance that describes this process. It names neither the machine nor its user."""
         made = environment(seed=None)
-        about = {key: made[key] for key in ("schema_version", "created", "infopo", "python", "packages")}
-        return about | {"device": self._device}
+        versions = {key: made[key] for key in ("schema_version", "created", "infopo", "python", "packages")}
+        return versions | {"device": self._device}
 
     # ---- the file system -------------------------------------------------------------------------------------------
 
@@ -338,10 +355,10 @@ class ReferenceStore:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Within it, no other process makes a claim in this folder, or removes it.
+    """Keeps other processes from making a claim in this folder, or removing it, within the block.
 
     Raises:
-        ReferenceStoreError: Another process keeps it.
+        ReferenceStoreError: Another process holds the lock.
     """
     lock = _lock(folder / "lock")
     try:
@@ -358,7 +375,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def live_claims(folder: Path) -> set[bytes]:
-    """Responses that living processes are computing. What dead ones left is removed. Within `exclusive` only."""
+    """Returns the responses that live processes are computing, and removes what dead ones have left.
+
+    This is for use within `exclusive` only.
+    """
     taken, nobody = set[bytes](), True
     for path in (folder / "claims").glob("*.lock"):
         lock = _lock(path)
@@ -366,19 +386,21 @@ def live_claims(folder: Path) -> set[bytes]:
             lock.acquire(timeout=0)
         except Timeout:
             nobody = False
-            with contextlib.suppress(FileNotFoundError):  # it has just finished
+            # The other process may just have finished.
+            with contextlib.suppress(FileNotFoundError):
                 content = path.with_suffix(".keys").read_bytes()
                 taken.update(content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES))
         else:
             _remove_claim(lock)
-    if nobody:  # who writes has a claim
+    # A process that writes has a claim, so without claims temporary files are those of dead processes.
+    if nobody:
         for path in folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
     return taken
 
 
 def _lock(path: Path) -> FileLock:
-    """A lock that the system releases when its holder ends; one that is a mere file would outlive it."""
+    """Returns a lock that the system releases when its process ends. A mere file would outlive the process."""
     return FileLock(path, fallback_to_soft=False)
 
 
@@ -387,12 +409,13 @@ def _remove_claim(lock: FileLock) -> None:
     path = Path(lock.lock_file)
     path.with_suffix(".keys").unlink(missing_ok=True)
     lock.release()
-    path.unlink(missing_ok=True)  # its name is never used again
+    # No other claim ever has this name, so the file can be removed after the lock is released.
+    path.unlink(missing_ok=True)
 
 
 def _packed(values: Mapping[bytes, Tokens], about: Mapping[str, Any]) -> bytes:
-    """A shard's bytes."""
-    tokens = [np.asarray(each, dtype=np.float32) for each in values.values()]
+    """Returns the bytes of a shard."""
+    tokens = [np.asarray(logps, dtype=np.float32) for logps in values.values()]
     return safetensors.numpy.save(
         {
             "keys": np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, KEY_BYTES),
@@ -404,10 +427,10 @@ def _packed(values: Mapping[bytes, Tokens], about: Mapping[str, Any]) -> bytes:
 
 
 def _unpacked(name: str, content: bytes) -> list[tuple[bytes, Tokens]]:
-    """(key, tokens) of each response of a shard.
+    """Returns key and tokens of each response of a shard.
 
     Raises:
-        ValueError, KeyError, SafetensorError: Its bytes are not what its name says, or are no shard.
+        ValueError, KeyError, SafetensorError: The bytes do not have the hash in the name, or are no shard.
     """
     digest = hashlib.sha256(content).hexdigest()
     if name != f"{digest}.safetensors":
@@ -421,24 +444,25 @@ def _unpacked(name: str, content: bytes) -> list[tuple[bytes, Tokens]]:
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    """The provenance file, or an empty dict where there is none that can be read."""
+    """Returns the content of the provenance file, or an empty dict if there is none that can be read."""
     try:
-        about = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return about if isinstance(about, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def counts(folder: Path) -> dict[str, int]:
-    """Shards, responses and tokens, from the shards' headers."""
-    found = {"shards": 0, "responses": 0, "tokens": 0}
+    """Returns the numbers of shards, responses and tokens, from the shards' headers."""
+    totals = {"shards": 0, "responses": 0, "tokens": 0}
     for path in folder.glob("*.safetensors"):
         try:
             with safetensors.safe_open(path, "numpy") as shard:
                 shapes = {name: shard.get_slice(name).get_shape() for name in ("keys", "logps")}
         except (OSError, SafetensorError):
-            continue  # gone, or damaged: whoever reads its values will say so
-        found["shards"] += 1
-        found["responses"] += shapes["keys"][0]
-        found["tokens"] += shapes["logps"][0]
-    return found
+            # The shard is gone or damaged, which is reported when its values are read.
+            continue
+        totals["shards"] += 1
+        totals["responses"] += shapes["keys"][0]
+        totals["tokens"] += shapes["logps"][0]
+    return totals
