@@ -83,7 +83,7 @@ class InfoPOConfig(TrainingArguments):
         pad_token: Token to pad with. The default is the tokenizer's own, or else its end of sequence.
 
     Example:
-        >>> config = InfoPOConfig("out", loss_type="ipo", beta=0.2, use_cpu=True)
+        >>> config = InfoPOConfig("out", objective="ipo", beta=0.2, use_cpu=True)
         >>> config.mixture()
         [('ipo', {'beta': 0.2, 'length_normalized': True}, 1.0)]
     """
