@@ -1,4 +1,4 @@
-"""What single columns of a row hold: text, lists, labels, tools; each read by one function or refused by name."""
+"""Reads single columns of a row: text, lists, labels, tools. A value that cannot be used is refused by name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _TRUE, _FALSE = (True, "true", "1"), (False, "false", "0")
 
 
 def has_value(row: Mapping[str, Any], column: str) -> bool:
-    """Whether the column is there and not null: columnar files fill what a row lacks with null."""
+    """Returns whether the column exists and is not null. Columnar files have null for what a row lacks."""
     return row.get(column) is not None
 
 
 def value_of(row: Mapping[str, Any], column: str, row_id: str) -> Any:
-    """What the column holds.
+    """Returns the value of a column.
 
     Raises:
         DataError: `missing column`, `null value`.
@@ -34,16 +34,20 @@ def value_of(row: Mapping[str, Any], column: str, row_id: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], column: str, row_id: str) -> str:
-    """The column's text.
+    """Returns the text of a column.
 
     Raises:
-        DataError: As `value_of`; `wrong type`, `invalid UTF-8`.
+        DataError: As `value_of`, and `wrong type`, `invalid UTF-8`.
+
+    Example:
+        >>> text_of({"chosen": "Yes."}, "chosen", "pairs.jsonl:1")
+        'Yes.'
     """
     return as_text(value_of(row, column, row_id), f"column {column!r}", row_id)
 
 
 def optional_text(row: Mapping[str, Any], column: str, row_id: str) -> str:
-    """The column's text, empty where it is missing or null.
+    """Returns the text of a column, or empty text if it is missing or null.
 
     Raises:
         DataError: `wrong type`, `invalid UTF-8`.
@@ -52,7 +56,7 @@ def optional_text(row: Mapping[str, Any], column: str, row_id: str) -> str:
 
 
 def as_text(value: object, where: str, row_id: str) -> str:
-    """The value, if it is text that can be encoded.
+    """Returns the value, if it is text that can be encoded.
 
     Raises:
         DataError: `wrong type`, `invalid UTF-8`.
@@ -63,16 +67,16 @@ def as_text(value: object, where: str, row_id: str) -> str:
 
 
 def list_of(row: Mapping[str, Any], column: str, row_id: str, what: str) -> list[Any]:
-    """The column's list; JSON text of one is accepted, for CSV knows nothing else.
+    """Returns the list of a column. JSON text of a list is accepted, because CSV has text only.
 
     Args:
         row: The row.
         column: Name of the column.
         row_id: Name of the row in errors.
-        what: What the list holds, for the error.
+        what: Description of the list's items, for the error.
 
     Raises:
-        DataError: As `value_of`; `wrong type`.
+        DataError: As `value_of`, and `wrong type`.
     """
     value = value_of(row, column, row_id)
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -85,41 +89,44 @@ def list_of(row: Mapping[str, Any], column: str, row_id: str, what: str) -> list
 
 
 def label_of(row: Mapping[str, Any], column: str, row_id: str) -> bool:
-    """Whether the response is a good one: true or false, 1 or 0, or these as text (CSV knows nothing else).
+    """Returns whether the response is a good one: true or false, 1 or 0, or these as text (CSV has text only).
 
     Raises:
-        DataError: As `value_of`; `wrong type`.
+        DataError: As `value_of`, and `wrong type`.
     """
     value = value_of(row, column, row_id)
     key = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(key, str) and key in ("1.0", "0.0"):  # what pandas makes of integers beside a null
+    # pandas turns integers into these if the column has a null.
+    if isinstance(key, str) and key in ("1.0", "0.0"):
         key = key[0]
-    if key in _TRUE or key in _FALSE:  # 1 == True
+    # The numbers are found too, because 1 == True.
+    if key in _TRUE or key in _FALSE:
         return key in _TRUE
     raise DataError(f"column {column!r}: expected true or false, got {shown(value)}", row_id, "wrong type")
 
 
 def tools_of(row: Mapping[str, Any], row_id: str) -> list[Any] | None:
-    """Tool schemas; JSON text is accepted because columnar files cannot hold schemas of different form.
+    """Returns tool schemas. JSON text is accepted, because columnar files cannot contain schemas of different form.
 
     Raises:
         DataError: `invalid JSON`, `wrong type`.
     """
     tools = row.get("tools")
     if isinstance(tools, str):
-        if not tools.strip():  # LLaMA-Factory's way to say that there are none
+        # LLaMA-Factory writes empty text if there are none.
+        if not tools.strip():
             return None
         tools = parsed(tools, "column 'tools': expected a JSON list", row_id)
     if tools is not None and not isinstance(tools, list):
         raise DataError(
             f"column 'tools': expected a list of schemas, got {shown(tools)}", row_id, "wrong type"
         )
-    # An empty list makes some templates (Llama's) write the introduction to tools.
+    # For an empty list, some templates (Llama's) would write the introduction to tools.
     return tools or None
 
 
 def chat_template_kwargs_of(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
-    """Arguments for the chat template, without those that are null.
+    """Returns arguments for the chat template, without those that are null.
 
     Raises:
         DataError: `wrong type`.
@@ -134,7 +141,7 @@ def chat_template_kwargs_of(row: Mapping[str, Any], row_id: str) -> dict[str, An
 
 
 def number_of(value: object, where: str, row_id: str) -> float:
-    """The value, if it is a finite number; text of one is accepted, for CSV knows nothing else.
+    """Returns the value, if it is a finite number. Text of a number is accepted, because CSV has text only.
 
     Raises:
         DataError: `wrong type`.
@@ -153,7 +160,7 @@ def number_of(value: object, where: str, row_id: str) -> float:
 
 
 def parsed(text: object, expected: str, row_id: str) -> Any:
-    """The value that JSON text stands for.
+    """Returns the value of JSON text.
 
     Raises:
         DataError: `invalid JSON`.
@@ -165,7 +172,7 @@ def parsed(text: object, expected: str, row_id: str) -> Any:
 
 
 def check_encodable(text: str, where: str, row_id: str) -> str:
-    """The text, if it is Unicode throughout.
+    """Returns the text, if it is Unicode throughout.
 
     Raises:
         DataError: `invalid UTF-8`.
@@ -179,29 +186,41 @@ def check_encodable(text: str, where: str, row_id: str) -> str:
 
 
 def kind(value: object) -> str:
-    """Type of a value in the words of data files."""
+    """Returns the type of a value in the words of data files.
+
+    Example:
+        >>> kind("text"), kind(None), kind(1)
+        ('text', 'null', 'int')
+    """
     return {str: "text", list: "a list", type(None): "null"}.get(type(value), type(value).__name__)
 
 
 def shown(value: object) -> str:
-    """Type and beginning of a value, for errors."""
+    """Returns type and beginning of a value, for errors.
+
+    Example:
+        >>> shown([1, 2])
+        'a list [1, 2]'
+    """
     if value is None:
         return "null"
     try:
         return f"{kind(value)} {reprlib.repr(value)}"
-    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+    except (ValueError, RecursionError):
+        # Python does not write integers of too many digits.
         return kind(value)
 
 
 def names(columns: Iterable[object]) -> str:
-    """Names of columns in a line, for errors: all of them, unless they are very many or very long.
+    """Returns names of columns in a line, for errors. Very long names, and very many, are cut off.
 
-    >>> names(f"column_{number:03}" for number in range(400))[-23:]
-    'column_016 and 383 more'
+    Example:
+        >>> names(f"column_{number:03}" for number in range(400))[-23:]
+        'column_016 and 383 more'
     """
-    each = [str(column) if len(str(column)) <= 60 else f"{str(column)[:57]}..." for column in columns]
-    line, rest = "", len(each)
-    for name in each:
+    short = [str(column) if len(str(column)) <= 60 else f"{str(column)[:57]}..." for column in columns]
+    line, rest = "", len(short)
+    for name in short:
         if line and len(line) + len(name) > 200:
             return f"{line} and {rest} more"
         line, rest = f"{line}, {name}" if line else name, rest - 1

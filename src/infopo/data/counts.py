@@ -1,4 +1,4 @@
-"""What happened to the rows: used, skipped and why, cut and how. One ledger from file to token ids."""
+"""Counts what happens to rows, from file to token ids: used, skipped and why, cut and how."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,33 +8,40 @@ from infopo.errors import DataError, printable
 TIE = "tie"
 TOO_LONG = "too long"
 NO_FAULT = (TIE, TOO_LONG)
-"""Reasons to leave a row out that are no fault of it: such rows are dropped and counted, whatever the policy."""
+"""Reasons to leave out a row without a fault. Such rows are dropped and counted, whatever `on_bad_row` is."""
 
 _OF_ALL_ROWS = ("missing column", "column collision", "ignored column")
-"""Reasons that mean the same for all rows of a file: to leave these rows out would leave none."""
+"""Reasons that apply to all rows of a file, so that leaving out such rows would leave none."""
 
 _NAMED_COLUMNS = 12
 
 
 @dataclass
 class DataCounts:
-    """Ledger of one dataset: rows in = rows used + rows skipped by reason.
+    """Ledger of one dataset, in which each row is either used, or skipped for a reason.
 
     Attributes:
-        on_bad_row: `raise` stops at the first row that cannot be used; `skip` counts it and goes on. Rows that are
-            left out without a fault (`NO_FAULT`) are counted under both.
+        on_bad_row: `raise` stops at the first row that cannot be used, and `skip` counts it and continues. Rows that
+            are left out without a fault (`NO_FAULT`) are counted under both.
         source: Name of the dataset, for messages.
         shapes: Shape of the rows of each source by its name, and whether it was `detected` or `named`.
-        rows: Rows seen.
-        used: Rows that became examples.
-        skipped: Number of skipped rows by reason.
-        first_skipped: The first error of each reason, as an example to look at.
-        notes: Counts of what was changed or found in rows that are used, e.g. `response cut`.
-        columns: How columns of other names are read, by source.
-        files: Files that the rows of a folder or of a pattern come from, by source.
-        ignored: Number of rows that hold a value in a column which is not read, by column.
-        warnings: Sentences about the data as a whole that should not be missed.
-        first_noted: The first row of each note, as an example to look at.
+        rows: Number of rows read.
+        used: Number of rows that became examples.
+        skipped: Number of skipped rows, by reason.
+        first_skipped: The first error of each reason, as an example.
+        notes: Number of changes and findings in rows that are used, by name, e.g. `response cut`.
+        columns: Description of how columns of other names are read, by source.
+        files: Files of a folder or pattern that rows are read from, by source.
+        ignored: Number of rows that have a value in a column which is not read, by column.
+        warnings: Sentences about the data as a whole that users should see.
+        first_noted: The first row of each note, as an example.
+
+    Example:
+        >>> counts = DataCounts(on_bad_row="skip", source="pairs.jsonl", rows=2, used=1)
+        >>> counts.bad_row(DataError("expected text, got null", "pairs.jsonl:2", "null value"))
+        >>> print(*counts.lines(), sep=chr(10))
+        pairs.jsonl: 2 rows, 1 used, 1 skipped
+          skipped 1: null value (first: pairs.jsonl:2: expected text, got null)
     """
 
     on_bad_row: str = "raise"
@@ -52,10 +59,10 @@ class DataCounts:
     first_noted: dict[str, str] = field(default_factory=dict)
 
     def bad_row(self, error: DataError) -> None:
-        """Applies the policy to a row that cannot be used.
+        """Counts a row that cannot be used, or raises.
 
         Raises:
-            DataError: `error`, unless bad rows are skipped or its reason is none of a fault.
+            DataError: `error`, unless `on_bad_row` is `skip` or its reason is in `NO_FAULT`.
         """
         if self.on_bad_row == "raise" and error.reason not in NO_FAULT:
             if error.reason in _OF_ALL_ROWS:
@@ -71,7 +78,7 @@ class DataCounts:
         self.first_noted.setdefault(what, row_id)
 
     def lines(self) -> list[str]:
-        """The ledger in words, for the log and for `infopo check`."""
+        """Returns the ledger as lines of text, for the log and for `infopo check`."""
         total_skipped = sum(self.skipped.values())
         lines = [f"{self.source or 'data'}: {self.rows} rows, {self.used} used, {total_skipped} skipped"]
         lines += [f"  warning: {warning}" for warning in self.warnings]

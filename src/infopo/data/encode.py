@@ -1,35 +1,36 @@
-"""`PreferenceRow` -> `PreferenceExample`: chat template, special tokens, truncation; and what happened, in counts.
+"""Turns a `PreferenceRow` into a `PreferenceExample`: chat template, special tokens, truncation, and their counts.
 
-What is trained on is what the data or the template wrote, token for token.
+Training sees what the data or the template wrote, token for token.
 
-**Special tokens** are those that the tokenizer or its chat template adds, never twice. Plain text: what the tokenizer
-puts before a text (BOS) stands before the prompt, what it puts behind a text is left out, and the response ends with
-EOS. Conversations: what the template writes. What ends a turn is learned by rendering two conversations that differ in
-their last content; a template that ends a turn with no token of its own (GLM) gets EOS. Where the data hold as text
-what the template or this module adds, so that it would stand twice, it stands once.
+**Special tokens** are those that the tokenizer or its chat template adds, and are never doubled. In plain text, what
+the tokenizer puts before a text (BOS) is put before the prompt, what it puts behind a text is left out, and the
+response ends with EOS. In conversations, they are what the template writes. What ends a turn is learned by rendering
+two conversations that differ in their last content. A template that ends a turn with no token of its own (GLM) gets
+EOS. If the data contain as text what the template or this module adds, it is written once.
 
 **Boundary.** The prompt stays as `generate()` will see it, to its last token. The response is
 
-- what follows the prompt in the text of both. Its tokens are those that follow the prompt's in the tokens of both: this
-  is the ordinary case, and TRL's; if tokens merge across the boundary, see `tokenization.py`;
-- if the template writes the prompt with and without response differently (a generation prompt that ends with
-  `<think>`): what follows their longest common beginning, in which no tag or word is split.
+- what follows the prompt in the text of both. Its tokens are those that follow the prompt's in the tokens of both. This
+  is the ordinary case, and TRL's. If tokens merge across the boundary, see `tokenization.py`.
+- what follows the longest common beginning, in which no tag or word is split, if the template writes the prompt
+  differently with and without a response (as with a generation prompt that ends with `<think>`).
 
 If the template changes the prompt's own turns, the row is refused.
 
-**Content.** Each assistant turn's content, reasoning and tool calls stand in its rendering. Where a template drops
+**Content.** Each assistant turn's content, reasoning and tool calls must be in its rendering. If a template drops
 reasoning from the content of the last turn, the turn is written as the policy will write it: behind the generation
-prompt, word for word. Anything else that is missing is a reason to refuse the row. Reasoning of earlier turns, which
-many templates drop, is counted.
+prompt, word for word. If anything else is missing, the row is refused. Reasoning of earlier turns, which many templates
+drop, is counted.
 
-**Scored tokens.** Of a response with several turns, what the policy writes: see `turns.py`.
+**Scored tokens.** In a response with several turns, the tokens that the policy writes are scored (see `turns.py`).
 
 **Truncation.** `max_prompt_length` keeps the end of a prompt, where the question and the generation prompt are, and its
-BOS. Then prompt and response together get `max_length` tokens: the end of the response is cut. A prompt that leaves no
-room for a response is refused. (TRL's `keep_start` with `max_length` only is the same.) With `on_too_long="drop"`
-nothing is cut: a row with a prompt or a response beyond these limits is left out and counted, as `too long`.
+BOS. Then prompt and response together are limited to `max_length` tokens, and the end of the response is cut off. A
+prompt that leaves no room for a response is refused. (TRL's `keep_start` with `max_length` only is the same.) With
+`on_too_long="drop"` nothing is cut off: a row with a prompt or a response beyond these limits is left out and counted
+as `too long`.
 
-Notes, counted in `DataCounts.notes` once a response (`PROMPT_CUT`: once a row), are `NOTES`.
+`NOTES` are counted in `DataCounts.notes`, once per response (`PROMPT_CUT` once per row).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,20 +76,20 @@ NOTES = (
     PROMPT_CUT, RESPONSE_CUT, END_OF_TURN_LOST, END_OF_TURN_DOUBLED, END_OF_TURN_APPENDED, NOT_A_PREFIX, MERGED_TOKENS,
     WRITTEN_AS_DATA, REASONING_DROPPED, PROMPT_NOT_WRITTEN,
 )  # fmt: skip
-"""What may be noted of a row."""
+"""Names of all changes and findings that are counted."""
 
 _SHOWN = 400
-"""Characters of a row that a warning shows."""
+"""Number of characters of a row that a warning shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """A row's token ids, and what was changed or found on the way.
+    """A row's token ids, and the changes and findings that are counted.
 
     Attributes:
         example: The token ids.
-        notes: Names of what happened, one entry an occurrence.
-        warnings: What is true of rows like this one, and is said once.
+        notes: Names from `NOTES`, one entry per occurrence.
+        warnings: Sentences about all rows like this one, which are shown once.
     """
 
     example: PreferenceExample
@@ -101,17 +102,24 @@ class Encoder:
 
     Args:
         tokenizer: The policy's tokenizer.
-        max_length: Largest number of tokens of a prompt with one of its responses; None: no limit.
-        max_prompt_length: Largest number of tokens of a prompt; None: no limit of its own.
+        max_length: Largest number of tokens of a prompt with one of its responses, or None for no limit.
+        max_prompt_length: Largest number of tokens of a prompt, or None for no limit of its own.
         on_too_long: `cut` what is longer, or `drop` the row.
-        chat_template_kwargs: Template variables of all rows; a row's own come before them.
-        as_chat: Whether plain text is taken for a conversation: the prompt for the user's turn, a response for the
+        chat_template_kwargs: Template variables of all rows. A row's own take precedence.
+        as_chat: Whether plain text is taken as a conversation, with the prompt as the user's turn and a response as the
             assistant's.
 
     Raises:
         ModelError: The tokenizer has no EOS token, or is no tokenizer.
-        RecipeError: A length is not positive, or the prompt's leaves no room for a response; `on_too_long` is neither;
-            a template variable cannot be set.
+        RecipeError: A length is not positive, the prompt's length leaves no room for a response, `on_too_long` is
+            unknown, or a template variable cannot be set.
+
+    Example:
+        >>> from infopo.lab.tokenizer import build_tokenizer
+        >>> encoder = Encoder(build_tokenizer())
+        >>> encoded_row = encoder.encode(PreferenceRow("1+1=", ["2"], ["3"], "pairs.jsonl:1"))
+        >>> encoder.tokenizer.convert_ids_to_tokens(encoded_row.example.chosen_ids[0])
+        ['2', '<|end|>']
     """
 
     def __init__(
@@ -141,10 +149,10 @@ class Encoder:
         self._writes_a_date = bool(tokenizer.chat_template) and self.template.writes_a_date()
 
     def encode(self, row: PreferenceRow) -> EncodedRow:
-        """Token ids of one row.
+        """Returns the token ids of one row.
 
         Raises:
-            DataError: The row cannot be used; reasons are `empty prompt`, `empty chosen`, `empty rejected`,
+            DataError: The row cannot be used. Reasons are `empty prompt`, `empty chosen`, `empty rejected`,
                 `prompt too long`, `too long`, `chosen = rejected`, `chosen = rejected after truncation`, `template
                 refuses the row`, `template takes too long`, `template rewrites the prompt`, `template drops content`,
                 `turns cannot be told apart`, `generation prompt closes reasoning`, `reserved template argument`, `not
@@ -159,7 +167,7 @@ class Encoder:
         prompt = self._cut_prompt(prompt, row.row_id, notes)
         sides = ["chosen"] * len(row.chosen) + ["rejected"] * len(row.rejected)
         for response, side in zip(responses, sides, strict=True):
-            # An end of turn alone is no response: nothing in it could be preferred.
+            # An end of turn alone is no response, because nothing in it could be preferred.
             if len(response.ids) <= len(response.end):
                 raise DataError(f"expected a {side} response, it has no tokens", row.row_id, f"empty {side}")
         cut = [self._cut_response(response, len(prompt), notes) for response in responses]
@@ -183,7 +191,7 @@ class Encoder:
                 raise DataError(f"the {what} has {tokens} tokens, more than {name}={limit}", row_id, TOO_LONG)
 
     def _tokenize(self, row: PreferenceRow, notes: list[str]) -> tuple[list[int], list[Response]]:
-        """Prompt and responses before truncation."""
+        """Returns prompt and responses before truncation."""
         responses = [*row.chosen, *row.rejected]
         if isinstance(row.prompt, str):
             prompt = self.tokens.text(row.prompt, row.row_id)
@@ -250,12 +258,12 @@ def prompt_ids(
     tools: list[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The prompt as a policy sees it, in training and when it generates.
+    """Returns the prompt as a policy sees it, in training and in generation.
 
     Args:
-        tokens: The tokenizer's rules.
-        template: The tokenizer's chat template.
-        prompt: Text, or messages, which get the generation prompt.
+        tokens: Rules of the tokenizer.
+        template: Chat template of the tokenizer.
+        prompt: Text, or messages, behind which the generation prompt is written.
         row_id: Name of the prompt in errors.
         tools: Schemas for the template.
         variables: Further template variables.
@@ -290,7 +298,7 @@ def _check_settings(
 
 
 def _as_conversation(row: PreferenceRow) -> PreferenceRow:
-    """A row of plain text as a turn of the user and one of the assistant for each response."""
+    """Returns a row of plain text as a conversation: the user's turn, and the assistant's for each response."""
     if not isinstance(row.prompt, str):
         return row
 
@@ -327,19 +335,19 @@ def encode_rows(
     *,
     num_proc: int | None = None,
 ) -> ExampleDataset:
-    """Encodes all rows, in their order, and keeps the ledger.
+    """Encodes all rows, in their order, and counts what happens to them.
 
     Args:
-        rows: What `read_rows` gives.
-        encoder: The rules.
-        counts: Ledger; gets used rows, notes and bad rows.
-        num_proc: Number of worker processes; None or 1: none.
+        rows: Rows, e.g. from `read_rows`.
+        encoder: Encoder of the rows.
+        counts: Ledger that counts used rows, notes and bad rows.
+        num_proc: Number of worker processes. With None or 1, rows are encoded in this process.
 
     Raises:
         DataError: A row cannot be used and `counts.on_bad_row` is `raise`, or no row can be used.
     """
     results = in_processes(partial(_encode_one, encoder), rows, num_proc or 1)
-    # Closed here, for the traceback of a bad row would keep the generator, and with it the pool, alive.
+    # The generator is closed here, because the traceback of a bad row would keep it, and with it the pool, alive.
     with closing(results):
         dataset = ExampleDataset.from_examples(_tallied(results, counts, encoder))
     if not len(dataset):
@@ -353,7 +361,7 @@ def encode_rows(
 def encoded(
     rows: Iterable[PreferenceRow], encoder: Encoder, counts: DataCounts
 ) -> Iterator[PreferenceExample]:
-    """Encodes rows when they are asked for, one by one, and keeps the ledger.
+    """Encodes rows one by one when they are asked for, and counts what happens to them.
 
     Raises:
         DataError: A row cannot be used and `counts.on_bad_row` is `raise`.
@@ -372,7 +380,7 @@ def _tallied(
         for note in result.notes:
             counts.note(note, result.example.row_id)
         for warning in result.warnings:
-            if not any(known.startswith(warning) for known in counts.warnings):
+            if not any(earlier.startswith(warning) for earlier in counts.warnings):
                 first = " | ".join(
                     line.strip() for line in render(result.example, encoder.tokenizer).split("\n")
                 )
@@ -381,7 +389,7 @@ def _tallied(
 
 
 def _encode_one(encoder: Encoder, row: PreferenceRow) -> EncodedRow | DataError:
-    """The result or the row's fault as a value: the ledger is the caller's, who may be in another process."""
+    """Returns the result, or the row's error as a value, because the caller's counts may be in another process."""
     try:
         return encoder.encode(row)
     except DataError as error:

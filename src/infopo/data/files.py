@@ -1,11 +1,11 @@
-"""One data file -> its rows as they stand there: JSON, JSON lines, CSV, Parquet, Arrow; also compressed.
+"""Reads the raw rows of one data file: JSON, JSON lines, CSV, Parquet or Arrow, also compressed.
 
-Each reader yields (number, row). Numbers count from 1: the line in JSON lines (blank lines are no rows but are counted
-as lines), the position of the row everywhere else. A row that cannot be read on its own is yielded as the `DataError`
-that reading it gave; what spoils the whole file is raised.
+Each reader yields (number, row). Numbers count from 1. They are lines in JSON lines (blank lines are counted, but are
+no rows), and positions of rows everywhere else. For a row that cannot be read, the reader yields the `DataError`, and
+continues. An error that spoils the whole file is raised.
 
-All are read in constant memory: no row may have more than `LONGEST_ROW` bytes, so that a small compressed file cannot
-fill the machine's memory.
+All formats are read in constant memory. No row may have more than `LONGEST_ROW` bytes, so that a small compressed file
+cannot fill the machine's memory.
 """
 
 import codecs
@@ -35,26 +35,26 @@ SUFFIXES = (
 """Endings of the files that can be read."""
 
 RawRow = tuple[int, object]
-"""Number of a row, and what the file holds there: an object, or the `DataError` that reading it gave."""
+"""Number of a row, and its value, or the `DataError` of a row that cannot be read."""
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 
 _ROWS_A_BATCH = 256
 
 LONGEST_ROW = 2**26
-"""Bytes of a row of JSON, and characters of a CSV cell: 64 MiB, some 16 million tokens."""
+"""Largest number of bytes of a row of JSON, and of characters of a CSV cell: 64 MiB, or some 16 million tokens."""
 
 
 def file_rows(path: Path, name: str, door: Door | None = None) -> Iterator[RawRow]:
-    """Rows of a file, read as its name's ending says.
+    """Yields the rows of a file, which is read as the suffix of its name says.
 
     Args:
         path: The file.
-        name: What errors call it.
-        door: Says which columns of a columnar file are read, and takes its nulls out; None: all, as they are.
+        name: Name of the file in errors.
+        door: Decides which columns of a columnar file are read, and removes its nulls. If None, all are read unchanged.
 
     Raises:
-        DataError: The file has another ending; while iterating: it cannot be read, or lacks columns.
+        DataError: The file has another suffix, or, during iteration, it cannot be read or lacks columns.
     """
     kind = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
     for ending, reader in (
@@ -67,7 +67,7 @@ def file_rows(path: Path, name: str, door: Door | None = None) -> Iterator[RawRo
 
 
 def unreadable(name: str, error: Exception) -> DataError:
-    """The error for a source that the system or a library cannot read."""
+    """Returns the error for a source that the system or a library cannot read."""
     return DataError(f"cannot be read: {error or type(error).__name__}", name, "unreadable")
 
 
@@ -105,7 +105,7 @@ def _too_long(row_id: str) -> DataError:
 
 
 def _json_value(data: bytes, row_id: str) -> object:
-    """The value, or the error that parsing it gave."""
+    """Returns the value, or the error if it cannot be parsed."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -113,7 +113,7 @@ def _json_value(data: bytes, row_id: str) -> object:
         problem = f"expected UTF-8, but {byte}; save the file as UTF-8"
         return DataError(problem, row_id, "invalid UTF-8")
     except (ValueError, RecursionError) as error:
-        # Its own message counts lines within this one.
+        # The parser's own message would count lines within this line.
         what = (
             f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
         )
@@ -121,7 +121,7 @@ def _json_value(data: bytes, row_id: str) -> object:
 
 
 def _json_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
-    """Rows of a `.json` file: an array, or JSON lines where it does not begin with a bracket."""
+    """Yields the rows of a `.json` file, which is an array, or JSON lines if it does not begin with a bracket."""
     try:
         with _open_bytes(path) as file:
             head = file.read(4096)
@@ -135,10 +135,10 @@ def _json_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
 
 
 class _ArrayReader:
-    """Items of a JSON array, one by one: no more of it is in memory than the item that is read, and a piece more.
+    """Reads the items of a JSON array one by one, with no more in memory than the item and the piece after it.
 
-    `_text` is what is in memory, `_at` the place in it that is read next, `_lines` the number of the line that it
-    begins on.
+    `_text` is the part of the file that is in memory, `_at` the position in it that is read next, and `_lines` the
+    number of the line that it begins on.
     """
 
     _PIECE = 2**16
@@ -154,8 +154,9 @@ class _ArrayReader:
         self._take(head)
 
     def rows(self) -> Iterator[RawRow]:
+        # The first character is the bracket, which the caller has seen.
         self._next_character()
-        self._at += 1  # the bracket, which the caller has seen
+        self._at += 1
         number = 0
         while not self._ends(is_first=number == 0):
             number += 1
@@ -165,7 +166,7 @@ class _ArrayReader:
             raise self._invalid("text after the array's end")
 
     def _ends(self, *, is_first: bool) -> bool:
-        """Whether the array ends here; moves to the next item otherwise."""
+        """Returns whether the array ends here. Otherwise moves to the next item."""
         following = self._next_character()
         if following == "]" or is_first:
             return following == "]"
@@ -182,7 +183,7 @@ class _ArrayReader:
             problem: Exception | None = None
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
-                # A number at the end of what is in memory may go on.
+                # A number at the end of the text in memory may continue in the file.
                 if end < len(self._text) or self._has_ended:
                     self._at = end
                     return value
@@ -193,20 +194,22 @@ class _ArrayReader:
             if len(self._text) - self._at > LONGEST_ROW:
                 raise _too_long(f"{self._name}:{number}")
             self._take(self._file.read(piece))
-            piece *= 2  # so that a long item is not parsed anew for each of many small pieces
+            # Pieces grow, because a long item is parsed again for each of them.
+            piece *= 2
 
     def _next_character(self) -> str:
-        """The next character that is no space, at which reading then stands; empty at the file's end."""
+        """Moves to the next character that is no space, and returns it, or empty text at the end of the file."""
         while True:
             match = self._SPACE.match(self._text, self._at)
-            assert match is not None  # of no space at all, if there is none
+            # The pattern also matches no space at all.
+            assert match is not None
             self._at = match.end()
             if self._at < len(self._text) or self._has_ended:
                 return self._text[self._at : self._at + 1]
             self._take(self._file.read(self._PIECE))
 
     def _take(self, data: bytes) -> None:
-        """Adds what has been read to the text, and lets go of what stands before the place that is read next."""
+        """Adds what has been read to the text, and drops the part that has been parsed."""
         self._lines += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :], 0
         self._has_ended = not data
@@ -225,12 +228,12 @@ class _ArrayReader:
 
 
 def _csv_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
-    """Rows below the header; every cell is text."""
+    """Yields the rows below the header, in which every cell is text."""
     csv.field_size_limit(LONGEST_ROW)
     try:
         with ExitStack() as stack:
             file = stack.enter_context(_open_bytes(path))
-            # Bytes that are no UTF-8 come through as marks, so that their row can be named.
+            # Bytes that are not UTF-8 become surrogates, so that their row can be named.
             text = io.TextIOWrapper(
                 cast(IO[bytes], file), encoding="utf-8-sig", errors="surrogateescape", newline=""
             )
@@ -296,7 +299,7 @@ def _columns(schema: "pa.Schema", name: str, door: Door | None) -> list[str]:
 
 
 def _arrow_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
-    """Rows of an Arrow IPC file, or of an IPC stream, which is what `datasets` writes."""
+    """Yields the rows of an Arrow IPC file, or of an IPC stream, as `datasets` writes it."""
     try:
         with pa.memory_map(str(path)) as file:
             if file.read(6) == b"ARROW1":
@@ -325,9 +328,10 @@ def _numbered(batches: "Iterable[pa.RecordBatch]", name: str, door: Door | None)
 
 
 def _batch_rows(batch: "pa.RecordBatch", name: str, rows_before: int) -> Iterator[object]:
-    """Rows of a batch; one by one where a value cannot be turned into Python, to name the row that holds it.
+    """Yields the rows of a batch. If a value cannot be turned into Python, they are read one by one, to name its row.
 
-    Arrow reads a file as it is: offsets of a damaged one point anywhere, and following them ends the process.
+    The batch is validated first, because Arrow trusts a file: offsets of a damaged one may point anywhere, and
+    following them ends the process.
     """
     try:
         batch.validate(full=True)

@@ -1,8 +1,8 @@
-"""PreferenceExamples -> PackedBatch: which tokens stand where, and who shares what. Knows no model.
+"""Packs PreferenceExamples into a PackedBatch, in which responses share their common beginnings. Knows no model.
 
-A batch is a forest of token segments (see `PackedBatch`). Each example gives one tree: its prompt is the root, and
-responses part where their tokens first differ, or whether these are scored. What is scored and what is context stands
-in segments of its own, one following the other.
+A batch is a forest of token segments (see `PackedBatch`). Each example is one tree. Its prompt is the root, and
+responses branch where their tokens first differ, or where one is scored and the other is not. Scored tokens and context
+are in segments of their own, one after the other.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,13 +14,20 @@ from infopo.records import PackedBatch, PreferenceExample, Role, Spans, response
 
 
 def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
-    """Lays examples out as a forest; examples without any response are left out.
+    """Lays examples out as a forest. Examples without any response are left out.
 
-    What responses of a prompt have in common from their beginning is stored once. Each keeps at least its last token
-    to itself, so that each ends in a leaf of its own.
+    The common beginning of a prompt's responses is stored once. Each response keeps at least its last token to itself,
+    so that each ends in a leaf of its own.
 
     Raises:
         ValueError: An example has an empty prompt or an empty response (its first token could not be scored).
+
+    Example:
+        >>> batch = pack([PreferenceExample([5, 6], [[7, 8, 9]], [[7, 8, 4]], "pairs.jsonl:1")])
+        >>> batch.input_ids.tolist()  # the prompt, the common beginning, and the rest of each response
+        [5, 6, 7, 8, 9, 4]
+        >>> batch.segment_parent, batch.leaf
+        ([-1, 0, 1, 1], [2, 3])
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -45,14 +52,14 @@ def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
             marked(ids, spans) for ids, spans in zip(example.response_ids, example.spans, strict=True)
         ]
         branches, leaf_of = [root], dict[int, int]()
-        for above, begin, end, holders in _branches(responses):
+        for above, begin, end, sharing in _branches(responses):
             segment, position = branches[above], len(example.prompt_ids) + begin
-            for is_scored, run in _runs(responses[holders[0]][begin:end]):
+            for is_scored, run in _runs(responses[sharing[0]][begin:end]):
                 segment = add_segment(run, segment, position, is_scored)
                 position += len(run)
             branches.append(segment)
-            if len(holders) == 1:
-                leaf_of[holders[0]] = branches[-1]
+            if len(sharing) == 1:
+                leaf_of[sharing[0]] = branches[-1]
         leaf += [leaf_of[i] for i in range(len(responses))]
         owner += [index] * len(responses)
         role += example.roles
@@ -64,12 +71,13 @@ def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
 
 
 def marked(ids: Sequence[int], context: Spans) -> list[int]:
-    """The tokens of a response, in which those that are context stand as -1 - token.
+    """Returns the tokens of a response, in which those that are context are replaced by -1 - token.
 
-    So one number says both what it is and whether it is scored, and two responses part where either differs.
+    One number then says both which token it is and whether it is scored, and responses branch where either differs.
 
-    >>> marked([7, 8, 9], [(1, 2)])
-    [7, -9, 9]
+    Example:
+        >>> marked([7, 8, 9], [(1, 2)])
+        [7, -9, 9]
     """
     tokens = list(ids)
     for begin, end in context:
@@ -78,40 +86,47 @@ def marked(ids: Sequence[int], context: Spans) -> list[int]:
 
 
 def _runs(tokens: Sequence[int]) -> list[tuple[bool, list[int]]]:
-    """Runs of scored tokens and of context, as `marked` has them; one empty run if there are no tokens."""
+    """Returns the runs of scored tokens and of context in the result of `marked`, or one empty run without tokens."""
     runs = [(scored, list(run)) for scored, run in groupby(tokens, key=lambda token: token >= 0)]
     return [(scored, run if scored else [-1 - t for t in run]) for scored, run in runs] or [(True, [])]
 
 
 def _branches(responses: Sequence[list[int]]) -> Iterator[tuple[int, int, int, list[int]]]:
-    """The tree of common beginnings, depth first, so that a branch's first child follows it directly.
+    """Yields the tree of common beginnings, depth first, so that a branch's first child directly follows it.
+
+    That order matters for speed: a segment that directly follows its parent extends the parent's run (`ForestLayout`).
 
     Yields:
-        Number of the branch that it grows from (0: the prompt, 1: the first one yielded), first token and end within
-        its responses, and which responses hold it: one where it is a leaf.
+        Number of the parent branch (0 is the prompt, 1 the first branch yielded), first token and end (exclusive)
+        within the responses, and the indices of the responses that share the branch. A leaf has one.
     """
-    pending = [(0, 0, group) for group in _part(responses, range(len(responses)), 0)[::-1]]
+    # The stack takes groups in reverse, so that they are popped in order.
+    pending = [(0, 0, group) for group in _groups(responses, range(len(responses)), 0)[::-1]]
     number = 0
     while pending:
-        above, begin, holders = pending.pop()
-        held = [responses[i] for i in holders]
-        end = len(held[0]) if len(held) == 1 else min(_common(held), *(len(ids) - 1 for ids in held))
+        above, begin, sharing = pending.pop()
+        tokens = [responses[i] for i in sharing]
+        # Each response keeps its last token for a leaf of its own.
+        end = len(tokens[0]) if len(tokens) == 1 else min(_common(tokens), *(len(ids) - 1 for ids in tokens))
         number += 1
-        yield above, begin, end, holders
-        if len(holders) > 1:
-            pending += [(number, end, group) for group in _part(responses, holders, end)[::-1]]
+        yield above, begin, end, sharing
+        if len(sharing) > 1:
+            pending += [(number, end, group) for group in _groups(responses, sharing, end)[::-1]]
 
 
 def _common(responses: Sequence[list[int]]) -> int:
-    """Number of tokens with which all begin: first and last in lexical order differ where any two do."""
+    """Returns the number of tokens with which all begin.
+
+    The first and the last in lexical order differ where any two differ, so comparing these two is enough.
+    """
     first, last = min(responses), max(responses)
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
-def _part(responses: Sequence[list[int]], holders: Iterable[int], at: int) -> list[list[int]]:
-    """Groups with the same token at this place; a response that has no more than this token left is on its own."""
+def _groups(responses: Sequence[list[int]], indices: Iterable[int], at: int) -> list[list[int]]:
+    """Groups responses by their token at this position. A response that ends with this token is a group of its own."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for i in holders:
+    for i in indices:
         key = (-1, i) if len(responses[i]) <= at + 1 else (0, responses[i][at])
         groups.setdefault(key, []).append(i)
     return list(groups.values())
@@ -120,14 +135,19 @@ def _part(responses: Sequence[list[int]], holders: Iterable[int], at: int) -> li
 def split_by_tokens(
     examples: Sequence[PreferenceExample], max_tokens: int | None, shared: bool = False
 ) -> list[list[PreferenceExample]]:
-    """Cuts the examples, in order, into runs of at most `max_tokens` tokens; a larger example stands alone.
+    """Splits the examples, in order, into pieces of at most `max_tokens` tokens. A larger example is a piece alone.
 
-    At least one run is returned.
+    At least one piece is returned.
 
     Args:
-        examples: Of a device batch.
-        max_tokens: Most tokens of a run; None: no limit.
-        shared: Whether a prompt counts once, or once a response as in a padded row a response.
+        examples: Examples of a device batch.
+        max_tokens: Largest number of tokens of a piece, or None for no limit.
+        shared: Whether a prompt counts once. Otherwise it counts once per response, as in padded rows.
+
+    Example:
+        >>> pair = PreferenceExample([5, 6], [[7, 8]], [[9]], "pairs.jsonl:1")
+        >>> [len(piece) for piece in split_by_tokens([pair] * 3, max_tokens=10, shared=True)]
+        [2, 1]
     """
     runs: list[list[PreferenceExample]] = [[]]
     used = 0
@@ -143,9 +163,9 @@ def split_by_tokens(
 
 
 def select(batch: PackedBatch, responses: Sequence[int]) -> PackedBatch:
-    """The same batch with these responses only: segments that no remaining path holds are dropped.
+    """Returns the same batch with these responses only, without segments that are in no remaining path.
 
-    Examples keep their numbers and names. Waits for the device.
+    Examples keep their indices and names. This synchronises with the GPU.
     """
     kept = sorted({segment for response in responses for segment in batch.path(response)})
     number = {segment: new for new, segment in enumerate(kept)}
@@ -169,12 +189,12 @@ def select(batch: PackedBatch, responses: Sequence[int]) -> PackedBatch:
 
 
 class PreferenceCollator:
-    """Packs the examples of a device batch; picklable, so that data-loader workers can run it.
+    """Packs the examples of a device batch. It can be pickled, so that data-loader workers can run it.
 
     Args:
-        max_tokens: Upper bound on the tokens that go through the model at once; a larger device batch is run in
-            several pieces, with the same loss and gradient. None: one piece.
-        shared: Whether responses share their prompt in the model; see `split_by_tokens`.
+        max_tokens: Largest number of tokens that go through the model at once. A larger device batch is run in several
+            pieces, with the same loss and gradient. None for one piece.
+        shared: Whether responses share their prompt in the model (see `split_by_tokens`).
     """
 
     def __init__(self, max_tokens: int | None = None, shared: bool = False) -> None:

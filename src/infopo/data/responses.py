@@ -1,4 +1,4 @@
-"""Which responses may stand against each other: scores and votes that part them, and what a response must hold."""
+"""Decides which responses are chosen and which rejected, by scores and votes, and checks responses."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How the responses of a `scored` row are split into chosen and rejected ones.
+    """Rule by which the responses of a `scored` row are split into chosen and rejected ones.
 
     Attributes:
-        name: `best-worst`: the response with the highest score against the one with the lowest, the first of equals.
-            `best-rest`: all that have the highest score against all others. `threshold`: all that score at least
-            `threshold` against all others; a row may then have one side only.
-        threshold: For the rule of that name.
+        name: `best-worst` takes the response with the highest score against the one with the lowest, and the first of
+            equals. `best-rest` takes all with the highest score against all others. `threshold` takes all that score at
+            least `threshold` against all others, so that a row may have one side only.
+        threshold: Least score of a chosen response, for the rule of that name.
 
     Raises:
-        RecipeError: There is no such rule, or a threshold without its rule, or the rule without one.
+        RecipeError: There is no such rule, or a threshold without its rule, or the rule without a threshold.
+
+    Example:
+        >>> ScoreRule("best-rest").split([3.0, 5.0, 1.0])
+        ([1], [0, 2])
     """
 
     name: str = SCORE_RULES[0]
@@ -36,32 +40,37 @@ class ScoreRule:
 
     def __post_init__(self) -> None:
         if self.name not in SCORE_RULES:
-            known = f"{suggestion(self.name, SCORE_RULES)}; there are {', '.join(SCORE_RULES)}"
-            raise RecipeError(f"data.score_rule: no rule {self.name!r}{known}")
+            hint = f"{suggestion(self.name, SCORE_RULES)}; there are {', '.join(SCORE_RULES)}"
+            raise RecipeError(f"data.score_rule: no rule {self.name!r}{hint}")
         if (self.name == "threshold") != (self.threshold is not None):
             raise RecipeError(
                 "data.score_threshold: goes with data.score_rule: threshold, and the rule needs it"
             )
 
     def split(self, scores: Sequence[float]) -> tuple[list[int], list[int]]:
-        """Places of the chosen and of the rejected responses; both empty where the scores prefer nothing."""
-        places = range(len(scores))
+        """Returns the indices of the chosen and of the rejected responses, both empty if the scores prefer nothing."""
+        indices = range(len(scores))
         if self.threshold is not None:
-            good = [i for i in places if scores[i] >= self.threshold]
-            return good, [i for i in places if i not in good]
+            good = [i for i in indices if scores[i] >= self.threshold]
+            return good, [i for i in indices if i not in good]
         best, worst = max(scores), min(scores)
         if best == worst:
             return [], []
         if self.name == "best-worst":
             return [scores.index(best)], [scores.index(worst)]
-        return [i for i in places if scores[i] == best], [i for i in places if scores[i] < best]
+        return [i for i in indices if scores[i] == best], [i for i in indices if scores[i] < best]
 
 
 def majority(row: Mapping[str, Any], columns: Sequence[str], row_id: str) -> int:
-    """1 or 2, the response that more than half of the annotators prefer; 0 is a vote for neither.
+    """Returns 1 or 2, the response that more than half of the annotators prefer. 0 is a vote for neither.
 
     Raises:
-        DataError: A vote is none of 0, 1 and 2 (`wrong type`), or no response has most of the votes (`tie`).
+        DataError: A vote is none of 0, 1 and 2 (`wrong type`), or no response has more than half of the votes (`tie`).
+
+    Example:
+        >>> votes = {"annotator1": 2, "annotator2": 2, "annotator3": 1}
+        >>> majority(votes, list(votes), "votes.jsonl:1")
+        2
     """
     votes = [_vote(row, column, row_id) for column in columns]
     winner, count = Counter(votes).most_common(1)[0]
@@ -95,7 +104,7 @@ def check_responses(prompt: Text, chosen: list[Text], rejected: list[Text], row_
 
 
 def _named(chosen: Sequence[Text], rejected: Sequence[Text]) -> Iterable[tuple[str, str, Text]]:
-    """All responses, each with what errors call it (its number, where there are several) and its side."""
+    """Yields all responses, each with its name in errors (with its number if there are several) and its side."""
     for side, responses in (("chosen", chosen), ("rejected", rejected)):
         for i, response in enumerate(responses, 1):
             yield (
@@ -113,7 +122,7 @@ def check_not_blank(chosen: Sequence[Text], rejected: Sequence[Text], row_id: st
 
 
 def _is_blank(response: Text) -> bool:
-    """Nothing was said, and no tool was called, in the turn that ends the response."""
+    """Returns whether the turn that ends the response has neither content nor a tool call."""
     if isinstance(response, str):
         return not response.strip()
     if not response:
@@ -123,7 +132,7 @@ def _is_blank(response: Text) -> bool:
 
 
 def _check_response_roles(response: Text, name: str, row_id: str) -> None:
-    """A response is spoken by the assistant; what tools answer may come between its turns."""
+    """Refuses a response that is not the assistant's. Answers of tools may be between its turns."""
     roles = [message["role"] for message in response if isinstance(message, dict)]
     if (
         roles[0] != "assistant"
@@ -140,10 +149,14 @@ def refuse_no_common_prompt(detail: str, row_id: str) -> None:
 
 
 def common_prefix(a: Text, b: Text) -> int:
-    """Number of leading characters or messages that two responses share.
+    """Returns the number of leading characters or messages that two responses share.
 
-    Where one side is the beginning of the other, it is all prompt, and its response is empty. (TRL's extract_prompt
-    hands the last shared character or message back to both responses there.)
+    If one side is the beginning of the other, it is all prompt, and its response is empty. (TRL's extract_prompt gives
+    the last shared character or message back to both responses.)
+
+    Example:
+        >>> common_prefix("Answer: yes", "Answer: no")
+        8
     """
     for index, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:

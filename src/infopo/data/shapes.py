@@ -1,11 +1,11 @@
-"""What one dataset row may look like, and what is wrong with it when it does not. Imports no torch.
+"""Recognises the shape of a dataset row, and takes it apart or says what is wrong with it. Imports no torch.
 
 Shapes are those of TRL, of LLaMA-Factory and Axolotl (ShareGPT, Alpaca), and of data sets that are used as they were
-published; `docs/data.md` shows a row of each. Each parser takes a row apart into prompt, chosen and rejected responses,
+published. `docs/data.md` shows a row of each. Each parser takes a row apart into prompt, chosen and rejected responses,
 or raises `DataError` with the name of the fault: `missing column`, `null value`, `wrong type`, `wrong role`, `message
 without content`, `empty prompt`, `empty chosen`, `empty rejected`, `chosen = rejected`, `no common prompt`, `invalid
 UTF-8`, `invalid JSON`, `images`, `not an object`, `another shape`, `no responses`, `scores do not match`, `several
-rounds`. One reason is no fault: a `tie` says that the row is sound and prefers nothing.
+rounds`. A `tie` is no fault: the row is sound, but prefers nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 
 class RowParts(NamedTuple):
-    """A row taken apart; becomes a `PreferenceRow`."""
+    """The parts of a row, which become a `PreferenceRow`."""
 
     prompt: Text
     chosen: list[Text]
@@ -67,13 +67,18 @@ class RowParts(NamedTuple):
 
 
 def detect_shape(row: Mapping[str, Any], row_id: str = "row") -> str:
-    """Name of the row's shape: which columns it has, and whether they hold text, messages or lists of responses.
+    """Returns the name of the row's shape, by its columns and by whether they are text, messages or lists of responses.
 
     Columns that are null count as missing. Rows with `chosen` and `rejected` are pairs or lists of responses, whatever
-    else they hold. One of whole conversations whose `prompt` is text is `conversational_implicit`, as in TRL.
+    other columns they have. A row of whole conversations whose `prompt` is text is `conversational_implicit`, as in
+    TRL.
 
     Raises:
         DataError: No shape has these columns and types.
+
+    Example:
+        >>> detect_shape({"prompt": "1+1=", "chosen": "2", "rejected": "3"})
+        'standard'
     """
     if not has_value(row, "chosen") and not has_value(row, "rejected"):
         for shape in _WITHOUT_SIDES:
@@ -117,16 +122,20 @@ def _has_all(row: Mapping[str, Any], columns: tuple[str, ...]) -> bool:
 
 
 def parse_row(row: object, shape: str, row_id: str, rule: ScoreRule | None = None) -> RowParts:
-    """Takes a row of the named shape apart, and judges it.
+    """Takes a row of the named shape apart, and checks it.
 
     Args:
-        row: What the file holds: an object with `COLUMNS`.
+        row: The row, which should be an object.
         shape: A name of `DATA_SHAPES`.
         row_id: Name of the row in errors.
-        rule: How scored responses are split; None: by the default rule.
+        rule: Rule by which scored responses are split, or None for the default rule.
 
     Raises:
-        DataError: The row cannot be used; see the module's list of reasons.
+        DataError: The row cannot be used, for one of the reasons in the module's list.
+
+    Example:
+        >>> parse_row({"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "standard", "pairs.jsonl:1")[:3]
+        ('1+1=', ['2'], ['3'])
     """
     row = check_object(row, row_id)
     for name in IMAGE_COLUMNS:
@@ -139,7 +148,7 @@ def parse_row(row: object, shape: str, row_id: str, rule: ScoreRule | None = Non
         prompt, chosen, rejected = _SCORED[shape](row, row_id, rule or ScoreRule())
     else:
         prompt, chosen, rejected = _PARSERS[shape](row, row_id)
-    # LLaMA-Factory's rule: a conversation that begins with a system's turn of its own keeps that one.
+    # As in LLaMA-Factory, a conversation that begins with a system turn of its own keeps that one.
     if isinstance(prompt, list) and prompt[0]["role"] not in SYSTEM_ROLES:
         prompt = [*_system(row, row_id), *prompt]
     check_responses(prompt, chosen, rejected, row_id)
@@ -158,7 +167,7 @@ def _standard_implicit(row: Mapping[str, Any], row_id: str) -> Parts:
     chosen, rejected = text_of(row, "chosen", row_id), text_of(row, "rejected", row_id)
     check_not_blank([chosen], [rejected], row_id)
     end = common_prefix(chosen, rejected)
-    # As in TRL's extract_prompt: the space before a response belongs to it, because tokenizers merge it into the word.
+    # As in TRL's extract_prompt, the space before a response is part of it, because tokenizers merge it into the word.
     if end and end < min(len(chosen), len(rejected)) and chosen[end - 1] == " ":
         end -= 1
     if not end:
@@ -185,7 +194,7 @@ def _conversational_implicit(row: Mapping[str, Any], row_id: str) -> Parts:
 
 
 def _hh(row: Mapping[str, Any], row_id: str) -> Parts:
-    """The response is the last Assistant turn, the prompt all before it: the data set's own convention."""
+    """Takes the last Assistant turn as the response and all before it as the prompt, as the data set's authors do."""
     chosen_prompt, chosen = _split_transcript(text_of(row, "chosen", row_id), "chosen", row_id)
     rejected_prompt, rejected = _split_transcript(text_of(row, "rejected", row_id), "rejected", row_id)
     if chosen_prompt != rejected_prompt:
@@ -220,7 +229,7 @@ def _unpaired(row: Mapping[str, Any], row_id: str) -> Parts:
 
 
 def _unpaired_messages(row: Mapping[str, Any], row_id: str) -> Parts:
-    """The response is the last turn, the prompt all before it, as in LLaMA-Factory."""
+    """Takes the last turn as the response and all before it as the prompt, as in LLaMA-Factory."""
     column = "messages" if has_value(row, "messages") or "conversations" not in row else "conversations"
     turns = sharegpt_of(row, column, row_id)
     if len(turns) < 2:
@@ -245,7 +254,7 @@ def _scored(row: Mapping[str, Any], row_id: str, rule: ScoreRule) -> Parts:
 
 
 def _votes(row: Mapping[str, Any], row_id: str) -> Parts:
-    """What more than half of the annotators prefer; 0 is a vote for a tie."""
+    """Takes the response that more than half of the annotators prefer as the chosen one. 0 is a vote for a tie."""
     prompt = _instruction(row, row_id)
     first, second = (said(text_of(row, column, row_id)) for column in ("response1", "response2"))
     columns = sorted(column for column in row if ANNOTATOR.fullmatch(str(column)))
@@ -279,7 +288,7 @@ _SCORED: Mapping[str, Callable[[Mapping[str, Any], str, ScoreRule], Parts]] = {
 _WITHOUT_SIDES = (
     "votes", "openai", "swift", "compared", "rated", "scored", "unpaired", "unpaired_messages", "alpaca_unpaired",
 )  # fmt: skip
-"""Shapes that have no `chosen` and `rejected`, the most telling columns first."""
+"""Shapes that have no `chosen` and `rejected`, in the order in which they are tried, the most specific first."""
 
 assert set(NEEDED) == set(DATA_SHAPES) == {*_PARSERS, *_SCORED}
 
@@ -296,17 +305,17 @@ def _system(row: Mapping[str, Any], row_id: str) -> list[Message]:
 
 
 def _instruction(row: Mapping[str, Any], row_id: str) -> list[Message]:
-    """The turns of an Alpaca row: history, and the instruction with its input on the next line."""
+    """Returns the turns of an Alpaca row: history, and the instruction with its input on the next line."""
     turns: list[Message] = []
     history = list_of(row, "history", row_id, "rounds") if row.get("history") else []
     for i, pair in enumerate(history, 1):
         if not isinstance(pair, list) or len(pair) != 2:
             problem = f"column 'history', round {i}: expected [question, answer], got {shown(pair)}"
             raise DataError(problem, row_id, "wrong type")
-        question, answer = (text_of({"history": each}, "history", row_id) for each in pair)
+        question, answer = (text_of({"history": text}, "history", row_id) for text in pair)
         turns += [*asked(question), *said(answer)]
-    there = [name for name in PROMPTS if name in row] or ["instruction"]
-    column = next((name for name in there if has_value(row, name)), there[0])
+    prompts = [name for name in PROMPTS if name in row] or ["instruction"]
+    column = next((name for name in prompts if has_value(row, name)), prompts[0])
     parts = [text_of(row, column, row_id), "" if column == "input" else optional_text(row, "input", row_id)]
     parts = [part for part in parts if part.strip()]
     if not parts:

@@ -1,9 +1,9 @@
-"""Any supported source -> `PreferenceRow`s: files, globs, folders, hub datasets, `datasets` objects; one or several.
+"""Reads `PreferenceRow`s from any supported source: files, globs, folders, hub datasets, `datasets` objects, or
+several.
 
-A row's name is `SOURCE:ROW`, SOURCE as the user wrote it (of a glob or folder, the file), ROW counted as in `files`.
-
-Rows come out one by one, and nothing is held but what a reader needs (see `files`): with `streaming`, hub datasets
-are no exception.
+A row's name is `SOURCE:ROW`. SOURCE is what the user wrote (for a glob or folder, the file), and ROW is counted as in
+`files`. Rows are read one by one, and only what a reader needs is in memory (see `files`). With `streaming`, this is
+true of hub datasets, too.
 """
 
 import glob
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "detect_shape", "read_mixture", "read_rows"]
 
 _SAVED = ("dataset_dict.json", "state.json")
-"""Files that `save_to_disk` leaves in a folder: one of them tells it from a folder of data files."""
+"""Files that `save_to_disk` writes. One of them tells such a folder from a folder of data files."""
 
 NamedRow = tuple[str, object]
-"""A row's name, and what its source holds there: an object, or the `DataError` that reading it gave."""
+"""Name of a row, and its value, or the `DataError` of a row that cannot be read."""
 
 
 def read_rows(
@@ -48,30 +48,36 @@ def read_rows(
     name: str | None = None,
     columns: Mapping[str, str | None] | None = None,
 ) -> Iterator[PreferenceRow]:
-    """Rows of a dataset, whatever its shape.
+    """Yields the rows of a dataset, whatever its shape.
 
-    The shape is that of the first row that can be used, and the same is required of all rows.
+    The shape is that of the first row that can be used, and is required of all rows.
 
     Args:
         source: A file (see `SUFFIXES`), a glob of files, a folder of them or one written by `Dataset.save_to_disk`, a
             `datasets.Dataset` or `IterableDataset`, a list of rows, or a name on the Hugging Face hub.
-        counts: Ledger; decides what happens to bad rows, and is told the shape.
+        counts: Ledger, which decides what happens to bad rows, and records the shape.
         split: Split of a hub dataset, of a folder whose files are named by split, or of a saved `DatasetDict`.
-        shape: A name of `DATA_SHAPES`; None: detect it.
-        rule: How scored responses are split; None: by the default rule.
-        streaming: Read a hub dataset row by row instead of downloading and preparing it first.
-        name: What rows of a `datasets` object are called; None: what the ledger calls its source.
-        columns: Columns of the source by the names that shapes know them under; see `infopo.vocabulary.check_columns`.
+        shape: A name of `DATA_SHAPES`, or None to detect it.
+        rule: Rule by which scored responses are split, or None for the default rule.
+        streaming: Whether a hub dataset is read row by row, and not downloaded and prepared first.
+        name: Name of a `datasets` object in the names of its rows, or None for the source of `counts`.
+        columns: Columns of the source, by the names that shapes know (see `infopo.vocabulary.check_columns`).
 
     Raises:
-        DataError: The source cannot be read, holds no row, or no row that can be used. Or a row cannot be used and
+        DataError: The source cannot be read, has no row, or no row that can be used. Or a row cannot be used and
             `counts.on_bad_row` is `raise`.
-        RecipeError: `shape` is unknown, or `source` is nothing of the above.
+        RecipeError: `shape` is unknown, or `source` is none of the above.
+
+    Example:
+        >>> counts = DataCounts()
+        >>> rows = read_rows([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}], counts)
+        >>> [row.chosen for row in rows], counts.shapes["dataset"][:19]
+        ([['2']], 'standard (detected)')
     """
     if shape is not None and shape not in DATA_SHAPES:
-        known = ", ".join(DATA_SHAPES)
+        shapes = ", ".join(DATA_SHAPES)
         raise RecipeError(
-            f"data.shape: no shape {shape!r}{suggestion(shape, DATA_SHAPES)}; there are {known}"
+            f"data.shape: no shape {shape!r}{suggestion(shape, DATA_SHAPES)}; there are {shapes}"
         )
     if columns and (problems := check_columns(columns)):
         raise RecipeError([f"data.columns.{problem}" for problem in problems])
@@ -87,17 +93,22 @@ def read_mixture(
     weights: Sequence[float] | None,
     counts: DataCounts,
 ) -> Iterator[PreferenceRow]:
-    """Rows of several sources: one source after the other, or mixed in proportion to weights.
+    """Yields the rows of several sources: one source after the other, or mixed in proportion to weights.
 
-    Mixed, the next row is always that of the source which is furthest behind its share, so every beginning of the
-    mixture has the shares, to within a row. It ends where a source runs out: no row is repeated.
+    In a mixture, the next row is always of the source that is furthest behind its share, so that every beginning of the
+    mixture has these shares, to within a row. It ends when a source runs out, because no row is repeated.
 
     Args:
         sources: Name and rows of each source.
-        weights: Above 0, one a source; None: all rows of all sources, in order.
-        counts: Ledger, which is told how many rows each source gave.
+        weights: A weight above 0 per source, or None for all rows of all sources, in order.
+        counts: Ledger, which counts the rows of each source.
+
+    Example:
+        >>> letters = [("a", iter("AAAA")), ("b", iter("BB"))]  # any rows will do
+        >>> "".join(read_mixture(letters, [2.0, 1.0], DataCounts()))
+        'AABAAB'
     """
-    names, rows = [name for name, _ in sources], [each for _, each in sources]
+    names, rows = [name for name, _ in sources], [rows for _, rows in sources]
     taken = [0] * len(rows)
     order = _in_order(rows, taken) if weights is None else _in_proportion(rows, taken, weights)
     for index, row in order:
@@ -107,7 +118,7 @@ def read_mixture(
 
 
 def _in_order(rows: list[Iterator[PreferenceRow]], taken: list[int]) -> Iterator[tuple[int, PreferenceRow]]:
-    return ((index, row) for index, each in enumerate(rows) for row in each)
+    return ((index, row) for index, of_source in enumerate(rows) for row in of_source)
 
 
 def _in_proportion(
@@ -150,7 +161,7 @@ def _judged_rows(raw_rows: Iterator[NamedRow], door: Door, rule: ScoreRule | Non
 def _parse(
     raw: object, row_id: str, door: Door, required: str | None, rule: ScoreRule | None
 ) -> tuple[PreferenceRow, str]:
-    """The row and its shape, which is the required one or, while none is required yet, the row's own."""
+    """Returns the row and its shape, which is the required one or, if none is required yet, the row's own."""
     if isinstance(raw, DataError):
         raise raw
     try:
@@ -180,7 +191,7 @@ def _parsed(
             problem = f"{error.problem}; {looks_like}"
             raise DataError(problem, row_id, error.reason) from error
         raise
-    # After parsing, whose errors say which column is wrong; here a row is sound but of the wrong kind.
+    # This comes after parsing, whose errors say which column is wrong. Here a row is sound, but of another shape.
     if not is_named and (own := detect_shape(row, row_id)) != shape:
         before, here = f"{shape} ({DATA_SHAPES[shape]})", f"{own} ({DATA_SHAPES[own]})"
         problem = f"expected the shape of the rows before, {before}, got {here}"
@@ -198,7 +209,7 @@ def _own_shape(row: Mapping[str, Any], row_id: str) -> str | None:
 
 
 def _open_source(source: Any, door: Door, split: str, streaming: bool) -> Iterator[NamedRow]:
-    """The source's rows, yet to be judged."""
+    """Returns the rows of the source, before they are judged."""
     name = door.name
     if isinstance(source, list | tuple):
         return _named(name, enumerate(source, 1))
@@ -207,10 +218,8 @@ def _open_source(source: Any, door: Door, split: str, streaming: bool) -> Iterat
     path = Path(source).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a name too long for a file, one with a null, a folder that may not be read
+    except (OSError, ValueError) as error:
+        # The name is too long for a file or has a null character, or the folder may not be read.
         raise unreadable(name, error) from error
     if is_folder and any((path / mark).exists() for mark in _SAVED):
         return _named(name, _dataset_rows(_load_saved(path, name, split), door))
@@ -230,21 +239,21 @@ def _named(name: str, rows: Iterable[RawRow]) -> Iterator[NamedRow]:
 
 
 def _rows_of_files(paths: Sequence[Path], door: Door) -> Iterator[NamedRow]:
-    """Rows of the files, one file after the other. Endings are judged at once, contents when their turn comes."""
+    """Yields the rows of the files, one after the other. Suffixes are checked at once, and files opened lazily."""
     door.counts.files[door.name] = [str(path) for path in paths]
     return chain.from_iterable([_named(str(path), file_rows(path, str(path), door)) for path in paths])
 
 
 def _matches(path: Path, name: str) -> list[Path]:
-    found = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-    matches = sorted(file for file in map(Path, found) if file.is_file())
+    paths = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+    matches = sorted(file for file in map(Path, paths) if file.is_file())
     if not matches:
         raise DataError(f"no file matches (looked in {Path.cwd()})", name, "no such file")
     return matches
 
 
 def _files_in(folder: Path, name: str, split: str) -> list[Path]:
-    """Data files of a folder that belong to the split, by the rules that the hub has for a repository's files."""
+    """Returns the data files of a folder that belong to the split, by the hub's rules for a repository's files."""
     from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 
     expected = (
@@ -260,7 +269,7 @@ def _files_in(folder: Path, name: str, split: str) -> list[Path]:
             f"no files of the split {split!r}; by their names there are {there_are}", name, "no such file"
         )
     found = DataFilesList.from_patterns(patterns[split], base_path=str(folder))
-    # Relative to the folder as the user named it; links and `..` stand resolved on neither side or on both.
+    # The paths begin with the folder as the user named it. `relpath` works whether or not links are resolved.
     files = sorted(folder / os.path.relpath(file, folder) for file in found if file.endswith(SUFFIXES))
     if not files:
         raise DataError(f"{expected}; none of its {len(found)} files is one", name, "no such file")
@@ -272,9 +281,10 @@ def _dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset", door: 
 
     if isinstance(dataset, datasets.IterableDataset):
         return _stream_rows(dataset.with_format(None), door)
-    if dataset.format["type"] == "custom":  # a transform, whose rows are what training is to see
+    if dataset.format["type"] == "custom":
+        # The user has set a transform, and means its rows.
         return _stream_rows(dataset, door)
-    # Without its format: a format set for training would hand out tensors.
+    # A format that was set for training would turn values into tensors.
     dataset = dataset.with_format(None)
     found = dataset.column_names
     texts = [column for column, kind in dataset.features.items() if getattr(kind, "dtype", "") in _TEXTS]
@@ -286,7 +296,7 @@ _TEXTS = ("string", "large_string")
 
 
 def _stream_rows(dataset: "datasets.Dataset | datasets.IterableDataset", door: Door) -> Iterator[RawRow]:
-    """Rows of a stream, or of a dataset with a transform: columns are known when a row comes."""
+    """Yields the rows of a stream, or of a dataset with a transform, whose columns are known when a row is read."""
     import datasets
 
     number = 0
@@ -320,7 +330,8 @@ def _load_saved(path: Path, name: str, split: str) -> "datasets.Dataset | datase
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
+    except Exception as error:
+        # A damaged folder fails in as many ways as there are files in it.
         problem = f"expected a file, or a folder written by Dataset.save_to_disk: {error}"
         raise DataError(problem, name, "unreadable") from error
     if isinstance(loaded, Mapping) and split in loaded:
@@ -333,7 +344,8 @@ def _load_from_hub(name: str, split: str, streaming: bool) -> "datasets.Dataset 
 
     try:
         loaded = datasets.load_dataset(name, split=split, streaming=streaming)
-    except Exception as error:  # network, hub, cache and builder each have their own classes
+    except Exception as error:
+        # Network, hub, cache and builder each have errors of their own classes.
         problem = (
             f"no such file here, and it cannot be loaded from the Hugging Face hub (split {split!r}): {error}\n"
             "Check the name and the split, and that the hub can be reached (private data: hf auth login); "

@@ -1,4 +1,4 @@
-"""What tokenized data are like, in words: lengths, repetitions, tokens saved, special tokens out of place, examples."""
+"""Describes tokenized data: lengths, duplicates, tokens saved, special tokens out of place, examples."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ QUANTILES = (0, 0.5, 0.9, 0.99, 1)
 
 
 def length_lines(dataset: ExampleDataset) -> list[str]:
-    """Quantiles of the tokens of examples, prompts, chosen and rejected responses."""
+    """Returns quantiles of the numbers of tokens of examples, prompts, chosen and rejected responses."""
     groups: dict[str, list[int]] = {
         "examples": dataset.lengths.tolist(),
         "prompts": [],
@@ -39,7 +39,7 @@ def length_lines(dataset: ExampleDataset) -> list[str]:
 
 
 def duplicate_lines(dataset: ExampleDataset) -> list[str]:
-    """How many examples and prompts have stood before, and which example is the first of them."""
+    """Returns how many examples and prompts repeat an earlier one, and the first such example."""
     examples, prompts = set[object](), set[object]()
     again, again_prompts, first = 0, 0, ""
     for example in dataset:
@@ -56,9 +56,10 @@ def duplicate_lines(dataset: ExampleDataset) -> list[str]:
 
 
 def saving_lines(dataset: ExampleDataset, batch_size: int) -> list[str]:
-    """Tokens that go through the model in batches of `batch_size` examples, in order: padded, unpadded, and shared.
+    """Returns how many tokens go through the model in batches of `batch_size` examples: padded, unpadded, and shared.
 
-    Padded is one row a response, as long as the longest of its batch; shared is each prompt once, without padding.
+    Padded rows are one per response, as long as the longest of their batch. Shared is each prompt once, without
+    padding.
     """
     padded = rows = shared = 0
     for start in range(0, len(dataset), batch_size):
@@ -78,33 +79,34 @@ def saving_lines(dataset: ExampleDataset, batch_size: int) -> list[str]:
 
 
 def token_problem_lines(dataset: ExampleDataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that stand where a model was not trained to see them, each with how often and the first row.
+    """Returns special tokens that are where a model was not trained to see them, with their number and first row.
 
-    No text of a problem at all where there is none: then one line says so.
+    If there is no such problem, one line says "none out of place".
     """
-    found = Counter[str]()
+    problems = Counter[str]()
     first: dict[str, str] = {}
     ends, written = _ends_of_turns(tokenizer), _written_by_template(tokenizer)
     for example in dataset:
         for problem in set(_token_problems(example, tokenizer, ends, written)):
-            found[problem] += 1
+            problems[problem] += 1
             first.setdefault(problem, example.row_id)
-    lines = [f"  {n} examples: {problem} (first: {first[problem]})" for problem, n in found.most_common()]
+    lines = [f"  {n} examples: {problem} (first: {first[problem]})" for problem, n in problems.most_common()]
     return ["special tokens: " + ("" if lines else "none out of place"), *lines]
 
 
 def _ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Tokens that end a response, longest first: those that the template writes behind a turn, and EOS."""
+    """Returns the tokens that end a response, longest first: those that the template writes behind a turn, and EOS."""
     ends: set[tuple[int, ...]] = {(tokenizer.eos_token_id,)}
     if tokenizer.chat_template:
-        with suppress(DataError):  # a template that takes no plain conversation: nothing is known
+        # Nothing is known of a template that takes no plain conversation.
+        with suppress(DataError):
             text = ChatTemplate(tokenizer).end_of_turn([], "")
             ends.add(Endings(Tokenization(tokenizer)).ids(text))
     return sorted(ends - {()}, key=len, reverse=True)
 
 
 def _written_by_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that the template itself writes into a response, around reasoning, content and calls of tools."""
+    """Returns the tokens that the template itself writes into a response, around reasoning, content and tool calls."""
     if not tokenizer.chat_template:
         return set()
     template, tokens, written = ChatTemplate(tokenizer), Tokenization(tokenizer), set[int]()
@@ -138,14 +140,14 @@ def _token_problems(
     for ids, spans in zip(example.response_ids, example.spans, strict=True):
         begins, stops = [0, *(stop for _, stop in spans)], [*(begin for begin, _ in spans), len(ids)]
         turns = [list(ids[begin:stop]) for begin, stop in zip(begins, stops, strict=True)]
-        found = [next((end for end in ends if tuple(turn[-len(end) :]) == end), turn[-1:]) for turn in turns]
+        last = [next((end for end in ends if tuple(turn[-len(end) :]) == end), turn[-1:]) for turn in turns]
         if any(
             out_of_place.intersection(turn[: len(turn) - len(end)])
-            for turn, end in zip(turns, found, strict=True)
+            for turn, end in zip(turns, last, strict=True)
         ):
             yield "a special token within a response: its text holds one"
-        if found[-1][0] in special and eos not in found[-1]:
-            token, stop_token = tokenizer.convert_ids_to_tokens([found[-1][0], eos])
+        if last[-1][0] in special and eos not in last[-1]:
+            token, stop_token = tokenizer.convert_ids_to_tokens([last[-1][0], eos])
             yield (
                 f"responses end with {token}, but the tokenizer's EOS is {stop_token}: generation must stop at the "
                 "former"
@@ -155,7 +157,7 @@ def _token_problems(
 def report_lines(
     dataset: ExampleDataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Iterable[str]:
-    """All of the above."""
+    """Yields the lines of all descriptions above."""
     yield from length_lines(dataset)
     yield from duplicate_lines(dataset)
     yield from saving_lines(dataset, batch_size)
@@ -163,10 +165,10 @@ def report_lines(
 
 
 def render(example: PreferenceExample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """An example for human eyes, in three columns: what it is, its number of tokens, its text.
+    """Returns an example as text in three columns: side, number of tokens, and text.
 
-    Scored tokens stand in ⟦brackets⟧, each in its own, so that a wrong boundary or a doubled token shows. Line breaks
-    and control characters are written as escapes: the text is data, and may hold what moves a terminal's cursor.
+    Each scored token is in ⟦brackets⟧ of its own, so that a wrong boundary or a doubled token shows. Line breaks and
+    control characters are written as escapes, because the text is data, and could move a terminal's cursor.
     """
     lines = [("prompt", example.prompt_ids, "".join(_pieces(example.prompt_ids, tokenizer)))]
     sides = [("chosen", ids) for ids in example.chosen_ids] + [
@@ -189,11 +191,11 @@ def _marked_pieces(ids: Sequence[int], context: Spans, tokenizer: PreTrainedToke
 
 
 def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Printable text of each token; of several at once where a character is spread over them."""
-    held: list[int] = []
+    """Yields the printable text of each token, or of several tokens if they are parts of one character."""
+    parts: list[int] = []
     for index, token in enumerate(ids):
-        held.append(token)
-        text = tokenizer.decode(held, clean_up_tokenization_spaces=False)
+        parts.append(token)
+        text = tokenizer.decode(parts, clean_up_tokenization_spaces=False)
         if not text.endswith("\ufffd") or index == len(ids) - 1:
             yield "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-            held = []
+            parts = []
