@@ -1,4 +1,4 @@
-"""The command line: infopo demo · train · reference · check. Parses arguments, prints errors, decides nothing."""
+"""The command line: infopo demo · train · reference · check. It parses arguments and prints errors, nothing else."""
 
 import argparse
 import atexit
@@ -24,8 +24,8 @@ EXIT_OUTPUT_CLOSED = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    0; 2 where the input is at fault; 130 on Ctrl-C; 141 where nobody reads the output any more. A rank of several does
-    not return: its process ends with that status.
+    The status is 0, or 2 if the input is at fault, 130 on Ctrl-C, and 141 if nobody reads the output any more. One of
+    several ranks does not return, because its process ends with that status.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # data may hold what a terminal's encoding does not
+        # Data may contain characters that the terminal's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # else tokenizers warn in every data-loader worker
+    # Without this setting, tokenizers warn in every data-loader worker.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -54,19 +54,21 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `infopo check ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
+    except BrokenPipeError:
+        # As in `infopo check ... | head`. The flush at exit must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OUTPUT_CLOSED
     return 0
 
 
 def _end_process(status: int) -> None:
-    """Ends the process without the interpreter's teardown, after all that waits for the end has run.
+    """Ends the process without the interpreter's teardown, after all exit handlers have run.
 
-    A thread of gloo that wants the interpreter during the teardown, to release its last tensor, aborts the process;
-    the launcher then stops the other ranks, one of which may still be saving the model.
+    A thread of gloo that needs the interpreter during the teardown, to release its last tensor, would abort the
+    process. The launcher would then stop the other ranks, one of which may still be saving the model.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, and for those of executors
+    # This waits for threads, and for those of executors.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -75,7 +77,7 @@ def _end_process(status: int) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says how overrides are written to those who write them with dashes."""
+    """Tells users who write overrides with dashes how to write them."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()
@@ -146,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _keys() -> str:
-    """Where the keys of a recipe are listed, and the objectives by name."""
+    """Returns a text that says where the keys of a recipe are listed, and names the objectives."""
     names = textwrap.fill(", ".join(OBJECTIVES), 78, initial_indent="  ", subsequent_indent="  ")
     return (
         "A recipe has the sections model, data, objective, reference and train, and output_dir. All keys stand in\n"
@@ -155,11 +157,11 @@ def _keys() -> str:
     )
 
 
-# Imports wait until a command runs: `infopo --help` must not load torch.
+# The functions below import when a command runs, because `infopo --help` must not load torch.
 
 
 def _preflight(recipe: str, overrides: Sequence[str], *, makes_a_run: bool = True) -> None:
-    """Finds what is wrong with a recipe before torch is loaded, which takes seconds."""
+    """Reports what is wrong with a recipe before torch is loaded, which takes seconds."""
     from infopo import preflight
 
     preflight.preflight(recipe, overrides, makes_a_run=makes_a_run)

@@ -1,8 +1,8 @@
-"""Sampling responses from a policy through transformers' `generate`.
+"""Samples responses from a policy through transformers' `generate`.
 
-What is sampled is the policy's own law: the arguments of `sample` replace every sampling setting that a
-model ships in its `generation_config` (`top_k`, `repetition_penalty`, ...), whose defaults would quietly
-change the distribution that preference data is drawn from.
+The samples follow the policy's own law. The arguments of `sample` alone decide. The settings that a model ships in its
+`generation_config` (`top_k`, `repetition_penalty`, ...) are not used, because they would change the distribution that
+preference data are drawn from.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ class Sample:
     token_ids: tuple[int, ...]
     """The sampled tokens without the end-of-sequence token."""
     finished: bool
-    """Whether the policy ended the response itself; False when it was cut at `max_new_tokens`."""
+    """Whether the policy ended the response itself. False if it was cut off at `max_new_tokens`."""
 
 
 def sample(
@@ -46,23 +46,24 @@ def sample(
     tools: list[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Sample]]:
-    """`num_return_sequences` responses to each prompt, in the order of the prompts.
+    """Samples `num_return_sequences` responses to each prompt, in the order of the prompts.
 
-    The same arguments give the same samples: the global random state is neither read nor changed. The samples
-    drawn with one seed do depend on `batch_size`, since the sequences of a batch share one stream of draws.
+    The same arguments give the same samples, because the global random state is neither read nor changed. Samples
+    depend on `batch_size` as well as on the seed, because the sequences of a batch share one stream of draws.
 
     Args:
-        model: A causal language model. It is put in evaluation mode for the call and left as it was.
+        model: A causal language model. It is in evaluation mode during the call, and afterwards as it was.
         tokenizer: The model's tokenizer.
-        prompts: Plain texts, or conversations to be rendered with the chat template and its generation
-            prompt. They become the tokens that they are in training (`infopo.data.encode.prompt_ids`): special tokens
-            once, so that a text that starts with the BOS token gets no second one.
-        max_new_tokens: Longest response, in tokens, the end-of-sequence token included.
-        temperature: Divides the logits; 0 means greedy decoding.
-        num_return_sequences: Responses a prompt; 1 when greedy.
-        batch_size: Sequences a batch, at least those of one prompt. Prompts of similar length share a batch.
-        seed: Of the draws; without effect when greedy.
-        top_p: Mass of the nucleus that tokens are drawn from, in (0, 1]; 1 keeps the whole distribution.
+        prompts: Plain texts, or conversations that are rendered with the chat template and its generation prompt. Their
+            tokens are those of training (`infopo.data.encode.prompt_ids`), in which a text that starts with the BOS
+            token gets no second one.
+        max_new_tokens: Largest number of tokens of a response, the end-of-sequence token included.
+        temperature: Divisor of the logits. 0 means greedy decoding.
+        num_return_sequences: Number of responses per prompt. It is 1 for greedy decoding.
+        batch_size: Number of sequences per batch, at least those of one prompt. Prompts of similar length share a
+            batch.
+        seed: Seed of the draws. It has no effect on greedy decoding.
+        top_p: Mass of the nucleus that tokens are drawn from, in (0, 1]. 1 is the whole distribution.
         tools: Schemas for the chat template.
         chat_template_kwargs: Further variables of the chat template, as in a recipe.
 
@@ -108,7 +109,7 @@ def sample(
 def _generate_batch(
     model: PreTrainedModel, prompt_ids: list[list[int]], settings: GenerationConfig
 ) -> list[list[int]]:
-    """The new token ids of each sequence, those after its end included."""
+    """Returns the new token ids of each sequence, including those after its end."""
     input_ids, attention_mask = _left_pad(prompt_ids, int(settings.pad_token_id))
     output = model.generate(
         input_ids=input_ids.to(model.device),
@@ -120,7 +121,7 @@ def _generate_batch(
 
 
 def _left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and attention mask, both (rows, longest row); padded on the left, all prompts end together."""
+    """Returns input ids and attention mask, (rows, longest row), padded on the left so that prompts end together."""
     length = max(map(len, rows))
     input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows])
     attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -155,7 +156,7 @@ def _encode_prompts(
 
 
 def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those that the model's configuration adds."""
+    """Returns every token that ends a response: the tokenizer's, and those that the model's configuration adds."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
     if not ids:
@@ -166,20 +167,20 @@ def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding is masked before a prompt and cut off after a response, so that any token will do.
+    # Padding is masked before a prompt and cut off after a response, so any token can be used.
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def _generation_config(max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
-    """The settings of a call."""
-    # Left open, top_k would be 50.
+    """Returns the settings of a call."""
+    # Without this, top_k would be 50.
     law = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(**law, do_sample=temperature > 0, max_new_tokens=max_new_tokens, use_cache=True)
 
 
 @contextmanager
 def _without_shipped_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model ships no settings: `generate` would fill what a call leaves open from them."""
+    """Removes the settings that the model ships within the block, because `generate` would use them as defaults."""
     shipped = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -197,7 +198,7 @@ def _check_arguments(
         "batch_size": batch_size,
     }
     problems = [f"{name}: expected at least 1, got {count}" for name, count in counts.items() if count < 1]
-    # Written so that NaN fails too.
+    # The comparison is written so that NaN fails, too.
     if not 0 <= temperature < float("inf"):
         problems.append(f"temperature: expected a finite number of at least 0, got {temperature}")
     if not 0 < top_p <= 1:
@@ -224,9 +225,9 @@ def _check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, context: in
 
 @contextmanager
 def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within, and afterwards each submodule in the mode it had.
+    """Puts the model into evaluation mode within the block, and afterwards each submodule into the mode that it had.
 
-    `model.train()` would not do: a frozen part of a model may be in evaluation mode while the rest trains.
+    `model.train()` would be wrong, because a frozen part of a model may be in evaluation mode while the rest trains.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -239,7 +240,7 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _private_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state seeded by `seed` within, and the caller's own afterwards, on the CPU and on `device`."""
+    """Seeds the random state within the block, and restores the caller's afterwards, on the CPU and on `device`."""
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
         torch.manual_seed(seed)

@@ -1,6 +1,6 @@
-"""Metrics as (sum, count): exact over micro-batches, steps and ranks, under the names that TRL users know.
+"""Computes metrics as (sum, count), exact over micro-batches, steps and ranks, under the names that TRL users know.
 
-Sums stay on the device; nothing waits for it until `MetricSums.reduce`, once a log step.
+Sums stay on the device. Nothing synchronises with the GPU until `MetricSums.reduce`, once per log record.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,9 +22,9 @@ class Metric:
     """One row of the table of metrics.
 
     Attributes:
-        formula: How it is computed, with w for chosen and l for rejected responses.
-        unit: Its unit.
-        over: What the mean (or the maximum) is taken over.
+        formula: Formula, with w for chosen and l for rejected responses.
+        unit: Unit of the value.
+        over: Items that the mean (or the maximum) is taken over.
         better: Whether a larger value is better (True), a smaller one (False), or neither (None).
     """
 
@@ -58,11 +58,12 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclass(frozen=True)
 class MetricRule:
-    """What an objective makes of log-probs where metrics show rewards and ratios.
+    """Rule by which metrics compute an objective's rewards and ratios from log-probs.
 
     Attributes:
         beta: Scale of rewards.
-        reward: `log_ratio`: β log r. `logp`: β log π_θ, of a loss without a reference. `mean_logp`: β log π_θ / |y|.
+        reward: `log_ratio` is β log r. For losses without a reference, `logp` is β log π_θ and `mean_logp` is
+            β log π_θ / |y|.
         has_ratio: Whether the loss contains r(l)^β itself, so that its tail has to be watched.
         length_normalized: Whether the critic of that ratio is divided by the response's length, as in the loss.
         cap: β log r(l) beyond which the loss is extended linearly (nats).
@@ -76,7 +77,10 @@ class MetricRule:
 
     @classmethod
     def of(cls, mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> "MetricRule":
-        """The rule of a sum of objectives, each as (name, parameters, weight): that of the first which has a β."""
+        """Returns the rule of a sum of objectives, each as (name, parameters, weight).
+
+        It is that of the first objective that has a β.
+        """
         name, parameters, _ = next((m for m in mixture if "beta" in m[1]), mixture[0])
         spec = OBJECTIVES[name]
         return cls(
@@ -91,16 +95,22 @@ class MetricRule:
 def preference_metrics(
     logps: ResponseLogps, rule: MetricRule, reference_sides: frozenset[str]
 ) -> tuple[Sums, dict[str, Tensor]]:
-    """Sums and maxima of a batch.
+    """Returns the metrics of a batch as sums and maxima.
 
     Args:
         logps: Log-probs of the batch.
-        rule: What rewards and ratios are.
-        reference_sides: Sides whose reference log-probs exist; a metric that needs another side is absent.
+        rule: Rule for rewards and ratios.
+        reference_sides: Sides whose reference log-probs exist. A metric that needs another side is absent.
 
     Returns:
-        Means as (sum, count) and maxima, by their names in `METRICS`. In accuracies a tie counts one half: before the
-        first update, when policy and reference are equal, every pair is one.
+        Means as (sum, count) and maxima, by their names in `METRICS`. In accuracies a tie counts one half. Before the
+        first update, when policy and reference are equal, every pair is a tie.
+
+    Example:
+        >>> pair = ResponseLogps.pair((-3.0, -5.0))
+        >>> sums, _ = preference_metrics(pair, MetricRule(), reference_sides=frozenset())
+        >>> {name: total.item() / count for name, (total, count) in sums.items() if name.startswith("logps/m")}
+        {'logps/margins': 2.0}
     """
     policy, chosen, rejected = logps.policy.detach(), logps.chosen, logps.rejected
     log_ratio = policy - logps.reference
@@ -127,7 +137,7 @@ def preference_metrics(
 
 
 def _of_pairs(family: str, scores: Tensor, logps: ResponseLogps) -> Sums:
-    """Margin and accuracy of every chosen-rejected pair, by these scores of the responses."""
+    """Returns margins and accuracies of all chosen-rejected pairs, by these scores of the responses."""
     margins = logps.margins(scores)
     return {
         f"{family}/margins": (margins.sum(), len(margins)),
@@ -138,14 +148,15 @@ def _of_pairs(family: str, scores: Tensor, logps: ResponseLogps) -> Sums:
 def metric_names(
     rule: MetricRule, reference_sides: frozenset[str], *, chosen: bool, rejected: bool, pairs: bool
 ) -> list[str]:
-    """The metrics that data with these kinds of responses will have, in the order of `METRICS`.
+    """Returns the names of the metrics that data with these kinds of responses will have, in the order of `METRICS`.
 
-    They are found by computing them for two made-up responses, so that they cannot differ from what is computed.
+    The metrics of two artificial responses are computed, so that the names are those of what is computed in training.
 
-    >>> metric_names(MetricRule(), frozenset({"rejected"}), chosen=False, rejected=True, pairs=False)
-    ['loss', 'logps/rejected', 'logratios/rejected', 'rewards/rejected', 'ratio/mean', 'ratio/max', 'ratio/capped']
+    Example:
+        >>> metric_names(MetricRule(), frozenset({"rejected"}), chosen=False, rejected=True, pairs=False)
+        ['loss', 'logps/rejected', 'logratios/rejected', 'rewards/rejected', 'ratio/mean', 'ratio/max', 'ratio/capped']
     """
-    roles = [role for role, there in ((Role.CHOSEN, chosen), (Role.REJECTED, rejected)) if there]
+    roles = [role for role, exists in ((Role.CHOSEN, chosen), (Role.REJECTED, rejected)) if exists]
     example = torch.zeros(len(roles)) if pairs else torch.arange(len(roles))
     zeros = torch.zeros(len(roles), dtype=torch.float64)
     made_up = ResponseLogps.of(
@@ -158,14 +169,15 @@ def metric_names(
 
 
 def absent_in_training(rule: MetricRule, sides: frozenset[str]) -> str:
-    """A line that names the metrics whose reference is not computed for training, and what computes them; or "".
+    """Returns a line that names the metrics whose reference is not computed for training, or empty text.
 
-    >>> absent_in_training(MetricRule(), frozenset({"chosen", "rejected"}))
-    ''
+    Example:
+        >>> absent_in_training(MetricRule(), frozenset({"chosen", "rejected"}))
+        ''
     """
     every = {"chosen": True, "rejected": True, "pairs": True}
-    there = metric_names(rule, sides, **every)
-    absent = [n for n in metric_names(rule, sides | {"chosen", "rejected"}, **every) if n not in there]
+    present = metric_names(rule, sides, **every)
+    absent = [n for n in metric_names(rule, sides | {"chosen", "rejected"}, **every) if n not in present]
     if not absent or not sides:
         return ""
     return (
@@ -175,13 +187,26 @@ def absent_in_training(rule: MetricRule, sides: frozenset[str]) -> str:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of `METRICS`, others last."""
-    place = {name: index for index, name in enumerate(METRICS)}
-    return sorted(names, key=lambda name: (place.get(name, len(place)), name))
+    """Returns names in the order of `METRICS`, others last.
+
+    Example:
+        >>> in_order(["my_metric", "kl", "loss"])
+        ['loss', 'kl', 'my_metric']
+    """
+    rank = {name: index for index, name in enumerate(METRICS)}
+    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
 
 
 class MetricSums:
-    """Adds up sums, counts and maxima over micro-batches, then over ranks."""
+    """Adds up sums, counts and maxima over micro-batches, and then over ranks.
+
+    Example:
+        >>> sums = MetricSums()
+        >>> sums.add({"loss": (torch.tensor(3.0), 2)})
+        >>> sums.add({"loss": (torch.tensor(1.0), 2)})
+        >>> sums.reduce(lambda values: values)  # on one rank
+        {'loss': 1.0}
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor | float]] = {}
@@ -197,10 +222,12 @@ class MetricSums:
             self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
 
     def reduce(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means and maxima over all ranks; a metric nothing was added to is left out. Starts afresh.
+        """Returns means and maxima over all ranks, and starts again from nothing. This synchronises with the GPU.
+
+        A metric without items is left out.
 
         Args:
-            gather: Takes (names,) of this rank and gives (ranks * names,); every rank must call it alike.
+            gather: Function from (names,) of this rank to (ranks * names,) of all. Every rank must call it.
         """
         names, maxima = sorted(self._sums), sorted(self._maxima)
         result: dict[str, float] = {}
@@ -217,13 +244,13 @@ class MetricSums:
         self._sums.clear()
         self._maxima.clear()
         if {"rewards/chosen", "rewards/rejected"} <= result.keys():
-            # Without pairs, the margin of KTO users: the difference of the two means.
+            # Without pairs, the margin is the difference of the two means, as KTO users know it.
             result.setdefault("rewards/margins", result["rewards/chosen"] - result["rewards/rejected"])
         return {name: result[name] for name in in_order(result)}
 
 
 def non_finite_rows(batch: PackedBatch, logps: ResponseLogps, terms: list[LossTerm]) -> list[str]:
-    """Names of the rows whose log-probs or loss values are NaN or infinite. Waits for the device."""
+    """Returns the names of rows whose log-probs or loss values are NaN or infinite. Synchronises with the GPU."""
     owners = {
         "chosen": logps.chosen,
         "token": logps.chosen,

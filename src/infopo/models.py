@@ -1,4 +1,4 @@
-"""Models, tokenizers and adapters: the only caller of `from_pretrained`.
+"""Loads models and tokenizers, and adds adapters. Only this module calls `from_pretrained`.
 
 A name is a local folder, a hub name, or `lab:policy`, the small model that ships with this package.
 """
@@ -24,7 +24,8 @@ from infopo.errors import ModelError
 LAB_POLICY = "lab:policy"
 LAB_POLICY_FOLDER = Path(__file__).parent / "lab" / "policy"
 
-DROPOUT_NAMES = ("drop",)  # dropout, pdrop, layerdrop, drop_path_rate, ...
+DROPOUT_NAMES = ("drop",)
+"""Parts of names of dropout settings: dropout, pdrop, layerdrop, drop_path_rate, ..."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,14 +33,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _LOADING_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError,
 )  # fmt: skip
-"""What transformers raises at a folder or a name that holds no model: there is no common class."""
+"""Errors that transformers raises for a folder or a name without a model. They have no common class."""
 
 
 def resolve_name(name_or_path: str) -> str:
-    """The folder of `lab:policy`; any other name unchanged.
+    """Returns the folder of `lab:policy`, and any other name unchanged.
 
     Raises:
         ModelError: A name that can only be a folder's is none, or the lab has no such model.
+
+    Example:
+        >>> resolve_name("meta-llama/Llama-3.2-1B")
+        'meta-llama/Llama-3.2-1B'
     """
     if name_or_path == LAB_POLICY:
         return str(LAB_POLICY_FOLDER)
@@ -51,16 +56,19 @@ def resolve_name(name_or_path: str) -> str:
 
 
 def let_gradients_reach_adapters(model: nn.Module) -> None:
-    """With a frozen embedding, recomputed segments would have no input that asks for a gradient."""
+    """Lets gradients reach adapters under activation checkpointing.
+
+    With a frozen embedding, recomputed segments would have no input that requires a gradient.
+    """
     model.enable_input_require_grads()  # type: ignore[operator]
 
 
 def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, from safetensors, with errors in plain words.
+    """Loads a causal language model by `from_pretrained`, from safetensors, with errors in plain words.
 
     Args:
         name_or_path: Local folder, hub name or `lab:policy`.
-        kwargs: For `from_pretrained`: `dtype`, `attn_implementation`, `revision`, `quantization_config`, ...
+        kwargs: Arguments of `from_pretrained`: `dtype`, `attn_implementation`, `revision`, `quantization_config`, ...
 
     Raises:
         ModelError: The model cannot be found, or its weights do not fit its architecture.
@@ -103,7 +111,7 @@ _OTHER_HEADS = (
 
 
 def _other_class(folder: str, kwargs: dict[str, Any]) -> str | None:
-    """What a model of another class is, in a sentence, or None."""
+    """Returns what a model of another class is, in a sentence, or None if it is a causal language model."""
     wanted = ("revision", "trust_remote_code", "cache_dir", "token")
     try:
         config = AutoConfig.from_pretrained(folder, **{k: kwargs[k] for k in wanted if k in kwargs})
@@ -126,7 +134,7 @@ def _no_language_model(config: Any) -> str | None:
 
 
 def refuse_other_classes(model: nn.Module) -> None:
-    """Refuses a model that is no causal language model, given as an object.
+    """Refuses a model object that is not a causal language model.
 
     Raises:
         ModelError: It is an encoder with a decoder, reads no tokens, or has another head.
@@ -146,7 +154,7 @@ def refuse_other_classes(model: nn.Module) -> None:
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained`, with errors in plain words.
+    """Loads a tokenizer by `AutoTokenizer.from_pretrained`, with errors in plain words.
 
     Raises:
         ModelError: The tokenizer cannot be found or read.
@@ -158,7 +166,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether the model carries PEFT adapters; False where peft is not installed."""
+    """Returns whether the model has PEFT adapters. Without peft, no model has any."""
     try:
         from peft import PeftModel
     except ImportError:
@@ -167,7 +175,7 @@ def is_peft_model(model: nn.Module) -> bool:
 
 
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    """The model with a fresh adapter; only the adapter is trained.
+    """Returns the model with a new adapter, which alone is trained.
 
     Raises:
         ModelError: peft is missing, the model has an adapter already, or the adapter fits no module of it.
@@ -191,7 +199,8 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise ModelError(f"peft_config does not fit {type(model).__name__}: {first_lines(error)}") from error
     for config in adapted.peft_config.values():
         base = config.base_model_name_or_path
-        if base and Path(base).is_dir():  # the adapter is loaded from other folders than it was made in
+        if base and Path(base).is_dir():
+            # A relative path would be wrong if the adapter is loaded from another folder than it was made in.
             config.base_model_name_or_path = str(Path(base).resolve())
     return adapted
 
@@ -239,13 +248,13 @@ def disable_dropout(model: nn.Module) -> ConfigValues:
     """Sets every dropout probability to 0: policy and reference must be the same function at step 0.
 
     Returns:
-        What the model's configurations held before, which is what a saved model should hold (`original_config`).
+        The former values of the model's configurations, which a saved model should have (`original_config`).
     """
     before: ConfigValues = []
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        # Functional dropout reads a number: of the module, or of the configuration that it holds.
+        # Functional dropout reads a number of the module, or of the module's configuration.
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(vars(holder).items()) if holder is not None else []:
                 if isinstance(value, float) and value and any(word in name for word in DROPOUT_NAMES):
@@ -257,7 +266,7 @@ def disable_dropout(model: nn.Module) -> ConfigValues:
 
 @contextlib.contextmanager
 def original_config(changed: ConfigValues) -> Iterator[None]:
-    """Within it, configurations hold what they held before `disable_dropout`."""
+    """Gives configurations back their values from before `disable_dropout`, within the block."""
     for config, name, value in changed:
         setattr(config, name, value)
     try:
@@ -272,7 +281,7 @@ def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None
 
     Args:
         model: The policy.
-        longest_row: Most tokens of a prompt with one of its responses.
+        longest_row: Largest number of tokens of a prompt with one of its responses.
         largest_token_id: Largest token id of the data.
 
     Raises:
@@ -296,7 +305,7 @@ def check_fit(model: nn.Module, longest_row: int, largest_token_id: int) -> None
 
 
 def _num_embeddings(model: nn.Module) -> int | None:
-    """Rows of the input embedding, whatever adapter is around it; None: it is no embedding of torch."""
+    """Returns the number of rows of the input embedding, with or without adapter, or None if it is not torch's."""
     layer = model.get_input_embeddings()  # type: ignore[operator]
     tables = (module for module in layer.modules() if isinstance(module, nn.Embedding))
     table = next(tables, layer)
@@ -304,7 +313,7 @@ def _num_embeddings(model: nn.Module) -> int | None:
 
 
 def _cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
-    """The error for a name that gives no model; of one that is no folder, whatever the hub said to it."""
+    """Returns the error for a name that cannot be loaded. For a name that is no folder, it has the hub's answer."""
     if isinstance(error, ModelError):
         return error
     reason = first_lines(error)
@@ -317,6 +326,11 @@ def _cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
 
 
 def first_lines(error: Exception, count: int = 2) -> str:
-    """The beginning of an error's message, in one line."""
+    """Returns the beginning of an error's message, in one line.
+
+    Example:
+        >>> first_lines(ValueError("first" + chr(10) + "second"))
+        'first second'
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count]) or type(error).__name__

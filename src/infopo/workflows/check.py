@@ -1,4 +1,4 @@
-"""`infopo check`: everything that `infopo train` does up to and including one step; nothing is written."""
+"""`infopo check` does everything that `infopo train` does, up to and including one step, and writes nothing."""
 
 import tempfile
 import time
@@ -26,11 +26,11 @@ from infopo.workflows.train import run
 RENDERED_EXAMPLES = 3
 
 ROWS_OF_A_STREAM = 1000
-"""Rows that are looked at where the recipe streams them."""
+"""Number of rows that are checked if the recipe streams its data."""
 
 
 def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Validates a recipe, loads its model, tokenizes its data, does one step, and says what it found.
+    """Validates a recipe, loads its model, tokenizes its data, does one step, and prints what it finds.
 
     Raises:
         InfoPOError: Anything that would stop `infopo train`.
@@ -62,7 +62,8 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, few, few_to_evaluate)
         for dataset in (train, evaluation):
-            if dataset is not None:  # all of it: the trainer sees the first rows only
+            if dataset is not None:
+                # The trainer has checked its first rows only.
                 check_fit(trainer.model, dataset.longest_row, dataset.largest_token_id)
         start = time.perf_counter()
         result = run(trainer)
@@ -88,7 +89,7 @@ def _one_step(recipe: Recipe, folder: str) -> Recipe:
 
 
 def _first_step(recipe: Recipe, dataset: ExampleDataset) -> ExampleDataset:
-    """As many examples as one optimizer step of one process takes: the reference pass need not run on all rows."""
+    """Returns the examples of one optimizer step of one process, which is all that the reference pass needs here."""
     size = recipe.train.get("per_device_train_batch_size", 8) * recipe.train.get(
         "gradient_accumulation_steps", 1
     )

@@ -1,4 +1,4 @@
-"""`infopo reference RECIPE.yaml`: computes the reference log-probs that a recipe's runs will need, and stores them."""
+"""`infopo reference RECIPE.yaml` computes the reference log-probs that a recipe's runs will need, and stores them."""
 
 import tempfile
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from infopo.reference_store import ReferenceStore
 
 
 def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> ReferenceStore:
-    """Stores log π_ref of the recipe's training and evaluation data; a run of the recipe then finds it.
+    """Stores log π_ref of the recipe's training and evaluation data, where a run of the recipe then finds it.
 
-    It builds the trainer that `infopo train` builds, so that model, precision and code path are the same; nothing is
+    It builds the trainer that `infopo train` builds, so that model, precision and code path are the same. Nothing is
     trained, and no run directory is made. Under `torchrun` the ranks share the work.
 
     Raises:
-        InfoPOError: Whatever would stop `infopo train`; or the recipe's reference is not one that is stored.
+        InfoPOError: Something would stop `infopo train`, or the recipe's reference is not one that is stored.
     """
     preflight(recipe_path, overrides, makes_a_run=False)
     recipe = load_recipe(recipe_path, overrides, train_fields())
@@ -30,7 +30,8 @@ def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Referen
         for account in accounts:
             print(*account.lines(), sep="\n")
     store = trainer.reference_store
-    trainer.accelerator.end_training()  # with threads of the process group left, a rank may abort at its exit
+    # With threads of the process group left, a rank may abort at its exit.
+    trainer.accelerator.end_training()
     if store is None:
         raise RecipeError(
             f"objective.name: {recipe.objective.name} needs no reference, so there is nothing to store; "

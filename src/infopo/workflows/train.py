@@ -1,4 +1,4 @@
-"""`infopo train`: recipe -> run directory with an aligned model."""
+"""`infopo train` trains as a recipe says, and leaves a run directory with an aligned model."""
 
 import contextlib
 import time
@@ -23,15 +23,15 @@ from infopo.trainer import InfoPOTrainer
 
 
 def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Trains as the recipe says and returns the run directory.
+    """Trains as the recipe says, and returns the run directory.
 
-    The directory holds the model and tokenizer (`from_pretrained` loads them), `metrics.jsonl`, `recipe.yaml`
-    (resolved), `environment.json`, `eval.json` where there is evaluation data, and checkpoints. While the run goes on
-    it is locked against another.
+    The directory contains model and tokenizer (for `from_pretrained`), `metrics.jsonl`, `recipe.yaml` (resolved),
+    `environment.json`, `eval.json` if there is evaluation data, and checkpoints. It is locked against other runs while
+    this one lasts.
 
     Raises:
         InfoPOError: Recipe, data, model or checkpoint are at fault.
-        KeyboardInterrupt: On Ctrl-C; its message says how to go on.
+        KeyboardInterrupt: The user pressed Ctrl-C. The message says how to continue.
     """
     preflight(recipe_path, overrides)
     recipe = load_recipe(recipe_path, overrides, train_fields())
@@ -44,7 +44,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(run_dir)) from None
     finally:
-        if not was_there and is_main:  # a recipe that is refused leaves no folder behind
+        # A recipe that is refused leaves no folder behind.
+        if not was_there and is_main:
             with contextlib.suppress(OSError):
                 run_dir.rmdir()
     return run_dir
@@ -64,14 +65,16 @@ def _train(recipe: Recipe) -> None:
             print(f"{run_dir}: no checkpoint yet, starting afresh")
         resume = False
     if resume:
-        resume = trainer.find_checkpoint(resume)  # a refused one leaves the account of the run as it is
+        # This comes before anything is written, so that a refused checkpoint leaves the run's records unchanged.
+        resume = trainer.find_checkpoint(resume)
     if is_main:
         if not resume and (earlier := run_state.set_aside_metrics(run_dir)):
             print(
                 f"{run_dir}: an earlier run saved no checkpoint and no model; its metrics are kept as {earlier.name}"
             )
         for account in accounts:
-            if account.rows:  # a stream has given none yet
+            # A stream has read no row yet.
+            if account.rows:
                 print(*account.lines(), sep="\n")
         _write_account(writer, recipe, trainer, accounts, resume)
     run(trainer, resume)
@@ -85,11 +88,12 @@ def _train(recipe: Recipe) -> None:
             writer.write_evaluation(metrics)
     if is_main:
         print(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
-    trainer.accelerator.end_training()  # with threads of the process group left, a rank may abort at its exit
+    # With threads of the process group left, a rank may abort at its exit.
+    trainer.accelerator.end_training()
 
 
 def _how_to_go_on(run_dir: Path) -> str:
-    """What to do after Ctrl-C."""
+    """Returns what to do after Ctrl-C."""
     if (checkpoint := run_state.last(run_dir)) is None:
         return f"no checkpoint had been saved to {run_dir}; the same command starts afresh"
     return f"go on from {checkpoint} with train.resume_from_checkpoint=true"
@@ -98,18 +102,19 @@ def _how_to_go_on(run_dir: Path) -> str:
 def _write_account(
     writer: RunWriter, recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCounts], resume: str | bool
 ) -> None:
-    """What is run, and with what: of a resumed run beside that of its beginning."""
+    """Writes recipe and environment. Those of a resumed run are written beside those of its beginning."""
     done = run_state.step_of(Path(resume)) if isinstance(resume, str) else 0
     rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, ExampleDataset) else None
     train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
     asked = resuming.steps_of(trainer.args, rows)
-    if not done or asked is None or asked > done:  # else nothing is run any more
+    # Nothing is trained if the checkpoint has all the steps that are asked for.
+    if not done or asked is None or asked > done:
         writer.write_recipe(to_yaml(replace(recipe, train=train)), done)
         writer.write_environment(_environment(recipe, trainer, accounts), done)
 
 
 def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
-    """Metrics of the model as training left it; those of an evaluation after the last step, if there was one."""
+    """Returns the metrics of the trained model, from an evaluation after the last step if there was one."""
     state = trainer.state
     record = next((r for r in reversed(state.log_history) if "eval_loss" in r), None)
     if record is None or record["step"] != state.global_step or trainer.args.load_best_model_at_end:
@@ -118,11 +123,11 @@ def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
 
 
 def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
-    """`trainer.train`.
+    """Calls `trainer.train`, and turns errors that mean a wrong recipe into `RecipeError`.
 
     Raises:
-        RecipeError: The metric that is to choose the best model is none of those that evaluation gives, or a library
-            that a setting asks for is not installed.
+        RecipeError: Evaluation has no metric of the name that chooses the best model, or a library that a setting needs
+            is not installed.
     """
     try:
         return trainer.train(resume_from_checkpoint=resume or None)
@@ -135,7 +140,7 @@ def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log record to the run's `metrics.jsonl`; on resume, drops what was logged after the checkpoint."""
+    """Appends every log record to the run's `metrics.jsonl`. On resume, records after the checkpoint are removed."""
 
     def __init__(self, writer: RunWriter) -> None:
         self.writer = writer
