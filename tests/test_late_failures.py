@@ -61,7 +61,6 @@ def trainer_of(folder: Path, eval_dataset: Any = DATA, **settings: Any) -> InfoP
         ),
         ({"save_strategy": "best", "save_steps": 1}, "save_strategy='best'"),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_a_metric_that_no_evaluation_gives_is_refused_before_the_reference_is_computed(
     tmp_path: Path, settings: dict[str, Any], message: str
@@ -82,7 +81,6 @@ def test_a_metric_that_no_evaluation_gives_is_refused_before_the_reference_is_co
         {"metric_for_best_model": "far_loss", "eval_dataset": {"near": DATA, "far": DATA}},
         {"metric_for_best_model": "eval_samples_per_second"},
     ],
-    ids=repr,
 )
 def test_a_metric_that_evaluation_gives_chooses_the_best_model(
     tmp_path: Path, settings: dict[str, Any]
