@@ -76,10 +76,12 @@ def test_a_stream_that_is_used_up_begins_again(tmp_path: Path):
 
 
 def test_ranks_share_the_usable_rows_and_have_a_batch_each_at_every_step():
-    shares = [[e.row_id for e in islice(stream_of(5).of(lambda e: None, rank, 2), 4)] for rank in (0, 1)]
+    shares = [
+        [e.row_id for e in islice(stream_of(5).for_rank(lambda e: None, rank, 2), 4)] for rank in (0, 1)
+    ]
     assert shares == [["s:1", "s:3", "s:5", "s:1"], ["s:2", "s:4", "s:2", "s:4"]]
     with pytest.raises(DataError, match="no row can be used by process 1 of 2: too few"):
-        next(iter(stream_of(1).of(lambda e: None, 1, 2)))
+        next(iter(stream_of(1).for_rank(lambda e: None, 1, 2)))
 
 
 def test_rows_of_a_stream_are_used_or_skipped_by_reason():

@@ -1,6 +1,6 @@
-"""What is settled and checked before the first update: how log-probs are computed, and whether they can be trusted.
+"""Decides and checks, before the first update, how log-probs are computed, and whether they can be trusted.
 
-No mathematics and no state: `InfoPOTrainer` calls these functions with what it has.
+These functions have no state. `InfoPOTrainer` calls them.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ from infopo.reference import tolerance
 logger = logging.getLogger(__name__)
 
 CPU_TOKENS_PER_FORWARD = 2048
-"""Where no limit is given; benchmarks/LOG.md says what it saves, and that it costs no time."""
+"""Default of `max_tokens_per_forward` on a CPU. benchmarks/LOG.md says what it saves, and that it costs no time."""
 SELF_TEST_TOKENS = 256
 LEAST_PROBED = 16
-"""Tokens of the longest response of the self-test."""
+"""Least number of tokens of the self-test's longest response."""
 
 _PATH_IN_WORDS = {
     "forest": "each prompt once, without padding",
@@ -53,16 +53,17 @@ _PATH_IN_WORDS = {
 
 
 def choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConfig) -> str:
-    """Prepares the models for the fastest path that `logps_path` and the models allow; says which, and why."""
+    """Prepares the models for the fastest path that `logps_path` and the models allow, and returns its description."""
     both = [model for model in (policy, ref_model) if model is not None]
     path, reason = prepare(both, "naive" if args.torch_compile else args.logps_path)
-    if args.torch_compile:  # the layout of each batch would be compiled anew
+    if args.torch_compile:
+        # Shared prefixes would be compiled again for the layout of each batch.
         reason = "torch_compile is on"
     return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
 
 
 def collator(policy: nn.Module, args: InfoPOConfig, router_coef: float = 0.0) -> PreferenceCollator:
-    """The collator for the path that the policy is prepared for.
+    """Returns the collator for the path that the policy is prepared for.
 
     The load-balancing loss of experts is one of a device batch, so that batches stay whole unless pieces are asked for.
     """
@@ -78,14 +79,14 @@ def check_fit(model: nn.Module, *data: Any) -> None:
     Raises:
         ModelError: A row is longer than the model's context, or a token has no embedding.
     """
-    for each in data:
-        for dataset in each.values() if isinstance(each, dict) else [each]:
+    for datasets in data:
+        for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
             if isinstance(dataset, ExampleDataset):
                 models.check_fit(model, dataset.longest_row, dataset.largest_token_id)
 
 
 def refuse_passes_of_unequal_number(model: nn.Module, dataset: ExampleDataset | ExampleStream) -> None:
-    """Refuses rows that must not share a forward pass where ranks wait for each other in each.
+    """Refuses rows that must not share a forward pass, if ranks wait for each other in each pass.
 
     Raises:
         ModelError: A batch may take more forward passes on one rank than on another.
@@ -110,20 +111,23 @@ def check_log_probs(
     exact: bool,
     quiet: Sequence[nn.Module],
 ) -> float:
-    """Start-up self-test: on a small batch of the data, on one row as long as the longest, and in training mode.
+    """Runs the start-up self-test on a small batch of the data, on one row as long as the longest, and in training
+    mode.
 
-    Rows run without gradients, the long one alone and beside a short one: the memory of one forward pass of two rows.
-    Every rank runs the same number of forward passes: sharded models wait for each other in each.
+    Rows run without gradients, and the long one both alone and beside a short one, so that the test needs the memory of
+    one forward pass of two rows. Every rank runs the same number of forward passes, because the ranks of a sharded
+    model wait for each other in each.
 
     Args:
         model: The policy as it is distributed.
         dataset: The training data.
-        args: `disable_dropout` says that training shall be without noise; `max_length` is the longest row of a stream.
+        args: Settings. `disable_dropout` means that training is without noise, and `max_length` is the longest row of a
+            stream.
         exact: Whether the model computes in float32 or better throughout.
         quiet: Modules that stay in evaluation mode.
 
     Returns:
-        Rounding noise: the change of a response's log-prob (nats) by padding, over 1 + √tokens.
+        Rounding noise, which is the change of a response's log-prob (nats) by padding, divided by 1 + √tokens.
 
     Raises:
         LogpsError: The model's log-probs cannot be trusted.
@@ -155,7 +159,7 @@ def check_log_probs(
 
 
 def _check_training_mode(model: nn.Module, probes: PackedBatch, quiet: Sequence[nn.Module]) -> None:
-    """In training mode the policy must be the function that it is in evaluation mode, each time."""
+    """Refuses a policy that is not the same function in training mode as in evaluation mode."""
 
     def run() -> Tensor:
         return response_logps(model, probes)
@@ -165,7 +169,8 @@ def _check_training_mode(model: nn.Module, probes: PackedBatch, quiet: Sequence[
         with noise_free_training(model, quiet):
             values = [run(), run()]
         again = run()
-    allowed = 1e-4 + 2 * float((again - expected).abs().max())  # sums on a GPU may vary by themselves
+    # Sums on a GPU may vary from run to run.
+    allowed = 1e-4 + 2 * float((again - expected).abs().max())
     difference = max(float((value - expected).abs().max()) for value in values)
     if not difference <= allowed:
         place = first_difference(model, run, quiet)
@@ -183,7 +188,7 @@ def _check_long_row(
     mode: Callable[[], contextlib.AbstractContextManager[None]],
     allowed: Callable[[int], float],
 ) -> None:
-    """A row as long as the data's longest, beside a short one in the mode of training, and alone in evaluation mode."""
+    """Compares a row as long as the data's longest beside a short one, in training mode, with the same row alone."""
     response = list(long.response_ids[0])
     half = response[: max(1, len(response) // 2)]
     short = PreferenceExample(list(long.prompt_ids)[:4], [half], [], long.row_id)
@@ -192,7 +197,7 @@ def _check_long_row(
     with torch.no_grad():
         with mode():
             tested = response_logps(model, together)
-        # Without the logits of every position, which a long row may have no memory for.
+        # The slow twin should not form the logits of every position, for which a long row may have no memory.
         slow = "padded" if lm_head.plain_head(model) is not None and path != "naive" else "naive"
         for number in range(together.num_responses):
             expected = response_logps(model, select(together, [number]), slow)
@@ -207,7 +212,7 @@ def _check_long_row(
 
 
 def _longest(dataset: ExampleDataset | ExampleStream, max_length: int | None) -> PreferenceExample | None:
-    """The longest row, scored at its end alone; of a stream, its first row repeated to `max_length`, or None."""
+    """Returns the longest row, scored at its end alone. For a stream, its first row is repeated to `max_length`."""
     if isinstance(dataset, ExampleDataset):
         example, response = dataset.longest_response
         row = [*example.prompt_ids, *response]
@@ -232,14 +237,15 @@ def check_step_0(
     quiet: Sequence[nn.Module] | None,
     allowed: Callable[[int], float],
 ) -> None:
-    """Before the first update, policy and reference are the same function, in the mode of training.
+    """Refuses to start if policy and reference are not the same function before the first update.
 
     Args:
         model: The policy as it is distributed.
-        batch: The first one.
-        reference: Its reference.
-        quiet: Modules that stay in evaluation mode; None: training has noise that was asked for, so all do.
-        allowed: Difference (nats) between two values of a response of so many tokens: `reference.tolerance`.
+        batch: The first batch.
+        reference: Returns the reference's log-probs.
+        quiet: Modules that stay in evaluation mode. None if training has noise that was asked for, so that all do.
+        allowed: Returns the largest difference (nats) between two values of a response of so many tokens, as
+            `reference.tolerance` does.
 
     Raises:
         ReferenceMismatchError: They differ on a row of this batch.
@@ -268,18 +274,17 @@ def check_step_0(
 
 
 def first(dataset: ExampleDataset | ExampleStream) -> PreferenceExample:
-    """The first row of the data."""
+    """Returns the first row of the data."""
     return dataset[0] if isinstance(dataset, ExampleDataset) else dataset.first()
 
 
 def _probes(dataset: ExampleDataset | ExampleStream) -> list[PreferenceExample]:
-    """Responses of one prompt and another example, together at most `SELF_TEST_TOKENS` tokens of rows."""
+    """Returns two responses of one prompt and another example, with at most `SELF_TEST_TOKENS` tokens of rows."""
     example = first(dataset)
     quarter = SELF_TEST_TOKENS // 4
     prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
-    if (
-        len(response) < LEAST_PROBED
-    ):  # a response of one token would not tell a model that sees what comes after it
+    if len(response) < LEAST_PROBED:
+        # A response of one token would not reveal a model that sees later tokens.
         response = list(islice(cycle(response), LEAST_PROBED))
     half = response[: max(1, len(response) // 2)]
     short = SELF_TEST_TOKENS // 16

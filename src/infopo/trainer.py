@@ -1,7 +1,7 @@
-"""InfoPOTrainer: transformers' Trainer with preference objectives. No mathematics here.
+"""InfoPOTrainer: transformers' Trainer with preference objectives. It contains no mathematics.
 
-A step, whatever the objective: log-probs of the batch's responses under the policy (`logps`), the reference's
-(`reference`), loss terms (`objectives`), each divided by its count in the whole optimizer step.
+A step is the same for all objectives. It computes log-probs of the batch's responses under the policy (`logps`) and the
+reference (`reference`), and loss terms (`losses`). Each term is divided by its count in the whole optimizer step.
 """
 
 import contextlib
@@ -94,27 +94,28 @@ RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | list[dict[
 class InfoPOTrainer(SavingTrainer):
     """Aligns a causal language model with preference data.
 
-    The interface is that of TRL's `DPOTrainer`; the loss is InfoPO with β = 1 unless `args` name another.
+    The interface is that of TRL's `DPOTrainer`. The loss is InfoPO with β = 1, unless `args` name another.
 
     Args:
         model: The SFT policy: a `PreTrainedModel` or `PeftModel`, or the name or folder of one.
-        ref_model: The frozen reference. None: the policy as it is now (see `InfoPOConfig.reference`).
-        args: Settings; by default InfoPO's, writing to `<model>-InfoPO`.
+        ref_model: The frozen reference, or None for the policy as it is now (see `InfoPOConfig.reference`).
+        args: Settings. By default those of InfoPO, with the output folder `<model>-InfoPO`.
         data_collator: None, or a `PreferenceCollator`.
-        train_dataset: Preference rows (`datasets.Dataset` in a shape of `data/shapes.py`) or an `ExampleDataset`; or,
-            with `max_steps`, a stream of them: a `datasets.IterableDataset` or `ExampleStream`.
-        eval_dataset: Likewise, and a stream is read to its end; or a dict of them, each evaluated under its name.
-        processing_class: The tokenizer; None: the one that belongs to the model.
-        compute_metrics: Must be None: there are no logits or labels to pass (use callbacks).
+        train_dataset: Preference rows (`datasets.Dataset` in a shape of `data/shapes.py`) or an `ExampleDataset`. With
+            `max_steps` it can be a stream, i.e. a `datasets.IterableDataset` or an `ExampleStream`.
+        eval_dataset: Rows of the same kinds, of which a stream is read to its end, or a dict of them, each of which is
+            evaluated under its name.
+        processing_class: The tokenizer, or None for the one that belongs to the model.
+        compute_metrics: Must be None, because there are no logits or labels to pass (use callbacks).
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
-        quantization_config: For `from_pretrained`, when `model` is a name.
-        peft_config: Adapter to add to the model and train alone.
+        quantization_config: Argument of `from_pretrained`, if `model` is a name.
+        peft_config: Adapter that is added to the model and trained alone.
 
     Raises:
-        RecipeError: Settings that contradict each other.
-        UnsupportedArgumentError: An argument that cannot be honoured.
-        DataError: A row that cannot be used, named by file and row (unless `on_bad_row="skip"`).
+        RecipeError: Settings contradict each other.
+        UnsupportedArgumentError: An argument cannot be honoured.
+        DataError: A row cannot be used (unless `on_bad_row="skip"`). The message names file and row.
         ModelError: Model, tokenizer or adapter cannot be used.
     """
 
@@ -145,7 +146,8 @@ class InfoPOTrainer(SavingTrainer):
         config = getattr(model, "config", None)
         name = model if isinstance(model, str) else getattr(config, "_name_or_path", "") or "model"
         args = args or InfoPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-InfoPO")
-        set_seed(args.seed)  # before an adapter is initialised at random
+        # The seed is set before an adapter is initialised at random.
+        set_seed(args.seed)
         policy = model
         if isinstance(policy, str):
             policy = models.load_policy(policy, **init_kwargs(args, quantization_config))
@@ -155,7 +157,7 @@ class InfoPOTrainer(SavingTrainer):
             if each is not None:
                 models.refuse_other_classes(each)
         models.set_pad_token(processing_class, policy, args.pad_token)
-        # Before an adapter is added, whose dropout was asked for by name: it draws nothing while the adapter adds 0.
+        # This comes before an adapter is added, whose dropout was asked for, and has no effect while it adds 0.
         self._changed_config = models.disable_dropout(policy) if args.disable_dropout else []
         if peft_config is not None:
             policy = models.add_adapter(policy, peft_config)
@@ -182,7 +184,7 @@ class InfoPOTrainer(SavingTrainer):
             as_chat=args.as_chat,
         )
         self._rule = ScoreRule(args.score_rule, args.score_threshold)
-        models_to_fit = [each for each in (policy, ref_model) if each is not None]
+        models_to_fit = [model for model in (policy, ref_model) if model is not None]
         train_examples: ExampleDataset | ExampleStream
         if isinstance(train_dataset, datasets.IterableDataset | ExampleStream):
             if self._mismatches:
@@ -194,8 +196,8 @@ class InfoPOTrainer(SavingTrainer):
         else:
             train_examples = self._encode(train_dataset, "train_dataset", args)
         eval_examples = self._encode_all(eval_dataset, args)
-        for each in models_to_fit:
-            startup.check_fit(each, train_examples, eval_examples)
+        for fitted in models_to_fit:
+            startup.check_fit(fitted, train_examples, eval_examples)
         rows = len(train_examples) if isinstance(train_examples, ExampleDataset) else None
         learning.refuse_schedule(args, optimizers, rows)
         late_failures.check_best_metric(args, eval_examples, callbacks or [], trainer=type(self))
@@ -274,7 +276,7 @@ class InfoPOTrainer(SavingTrainer):
     # ---- objective and reference -------------------------------------------------------------------------------
 
     def objective_in_words(self) -> str:
-        """Name and parameters of the loss, e.g. `InfoPO (beta=1.0, length_normalized=False, cap=5.0)`."""
+        """Returns name and parameters of the loss, e.g. `InfoPO (beta=1.0, length_normalized=False, cap=5.0)`."""
         parts = []
         for name, parameters, weight in self.mixture:
             factor = "" if len(self.mixture) == 1 else f"{weight:g} x "
@@ -293,7 +295,11 @@ class InfoPOTrainer(SavingTrainer):
         return reference_sides(self.mixture, self.args.reference_sides, "eval")
 
     def _set_up_reference(self, ref_model: nn.Module | None, quantization_config: Any) -> None:
-        """Decides where reference log-probs come from, and stores them in the datasets where they are precomputed."""
+        """Decides where reference log-probs come from, and puts precomputed ones into the datasets.
+
+        There are four cases: no objective needs a reference, `adapter-off` (the policy without its adapter, in each
+        step), `live` (a frozen copy of the policy or another model, in each step), and `precompute` (once, now).
+        """
         source = "precompute" if self.args.precompute_ref_log_probs else self.args.reference
         source = resolve(source, self.train_dataset)
         named_model = source not in REFERENCE_MODES
@@ -308,7 +314,7 @@ class InfoPOTrainer(SavingTrainer):
             startup.check_fit(ref_model, self.train_dataset, self.eval_dataset)
         policy_weights = hashing.hash_weights(self.model)
         self.policy_hash = policy_weights.whole
-        # A fresh adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
+        # A new adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
         self._policy_is_reference = ref_model is None and (source != "adapter-off" or self._adapter_is_fresh)
         self.reference_in_words = "the policy as it is now" if ref_model is None else "a model of its own"
         self.ref_model: nn.Module | None = None
@@ -346,7 +352,7 @@ class InfoPOTrainer(SavingTrainer):
                 self._store_reference(model)
 
     def _load_model(self, name: str, quantization_config: Any) -> nn.Module:
-        """A reference by name, prepared as the policy is: what is compared is computed alike."""
+        """Loads a reference by name and prepares it as the policy, because values that are compared must agree."""
         kwargs = init_kwargs(self.args, quantization_config)
         kwargs["dtype"] = self.model.dtype
         kwargs.setdefault("attn_implementation", attention.implementation_of(self.model))
@@ -372,7 +378,7 @@ class InfoPOTrainer(SavingTrainer):
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _open_store(self, model: nn.Module, weights: hashing.WeightsHash) -> ReferenceStore | None:
-        """The store that the settings name; None for memory only, on all ranks alike.
+        """Returns the store that the settings name, or None for memory only. All ranks decide alike.
 
         Raises:
             ReferenceStoreError: A folder that the user named cannot be written to.
@@ -394,12 +400,14 @@ class InfoPOTrainer(SavingTrainer):
         return ReferenceStore(folder, identity, name, self.args.device.type)
 
     def _store_reference(self, model: nn.Module) -> None:
-        if isinstance(self.train_dataset, ExampleDataset):  # a stream has a live reference
+        # A stream has a live reference.
+        if isinstance(self.train_dataset, ExampleDataset):
             self.train_dataset = self._with_reference(self.train_dataset, model, self.reference_sides)
         sides = self.eval_reference_sides
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
-                name: self._with_reference(each, model, sides) for name, each in self.eval_dataset.items()
+                name: self._with_reference(dataset, model, sides)
+                for name, dataset in self.eval_dataset.items()
             }
         elif self.eval_dataset is not None:
             self.eval_dataset = self._with_reference(self.eval_dataset, model, sides)
@@ -446,7 +454,7 @@ class InfoPOTrainer(SavingTrainer):
     def _streamed(
         self, dataset: "datasets.IterableDataset | ExampleStream", args: InfoPOConfig, fit: list[nn.Module]
     ) -> ExampleStream:
-        """The stream, each of whose examples is judged when it comes as a dataset is as a whole."""
+        """Returns the stream, which judges each example when it is read, as a dataset is judged as a whole."""
         if not isinstance(dataset, ExampleStream):
             rows, rule, columns = dataset, self._rule, args.column_names()
             counts = DataCounts(on_bad_row=args.on_bad_row, source="train_dataset")
@@ -461,10 +469,13 @@ class InfoPOTrainer(SavingTrainer):
                 startup.check_fit(model, alone)
 
         judge(dataset.first())
-        return dataset.of(judge, args.process_index, args.world_size)
+        return dataset.for_rank(judge, args.process_index, args.world_size)
 
     def _judged(self, dataset: ExampleDataset, name: str) -> ExampleDataset:
-        """The dataset, if every example holds what the objective compares: else its loss would be a silent zero."""
+        """Returns the dataset if every example has what the objective compares.
+
+        The loss of other examples would silently be zero.
+        """
         if not len(dataset):
             raise DataError("holds no example", name)
         sides = {"chosen": dataset.has(Role.CHOSEN), "rejected": dataset.has(Role.REJECTED)}
@@ -492,14 +503,17 @@ class InfoPOTrainer(SavingTrainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         if isinstance(dataset, Mapping):
-            return {name: self._encode(each, f"eval_dataset[{name}]", args) for name, each in dataset.items()}
+            return {name: self._encode(rows, f"eval_dataset[{name}]", args) for name, rows in dataset.items()}
         return self._encode(dataset, "eval_dataset", args)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As in `Trainer`; of a stream, batches of this process's share."""
+        """Overrides `Trainer`'s for streams, of which it returns batches of this process's share.
+
+        A stream's loader is not prepared by accelerate, which would divide the stream among processes once more, and
+        split batches as if they were tensors.
+        """
         if not isinstance(self.train_dataset, ExampleStream):
             return super().get_train_dataloader()
-        # Not by accelerate, which would cut a stream into shares once more and take batches apart as tensors.
         return DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
@@ -508,8 +522,14 @@ class InfoPOTrainer(SavingTrainer):
         )
 
     def _get_train_sampler(self, train_dataset: ExampleDataset | None = None) -> Sampler[int] | None:
+        """Overrides `Trainer`'s to group by length without a generator, and to fill up ranks with empty examples.
+
+        `Trainer`'s length grouping draws from the global random state, which differs in a resumed run. With several
+        ranks, accelerate would repeat rows, which would weigh twice.
+        """
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        assert isinstance(dataset, ExampleDataset)  # a stream's loader asks for none
+        # The loader of a stream asks for no sampler.
+        assert isinstance(dataset, ExampleDataset)
         batch_size = self._train_batch_size
         if self.args.train_sampling_strategy == "group_by_length":
             group = batch_size * self.args.gradient_accumulation_steps
@@ -519,14 +539,15 @@ class InfoPOTrainer(SavingTrainer):
             sampler = super()._get_train_sampler(dataset)
         if self.args.world_size == 1 or self.args.dataloader_drop_last:
             return sampler
-        if isinstance(sampler, RandomSampler):  # the order that accelerate would give every rank
+        if isinstance(sampler, RandomSampler):
+            # accelerate would replace the sampler, so that all ranks have the same order, if it were not nested.
             sampler = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
         return PaddedSampler(sampler, batch_size * self.args.world_size, lambda: int(self.state.epoch or 0))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As in `Trainer`, but `dataloader_drop_last` is for training: evaluation is over the whole set."""
+        """Overrides `Trainer`'s so that evaluation is over the whole set, whatever `dataloader_drop_last` is."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            # transformers keeps the loader of persistent workers under one name for every dataset that is passed.
+            # transformers keeps the loader of persistent workers under the same name for every dataset that is passed.
             vars(self).get("_eval_dataloaders", {}).pop("eval", None)
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -535,6 +556,7 @@ class InfoPOTrainer(SavingTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def _get_eval_sampler(self, eval_dataset: ExampleDataset) -> Sampler[int] | None:
+        """Overrides `Trainer`'s to fill up ranks with empty examples, where accelerate would repeat rows."""
         if self.args.world_size == 1:
             return SequentialSampler(eval_dataset)
         return PaddedSampler(
@@ -542,6 +564,7 @@ class InfoPOTrainer(SavingTrainer):
         )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
+        """Overrides `Trainer`'s, which moves tensors in dicts and lists, to move packed batches to the device."""
         return (
             [b.to(self.args.device) for b in inputs]
             if isinstance(inputs, list)
@@ -551,9 +574,13 @@ class InfoPOTrainer(SavingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[list[PackedBatch]], Tensor]:
-        """The device batches of one optimizer step, and how many items (`PER`) the step holds over all ranks."""
+        """Overrides `Trainer`'s to return the items (`PER`) of the step over all ranks in place of its token count.
+
+        Returns:
+            The device batches of one optimizer step, and the counts that its loss terms are divided by.
+        """
         if self.state.global_step >= self.state.max_steps:
-            # Resumed after its last step, inside an epoch: transformers would take one step more.
+            # If a run is resumed after its last step, inside an epoch, transformers would take one step more.
             self.control.should_training_stop = True
             num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -571,7 +598,7 @@ class InfoPOTrainer(SavingTrainer):
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `Trainer`; a checkpoint made with another reference, objective or data is refused.
+        """Trains as `Trainer` does, but refuses a checkpoint that was made with another reference, objective or data.
 
         Raises:
             CheckpointError: The checkpoint does not belong to this run.
@@ -593,9 +620,14 @@ class InfoPOTrainer(SavingTrainer):
     def training_step(
         self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """Forward and backward pass of a device batch, in pieces where `max_tokens_per_forward` asks for it."""
+        """Overrides `Trainer`'s to run a device batch in pieces, after checks and a pass for step statistics.
+
+        A device batch is a list of pieces of at most `max_tokens_per_forward` tokens. `Trainer`'s own training step
+        runs once per piece, and gradients are synchronised over ranks after the last.
+        """
         self._has_trained = True
-        self._set_optimizer("train")  # before our own passes: transformers does it in its part of the step
+        # transformers sets the optimizer's mode in its part of the step, but our own passes come before.
+        self._set_optimizer("train")
         if not self._is_checked:
             self._check_model(model, inputs[0].to(self.args.device))
         self._look_ahead(model)
@@ -612,9 +644,10 @@ class InfoPOTrainer(SavingTrainer):
         return loss
 
     def _look_ahead(self, model: nn.Module) -> None:
-        """Before a step's first gradient: what its objectives must know of the whole step, by a pass without gradient.
+        """Computes the step statistics of the objectives before a step's first gradient, by a pass without gradient.
 
-        Only responses that enter the statistics are run. Dropout is off: each statistic is one of the policy itself.
+        Only responses that enter the statistics are run. Dropout is off, because a statistic is one of the policy
+        itself.
         """
         batches, self._unseen_step = self._unseen_step, []
         roles = {statistic.role for statistic in self._statistics if statistic}
@@ -636,7 +669,7 @@ class InfoPOTrainer(SavingTrainer):
                 self._step_values[index] = self._averages[index]
 
     def _statistics_of(self, seen: list[ResponseLogps], mode: str) -> list[Tensor | None]:
-        """Each objective's statistic over these batches of all ranks; None where it has none."""
+        """Returns each objective's statistic over these batches of all ranks, or None if it has none."""
         needed = [statistic for statistic in self._statistics if statistic]
         if not needed:
             return [None] * len(self._statistics)
@@ -659,9 +692,10 @@ class InfoPOTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """This piece's share of the optimizer step's loss, times the number of ranks (whose gradients are averaged).
+        """Overrides `Trainer`'s to return this piece's share of the optimizer step's loss.
 
-        Σ_terms Σ values / count, with the counts of the whole step.
+        The share is Σ_terms Σ values / count, with the counts of the whole step. It is multiplied by the number of
+        ranks, because their gradients are averaged.
         """
         noise.silence(self._quiet)
         logps = self._logps(model, inputs)
@@ -701,7 +735,10 @@ class InfoPOTrainer(SavingTrainer):
         ]
 
     def _check_finite(self, loss: Tensor) -> None:
-        """Once an optimizer step, before it is taken: the only wait for the device in a step."""
+        """Refuses an optimizer step whose loss is not finite, before it is taken.
+
+        Reading the loss synchronises with the GPU.
+        """
         record, self._step_record = self._step_record, []
         # The loss of the last piece alone would hide a NaN of an earlier one.
         values = [term.values.sum() for _, _, terms in record for term in terms]
@@ -715,7 +752,7 @@ class InfoPOTrainer(SavingTrainer):
         )
 
     def _check_model(self, model: nn.Module, batch: PackedBatch) -> None:
-        """Checks of the first step, on the model as it is distributed; see `startup`."""
+        """Runs the checks of the first step (see `startup`) on the model as it is distributed."""
         self._is_checked = True
         exact = is_exact(self.model, self.args.device, self.accelerator.autocast)
         rounding = startup.check_log_probs(
@@ -740,7 +777,7 @@ class InfoPOTrainer(SavingTrainer):
         return self.accelerator.gather(values) if self.args.world_size > 1 else values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics gathered since the last record (one reduction over ranks)."""
+        """Overrides `Trainer`'s to add the metrics since the last record, by one reduction over ranks."""
         if "loss" in logs:
             logs |= self._metric_sums["train"].reduce(self._gather)
         super().log(logs, start_time)
@@ -751,7 +788,8 @@ class InfoPOTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As in `Trainer`; a dataset given here is tokenized, and its reference computed, as in the constructor.
+        """Evaluates as `Trainer` does. A dataset given here is tokenized, and its reference computed, as by the
+        constructor.
 
         Raises:
             RecipeError: The reference was computed before training, and its model cannot be had any more.
@@ -765,8 +803,8 @@ class InfoPOTrainer(SavingTrainer):
 
     def _complete_late(self, dataset: Any) -> Any:
         """A dataset (or dict of them) with reference log-probs, from wherever the reference can be had by now."""
-        each = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
-        if all(d.reference is not None for d in each):
+        datasets_given = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+        if all(d.reference is not None for d in datasets_given):
             return dataset
         assert self._late is not None
         sides = self.eval_reference_sides
@@ -811,9 +849,11 @@ class InfoPOTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and metrics over the whole set: sums over counts, each example once, whatever batches and ranks.
+        """Overrides `Trainer`'s to compute loss and metrics over the whole set, with each example once.
 
-        Of an objective that couples examples, the statistic is that of the whole set (MINE's too, which then is DV).
+        They are sums divided by counts, whatever the batches and ranks. Step statistics are computed over the whole
+        set, so that MINE equals DV here. `Trainer`'s loop gathers logits and labels, which do not exist here. This one
+        leaves out predictions and `compute_metrics`.
         """
         model = self._wrap_model(self.model, training=False)
         if len(self.accelerator._models) == 0 and model is self.model:
@@ -823,7 +863,8 @@ class InfoPOTrainer(SavingTrainer):
         self.callback_handler.eval_dataloader = dataloader
         losses = MetricSums()
         seen: list[tuple[Tensor, ResponseLogps]] = []
-        self._metric_sums["eval"] = MetricSums()  # an evaluation that was interrupted leaves half its sums
+        # An evaluation that was interrupted has left a part of its sums.
+        self._metric_sums["eval"] = MetricSums()
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in dataloader:
                 pieces = self._prepare_inputs(inputs)
@@ -848,11 +889,15 @@ class InfoPOTrainer(SavingTrainer):
         )
 
     def floating_point_ops(self, inputs: Any) -> float:
-        """6 x parameters x tokens of the batch: forward and backward pass, attention left out."""
+        """Returns 6 x parameters x tokens of the batch, for forward and backward pass without attention.
+
+        This overrides `Trainer`'s, which expects a dict.
+        """
         parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6.0 * parameters * sum(_row_tokens(batch) for batch in inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Overrides `Trainer`'s, which counts tokens in a dict."""
         if self.args.include_num_input_tokens_seen != "no":
             tokens = torch.tensor([sum(_row_tokens(batch) for batch in inputs)], device=self.args.device)
             self.state.num_input_tokens_seen += int(self._gather(tokens).sum())

@@ -49,7 +49,7 @@ class ExampleStream(IterableDataset[PreferenceExample]):
         self._rank = rank
         self._world_size = world_size
 
-    def of(self, judge: Judge, rank: int = 0, world_size: int = 1) -> "ExampleStream":
+    def for_rank(self, judge: Judge, rank: int = 0, world_size: int = 1) -> "ExampleStream":
         """Returns the same stream, with the same counts, for one of several processes."""
         other = copy.copy(self)
         other._judge, other._rank, other._world_size = judge, rank, world_size

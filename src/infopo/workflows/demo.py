@@ -1,4 +1,4 @@
-"""`infopo demo`: what each method does to a small model, at three learning rates, on the same pairs."""
+"""`infopo demo` compares what several methods do to a small model, at three learning rates, on the same pairs."""
 
 import contextlib
 import io
@@ -57,7 +57,7 @@ METHODS: Mapping[str, tuple[str, dict[str, float]]] = {
 """Name in the summary -> objective and its parameters."""
 
 LEARNING_RATES = (1e-5, 5.6e-5, 3.2e-4)
-"""A decade and a half, the same for every method."""
+"""Learning rates over a decade and a half, the same for every method."""
 
 TRAIN_PAIRS = 1200
 HELD_OUT_PAIRS = 300
@@ -70,11 +70,11 @@ MAX_WORKERS = 8
 
 @dataclass(frozen=True)
 class Result:
-    """One trained model. Log-probs and KL in nats a response, on held-out problems.
+    """Results of one trained model. Log-probs and KL are in nats per response, on held-out problems.
 
     Attributes:
         learning_rate: Peak learning rate.
-        beta: β of the objective; None where it has none.
+        beta: β of the objective, or None if it has none.
         accuracy: Share of `n` held-out problems that greedy decoding solves.
         accuracy_ci95: 95 % Wilson interval.
         n: Number of problems.
@@ -101,7 +101,7 @@ class Result:
 
 @dataclass(frozen=True)
 class World:
-    """What all runs share: where they start, the pairs, and what they are measured on."""
+    """Objects that all runs share: the starting model, the pairs, and the held-out problems."""
 
     tokenizer: PreTrainedTokenizerBase
     reference: PreTrainedModel
@@ -109,13 +109,13 @@ class World:
     train: ExampleDataset
     held_out: ExampleDataset
     held_out_logps: npt.NDArray[np.float64]
-    """Of the reference, (responses,)."""
+    """Log-probs of the reference (nats), (responses,)."""
     problems: list[Problem]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the user chose; enough for a worker process to find or load everything else."""
+    """Choices of the user, from which a worker process finds or loads everything else."""
 
     directory: Path
     labels: str
@@ -131,8 +131,8 @@ class Setting:
 def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict[str, Any]:
     """Trains every method at every learning rate, prints a table, and writes `summary.json` and two pictures.
 
-    Runs go side by side, one thread each. Those that an earlier call with the same settings finished are taken as
-    they are.
+    Runs go side by side, with one thread each. The results of runs that an earlier call with the same settings has
+    finished are used again.
 
     Returns:
         The summary.
@@ -176,7 +176,7 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
 
 
 def table(summary: Mapping[str, Any]) -> list[str]:
-    """All results of a summary as the lines of a Markdown table."""
+    """Returns all results of a summary as the lines of a Markdown table."""
     start = summary["start"]
     lines = [
         f"labels: {summary['labels']}; start: accuracy {start['accuracy']:.3f} "
@@ -198,7 +198,7 @@ def table(summary: Mapping[str, Any]) -> list[str]:
 
 
 def title(method: str) -> str:
-    """What a reader calls a method of `METHODS`."""
+    """Returns the title of a method of `METHODS`."""
     objective, parameters = METHODS[method]
     values = {"beta": "β", "nll_weight": "NLL"}
     shown = ", ".join(f"{values[key]} {value:g}" for key, value in parameters.items())
@@ -213,7 +213,7 @@ def _line(name: str, r: Result) -> str:
 
 
 def _sample_pairs(setting: Setting) -> str:
-    """Writes the pairs, the last of them held out, and says how they came about."""
+    """Writes the pairs, of which the last are held out, and returns an account of them."""
     reference, tokenizer = load_policy(LAB_POLICY), load_tokenizer(LAB_POLICY)
     n = TRAIN_PAIRS + HELD_OUT_PAIRS
     pairs = make_pairs(reference, tokenizer, labels=setting.labels, n=n, seed=setting.seed)
@@ -237,7 +237,7 @@ def _world(setting: Setting) -> World:
 
 
 def _run_all(setting: Setting) -> dict[str, list[Result]]:
-    """All runs, as many at a time as there are cores; each line appears as its run ends."""
+    """Runs everything, with as many runs at a time as there are cores, and prints a line as each run ends."""
     results: dict[tuple[str, float], Result] = {}
     context = multiprocessing.get_context("spawn")
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
@@ -268,7 +268,7 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
 
 
 def _start_worker(lock: Any) -> None:
-    """As many processes as cores: one thread each, and one bar each."""
+    """Prepares a worker process. There are as many as cores, with one thread and one progress bar each."""
     disable_progress_bar()
     # The runs of the demo share one reference: that one waits for another's batches is how it works, and no warning.
     logging.getLogger("infopo.reference").setLevel(logging.ERROR)
@@ -278,7 +278,7 @@ def _start_worker(lock: Any) -> None:
 
 
 def _run(setting: Setting, method: str, learning_rate: float) -> Result:
-    """Trains one model, or finds it trained, and measures it."""
+    """Trains one model, or finds it trained, and returns its measurements."""
     world = _world(setting)
     objective, parameters = METHODS[method]
     run_dir = setting.run_dir(method, learning_rate)
@@ -319,7 +319,7 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
 
 
 def _finished(run_dir: Path, recipe: Recipe) -> Result | None:
-    """The result of an earlier run with the same recipe, if it came to its end."""
+    """Returns the result of an earlier run with the same recipe, or None if there is none that was finished."""
     try:
         run = read_run(run_dir)
         if run.recipe != to_yaml(recipe) or run.evaluation is None:
@@ -358,7 +358,7 @@ def _measure(
 
 
 def _logps(dataset: ExampleDataset, model: PreTrainedModel) -> npt.NDArray[np.float64]:
-    """log π(y|x) of every response (nats), (responses,)."""
+    """Returns log π(y|x) of every response (nats), (responses,)."""
     sides = frozenset({"chosen", "rejected"})
     values = precompute(dataset, model, sides, batch_size=128, device=torch.device("cpu")).reference
     assert values is not None
@@ -366,7 +366,7 @@ def _logps(dataset: ExampleDataset, model: PreTrainedModel) -> npt.NDArray[np.fl
 
 
 def _log_ratios_of_samples(world: World, policy: PreTrainedModel, seed: int) -> npt.NDArray[np.float64]:
-    """log π_θ(y|x) - log π_ref(y|x) of samples y of π_θ, (samples,): their mean is KL(π_θ ‖ π_ref)."""
+    """Returns log π_θ(y|x) - log π_ref(y|x) of samples y of π_θ, (samples,), whose mean is KL(π_θ ‖ π_ref)."""
     prompts = [as_prompt(problem) for problem in world.problems[:KL_SAMPLES]]
     drawn = sample(
         policy,
@@ -387,7 +387,7 @@ def _log_ratios_of_samples(world: World, policy: PreTrainedModel, seed: int) -> 
 
 
 class StepBar(TrainerCallback):
-    """A progress bar with the latest metrics, in one line beneath the bar of runs."""
+    """Shows a progress bar with the latest metrics, in one line beneath the bar of runs."""
 
     def __init__(self, description: str) -> None:
         self.description = description
