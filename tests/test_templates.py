@@ -167,6 +167,33 @@ def test_reasoning_that_the_template_takes_out_is_written_behind_the_generation_
     assert WRITTEN_AS_DATA in encoded.notes
 
 
+@pytest.mark.parametrize("opens", ["<think>\n", "<think>"])
+@pytest.mark.parametrize(
+    "said_so",
+    ["<think>\nt\n</think>\n\nYes", "<think></think>Yes", "<think>\n\n</think>\n\nYes", "t\n</think>\n\nYes"],
+)
+def test_a_think_block_that_the_generation_prompt_opens_is_closed_as_the_data_close_it(
+    opens: str, said_so: str
+):
+    """Even if the block is empty, stands without its opening tag, or holds a letter that the end of turn has too."""
+    template = DROPPING.replace("assistant\n{% endif", f"assistant\n{opens}{{% endif")
+    text, encoded = chosen_text(
+        tokenizer_of(template.replace("<|im_end|>", "<|eot|>"), "<|eot|>"), row_of(said(said_so))
+    )
+    kept = said_so.removeprefix("<think>")
+    assert text == (kept.lstrip() if opens.endswith("\n") else kept) + "<|eot|>\n"
+    assert WRITTEN_AS_DATA in encoded.notes
+
+
+@pytest.mark.parametrize("more", [{"reasoning_content": "t"}, {"thinking": "e"}, {"reasoning": "Yes"}])
+def test_a_short_thought_is_not_found_in_the_words_around_it(more: dict[str, str]):
+    row = row_of(said("Yes", **more))
+    assert (
+        reason(tokenizer_of(CHATML.replace("<|im_end|>", "<|eot|>"), "<|eot|>"), row)
+        == "template drops content"
+    )
+
+
 def test_reasoning_behind_a_generation_prompt_that_says_there_is_none_is_refused():
     template = DROPPING.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
     row = row_of(said("<think>\nRain.\n</think>\n\nYes"))

@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import NoReturn
 
 from infopo.data.endings import Endings, Response
-from infopo.data.templates import ChatTemplate, common_pieces, common_start
+from infopo.data.templates import ChatTemplate, common_pieces, common_start, text_of
 from infopo.data.tokenization import Tokenization
 from infopo.data.turns import (
     IN_CONTENT,
     REASONING,
     behind_generation_prompt,
     context_spans,
+    is_left_open,
     missing,
     missing_in_prompt,
 )
@@ -161,9 +162,13 @@ class Conversation:
                         self._refuse_missing(name, text)
                     notes.append(REASONING_DROPPED)
         lost = missing(turns[-1], rendered)
-        if not lost:
+        if not lost and "</think>" not in text_of(turns[-1].get("content")):
             return None
         generating = self._render([*self._prompt, *turns[:-1]], True)
+        if not lost and is_left_open(turns[-1], generating, rendered):
+            lost = [(IN_CONTENT, "</think>")]
+        if not lost:
+            return None
         behind = behind_generation_prompt(turns[-1], generating)
         if {name for name, _ in lost} != {IN_CONTENT} or behind is None or not self._end:
             self._refuse_missing(*lost[0])

@@ -138,14 +138,23 @@ def _parts_as_turns(
 def missing(turn: Message, text: str) -> list[tuple[str, str]]:
     """What of an assistant turn does not stand in a rendering: where it comes from, and its text.
 
-    White space does not count, nor do tags around reasoning, which templates write in their own way.
+    White space does not count, nor do tags around reasoning, which templates write in their own way. What was thought
+    stands before what is said: a short thought is not found in the words of the answer, or in a tag behind them.
 
     Args:
         turn: The message.
         text: The rendering in which it should stand.
     """
     squeezed = _squeezed(text)
-    return [(name, piece) for name, piece in _substance(turn) if not _stands_in(piece, squeezed)]
+    lost: list[tuple[str, str]] = []
+    before = _THINK.sub("", squeezed)
+    for name, piece in reversed(list(_thoughts_and_answer(turn))):
+        place = _place_in(_THINK.sub("", piece), before)
+        if place < 0:
+            lost.insert(0, (name, piece))
+        else:
+            before = before[:place]
+    return lost + [(name, piece) for name, piece in _calls(turn) if not _stands_in(piece, squeezed)]
 
 
 def missing_in_prompt(turns: Sequence[Message], tools: Sequence[Any] | None, text: str) -> bool:
@@ -166,19 +175,26 @@ def missing_in_prompt(turns: Sequence[Message], tools: Sequence[Any] | None, tex
 
 
 def _stands_in(piece: str, squeezed: str) -> bool:
-    return _squeezed(piece) in squeezed or any(
-        _squeezed(json.dumps(piece, ensure_ascii=ascii_only)[1:-1]) in squeezed
-        for ascii_only in (False, True)
-    )
+    return _place_in(piece, squeezed) >= 0
 
 
-def _substance(turn: Message) -> Iterator[tuple[str, str]]:
+def _place_in(piece: str, squeezed: str) -> int:
+    """Where the last occurrence of a piece begins, as it is or with JSON's escapes; -1: nowhere."""
+    escaped = (json.dumps(piece, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return max(squeezed.rfind(_squeezed(each)) for each in (piece, *escaped))
+
+
+def _thoughts_and_answer(turn: Message) -> Iterator[tuple[str, str]]:
+    """What a turn's text consists of, in the order in which it is written."""
     for key in REASONING:
         if isinstance(turn.get(key), str):
             yield key, turn[key]
     *thoughts, answer = _THINK.split(text_of(turn.get("content")))
     yield from ((IN_CONTENT, thought) for thought in thoughts)
     yield "content", answer
+
+
+def _calls(turn: Message) -> Iterator[tuple[str, str]]:
     for call in turn.get("tool_calls") or ():
         function = call.get("function") or call if isinstance(call, Mapping) else {}
         yield "tool_calls", str(function.get("name", ""))
@@ -209,6 +225,12 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
+def is_left_open(turn: Message, generation_prompt: str, rendered: str) -> bool:
+    """Whether a generation prompt opens a think block which the turn closes, and its rendering does not."""
+    opens, closes = generation_prompt.rstrip().endswith("<think>"), "</think>" in text_of(turn.get("content"))
+    return opens and closes and "</think>" not in rendered
+
+
 def behind_generation_prompt(turn: Message, generation_prompt: str) -> str | None:
     r"""A turn's text as the policy would write it behind its generation prompt; None: only a template can say.
 
@@ -224,7 +246,9 @@ def behind_generation_prompt(turn: Message, generation_prompt: str) -> str | Non
     if tail.endswith("</think>"):  # it says that there is none
         return None
     if tail.endswith("<think>"):
-        opened, _, rest = content.partition("<think>")
+        opened, tag, rest = content.partition("<think>")
+        if not tag and "</think>" in content:  # data that were written behind such a prompt
+            return content
         if opened.strip() or not rest:
             return None
         return rest.lstrip() if generation_prompt[-1].isspace() else rest
