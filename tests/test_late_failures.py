@@ -265,20 +265,19 @@ def trained_adapter(folder: Path, **settings: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
-def test_dropout_that_is_asked_for_acts_and_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dropout_that_is_asked_for_acts_and_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With it the first step still begins where the reference is: the check of step 0 runs."""
+    caplog.set_level("INFO", "infopo")
     without = trained_adapter(tmp_path, adapter={"lora_dropout": 0.0})
-    assert "dropout" not in capsys.readouterr().out
+    assert "dropout" not in caplog.text
     dropped = trained_adapter(tmp_path, adapter={"lora_dropout": 0.5})
-    assert "dropout: lora_dropout=0.5 in the adapter while it is trained" in capsys.readouterr().out
+    assert "dropout: lora_dropout=0.5 in the adapter while it is trained" in caplog.text
     assert not torch.equal(without, dropped)
     torch.testing.assert_close(trained_adapter(tmp_path, adapter={"lora_dropout": 0.5}), dropped)
 
 
 def test_dropout_of_an_adapter_that_came_with_the_model_is_disabled_like_the_models_and_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It would make the policy differ from its reference before the first update."""
 
@@ -291,4 +290,4 @@ def test_dropout_of_an_adapter_that_came_with_the_model_is_disabled_like_the_mod
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
     assert torch.equal(run(0.5), run(0.0))
-    assert "lora_dropout=0.5 of the adapter is set to 0" in capsys.readouterr().out
+    assert "lora_dropout=0.5 of the adapter is set to 0" in caplog.text

@@ -99,18 +99,20 @@ def test_the_same_without_pairs(tmp_path: Path, data: ExampleDataset, objective:
 
 
 def test_by_default_evaluation_has_what_users_of_trl_watch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "infopo")
     watched = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
     in_training, in_evaluation, _ = run(tmp_path, PAIRS)
     assert in_evaluation >= watched | {"logps/accuracies", "logps/margins", "logratios/chosen"}
     assert in_training & watched == {"rewards/rejected"}
-    told = capsys.readouterr().out.splitlines()
+    told = caplog.messages.copy()
     (line,) = [line for line in told if line.startswith("metrics not computed in training: ")]
     assert all(name in line for name in watched - in_training)
     assert "reference_sides='both'" in line
+    caplog.clear()
     run(tmp_path, PAIRS, reference_sides="both")
-    assert "not computed" not in capsys.readouterr().out
+    assert "not computed" not in caplog.text
     assert in_training >= {"logps/accuracies", "logps/margins"}
 
 

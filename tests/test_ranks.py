@@ -20,7 +20,9 @@ needs_no_accelerator = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="ranks find each other by their accelerators"
 )
 SCRIPT = """
+import logging
 import sys
+logging.basicConfig(level=logging.INFO, format="%(message)s")
 sys.path.insert(0, {tests!r})
 import torch
 from infopo.arguments import InfoPOConfig
@@ -74,7 +76,7 @@ def test_a_script_shares_the_work_without_being_told_use_cpu(tmp_path: Path) -> 
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run")))
     done = torchrun(str(script))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes, cpu, float32, 2 steps of 16 pairs\n") == 1
+    assert done.stderr.count("2 processes, cpu, float32, 2 steps of 16 pairs\n") == 1
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
@@ -124,7 +126,7 @@ def test_the_first_rank_is_known_before_the_ranks_are_connected(
 )
 def test_the_first_line_says_what_runs(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     settings: dict[str, object],
     chosen: tuple[int],
     line: str,
@@ -134,5 +136,6 @@ def test_the_first_line_says_what_runs(
         save_strategy="no", activation_checkpointing=False, **settings,
     )  # fmt: skip
     data = random_dataset(16, chosen=chosen)
-    InfoPOTrainer(tiny_llama(), args=args, train_dataset=data, processing_class=build_tokenizer()).train()
-    assert f"\n{line}\n" in capsys.readouterr().out
+    with caplog.at_level("INFO", "infopo"):
+        InfoPOTrainer(tiny_llama(), args=args, train_dataset=data, processing_class=build_tokenizer()).train()
+    assert line in caplog.messages

@@ -9,7 +9,7 @@ import trl
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from infopo import InfoPOConfig
-from infopo.build import build_arguments, build_encoder
+from infopo.build import build_arguments
 from infopo.config import parse_recipe
 from infopo.data import templates
 from infopo.data.counts import DataCounts
@@ -26,6 +26,7 @@ from infopo.data.encode import (
 from infopo.data.survey import token_problem_lines
 from infopo.data.templates import TODAY, ChatTemplate
 from infopo.errors import DataError, RecipeError
+from infopo.intake import encoder_of
 from infopo.lab import policy_path
 from infopo.records import Message, PreferenceRow
 
@@ -235,7 +236,7 @@ def test_a_recipe_and_the_configuration_take_variables_and_keep_them():
     )
     arguments = build_arguments(recipe)
     assert (arguments.chat_template_kwargs, arguments.as_chat) == ({"level": 5}, True)
-    encoder = build_encoder(recipe.data, tokenizer_of(CHATML))
+    encoder = encoder_of(recipe.data, tokenizer_of(CHATML))
     assert (encoder.template.variables, encoder.as_chat) == ({"level": 5}, True)
     assert InfoPOConfig(output_dir="x", chat_template_kwargs={"level": 5}).to_dict()[
         "chat_template_kwargs"

@@ -22,12 +22,12 @@ from infopo import models
 from infopo.arguments import InfoPOConfig
 from infopo.config import DataSection, Recipe, TrainField
 from infopo.data.counts import DataCounts
-from infopo.data.encode import Encoder, encode_rows
+from infopo.data.encode import encode_rows
 from infopo.data.examples import ExampleDataset
-from infopo.data.responses import ScoreRule
 from infopo.data.sources import read_mixture, read_rows
 from infopo.data.streaming import ExampleStream
 from infopo.errors import DataError, InfoPOError, ModelError, RecipeError
+from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
 from infopo.secrets import MASK, masked
@@ -273,7 +273,7 @@ def build_examples(
     named = data.eval_split if evaluation else data.split if data.split != DataSection.split else None
     counts = DataCounts(on_bad_row=data.on_bad_row, source=masked(" + ".join(_names(path))))
     rows = islice(_open_rows(data, path, split, counts), data.limit)
-    examples = encode_rows(rows, build_encoder(data, tokenizer), counts, num_proc=data.num_proc)
+    examples = encode_rows(rows, encoder_of(data, tokenizer), counts, num_proc=data.num_proc)
     if all(Path(name).expanduser().is_file() for name in _names(path)):
         if named is not None:
             counts.notes[f"read although the split {named!r} was asked for: a file has no splits"] = len(
@@ -298,19 +298,7 @@ def build_stream(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examp
     def open_rows(counts: DataCounts) -> Iterator[PreferenceRow]:
         return islice(_open_rows(data, data.path, data.split, counts), data.limit)
 
-    return ExampleStream(open_rows, build_encoder(data, tokenizer), counts)
-
-
-def build_encoder(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """What turns rows into tokens, under the recipe's limits."""
-    return Encoder(
-        tokenizer,
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        on_too_long=data.on_too_long,
-        chat_template_kwargs=data.chat_template_kwargs,
-        as_chat=data.as_chat,
-    )
+    return ExampleStream(open_rows, encoder_of(data, tokenizer), counts)
 
 
 def _names(path: str | list[str] | dict[str, float]) -> list[str]:
@@ -321,7 +309,7 @@ def _open_rows(
     data: DataSection, path: str | list[str] | dict[str, float], split: str, counts: DataCounts
 ) -> Iterator[PreferenceRow]:
     """Rows of one source, or of several as `data.path` says."""
-    rule = ScoreRule(data.score_rule, data.score_threshold)
+    rule = rule_of(data)
     sources = [
         (
             name,
@@ -343,26 +331,25 @@ def _open_rows(
     return read_mixture(sources, list(path.values()) if isinstance(path, dict) else None, counts)
 
 
-def build_trainer(
-    recipe: Recipe, callbacks: list[TrainerCallback] | None = None
-) -> tuple[InfoPOTrainer, list[DataCounts]]:
-    """Everything a recipe asks for, ready to train, with the accounts of its data."""
+def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> InfoPOTrainer:
+    """Everything a recipe asks for, ready to train; `data_counts` has the accounts of its data."""
     build_arguments(recipe)  # what is wrong with them should not cost the reading of the data
     tokenizer = build_tokenizer(recipe)
     evaluation: ExampleDataset | None = None
     train: ExampleDataset | ExampleStream
+    accounts: dict[str, DataCounts] = {}
     if recipe.data.streaming:
         train = build_stream(recipe.data, tokenizer)
-        accounts = [train.counts]
+        accounts["train"] = train.counts
     else:
         with settings_named(recipe):
-            train, counts = build_examples(recipe.data, tokenizer)
-        accounts = [counts]
+            train, accounts["train"] = build_examples(recipe.data, tokenizer)
     if recipe.data.has_eval:
         with settings_named(recipe):
-            evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
-        accounts.append(eval_counts)
-    return build_trainer_on(recipe, tokenizer, train, evaluation, callbacks), accounts
+            evaluation, accounts["eval"] = build_examples(recipe.data, tokenizer, evaluation=True)
+    trainer = build_trainer_on(recipe, tokenizer, train, evaluation, callbacks)
+    trainer.data_counts.update(accounts)
+    return trainer
 
 
 def build_trainer_on(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -63,6 +64,12 @@ def refuse_strangers(world_size: int) -> None:
         )
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process holds only a part of a distributed model's weights, as under FSDP and DeepSpeed."""
+    plugins = ("fsdp_plugin", "deepspeed_plugin")
+    return any(getattr(accelerator.state, name, None) is not None for name in plugins)
+
+
 def from_first(function: Callable[[], T], args: TrainingArguments) -> T:
     """What `function` gives on the first rank, on all of them; an `InfoPOError` of it likewise."""
     if args.world_size == 1:
@@ -80,14 +87,21 @@ def from_first(function: Callable[[], T], args: TrainingArguments) -> T:
 
 
 class StartLine(TrainerCallback):
-    """Prints what is about to run, e.g. `2 processes, cpu, float32, 20 steps of 32 pairs`; once, by the first rank."""
+    """Says what is about to run, e.g. `2 processes, cpu, float32, 20 steps of 32 pairs`; once, by the first rank.
+
+    Args:
+        say: Takes the line, as `print` does.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             dataset = kwargs["train_dataloader"].dataset
-            print(start_line(args, state, _items(dataset), kwargs["model"].dtype))
+            self.say(start_line(args, state, _items(dataset), kwargs["model"].dtype))
 
 
 def start_line(args: TrainingArguments, state: TrainerState, items: str, dtype: torch.dtype) -> str:

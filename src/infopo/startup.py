@@ -13,14 +13,21 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from infopo import models
+from infopo import models, ranks
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.data.streaming import ExampleStream
-from infopo.errors import LogpsError, ModelError, ReferenceMismatchError
+from infopo.errors import (
+    LogpsError,
+    ModelError,
+    RecipeError,
+    ReferenceMismatchError,
+    UnsupportedArgumentError,
+)
 from infopo.logps import lm_head, rope
 from infopo.logps.forward import (
     DISAGREEMENT,
@@ -83,6 +90,39 @@ def check_fit(model: nn.Module, *data: Any) -> None:
         for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
             if isinstance(dataset, ExampleDataset):
                 models.check_fit(model, dataset.longest_row, dataset.largest_token_id)
+
+
+def refuse_processes(
+    args: InfoPOConfig,
+    model: nn.Module,
+    dataset: ExampleDataset | ExampleStream,
+    accelerator: Accelerator,
+) -> None:
+    """Refuses settings and data that cannot be shared among the processes of the run.
+
+    Raises:
+        UnsupportedArgumentError: One process sees several GPUs, or ranks would wait for each other for ever.
+        ModelError: As `refuse_passes_of_unequal_number`.
+        RecipeError: There is less than one batch for all ranks, and `dataloader_drop_last` drops it.
+    """
+    if args.n_gpu > 1:
+        raise UnsupportedArgumentError(
+            "torch.nn.DataParallel is not supported, and one process sees several GPUs: start with "
+            "`accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+    if ranks.is_sharded(accelerator):
+        if args.max_tokens_per_forward:
+            raise UnsupportedArgumentError(
+                "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
+                "DeepSpeed wait for each other; use per_device_train_batch_size and gradient_accumulation_steps"
+            )
+        refuse_passes_of_unequal_number(model, dataset)
+    per_pass = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(dataset, ExampleDataset) and len(dataset) < per_pass:
+        raise RecipeError(
+            f"dataloader_drop_last: {len(dataset)} rows are less than one batch of {per_pass}, so all are "
+            "dropped; leave it out, or lower per_device_train_batch_size"
+        )
 
 
 def refuse_passes_of_unequal_number(model: nn.Module, dataset: ExampleDataset | ExampleStream) -> None:

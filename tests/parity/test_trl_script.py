@@ -151,7 +151,8 @@ def test_so_do_other_settings(data: Path, tmp_path: Path, settings: dict[str, An
 
 
 def test_a_script_that_names_no_loss_trains_infopo_and_says_so(data: Path, tmp_path: Path) -> None:
-    records, printed = run(twin(SCRIPT), data, tmp_path / "infopo", {})
+    script = twin(SCRIPT) + 'print(*trainer.description(), sep="\\n")\n'
+    records, printed = run(script, data, tmp_path / "infopo", {})
     assert "objective: InfoPO (beta=1.0, length_normalized=False, cap=5.0)\n" in printed
     assert "reference: the policy as it is now, for rejected responses\n" in printed
     assert len(records) == STEPS

@@ -77,6 +77,11 @@ class DataCounts:
         self.notes[what] += 1
         self.first_noted.setdefault(what, row_id)
 
+    @property
+    def has_findings(self) -> bool:
+        """Whether a row was skipped or changed, a column is not read, or something else should be looked at."""
+        return bool(self.warnings or self.skipped or self.notes or self.ignored)
+
     def lines(self) -> list[str]:
         """Returns the ledger as lines of text, for the log and for `infopo check`."""
         total_skipped = sum(self.skipped.values())

@@ -3,8 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch.utils.data import Sampler
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from infopo.data.examples import ExampleDataset
 
 
 class PaddedSampler(Sampler[int]):
@@ -44,6 +48,40 @@ class PaddedSampler(Sampler[int]):
         """Passes the epoch, which a random order depends on, to the sampler."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+
+def for_training(
+    dataset: ExampleDataset,
+    usual: Callable[[], Sampler[int] | None],
+    args: TrainingArguments,
+    epoch: Callable[[], int],
+) -> Sampler[int] | None:
+    """Returns the order of training rows, in which each row of an epoch occurs once, whatever the number of ranks.
+
+    Args:
+        dataset: The training data.
+        usual: Makes transformers' sampler, in whose place comes one of ours if rows are grouped by length.
+        args: Settings of the run.
+        epoch: Returns the epoch.
+    """
+    if args.train_sampling_strategy == "group_by_length":
+        group = args.train_batch_size * args.gradient_accumulation_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler: Sampler[int] | None = LengthGroupedEpochs(dataset.lengths.tolist(), group, seed)
+    else:
+        sampler = usual()
+    if args.world_size == 1 or args.dataloader_drop_last or sampler is None:
+        return sampler
+    if isinstance(sampler, RandomSampler):
+        # accelerate would replace the sampler, so that all ranks have the same order, if it were not nested.
+        sampler = SeedableRandomSampler(dataset, data_seed=args.data_seed)
+    return PaddedSampler(sampler, args.train_batch_size * args.world_size, epoch)
+
+
+def for_evaluation(dataset: ExampleDataset, args: TrainingArguments) -> Sampler[int]:
+    """Returns the rows of evaluation data in their order, filled up so that each rank has as many."""
+    rows: Sampler[int] = SequentialSampler(dataset)
+    return rows if args.world_size == 1 else PaddedSampler(rows, args.eval_batch_size * args.world_size)
 
 
 class LengthGroupedEpochs(Sampler[int]):

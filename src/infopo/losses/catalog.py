@@ -6,7 +6,7 @@ against the functions.
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -550,3 +550,20 @@ def complete_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, A
     specs = OBJECTIVES[name].parameters
     values = {key: parameters.get(key, spec.default) for key, spec in specs.items()}
     return {key: float(value) if specs[key].kind is float else value for key, value in values.items()}
+
+
+def mixture_in_words(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> str:
+    """Returns names and parameters of a loss that is made of (objective, parameters, weight).
+
+    Example:
+        >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0)])
+        'DPO (beta=0.1)'
+        >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0), ("sft", {}, 0.5)])
+        '1 x DPO (beta=0.1) + 0.5 x SFT ()'
+    """
+    parts = []
+    for name, parameters, weight in mixture:
+        factor = "" if len(mixture) == 1 else f"{weight:g} x "
+        values = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        parts.append(f"{factor}{OBJECTIVES[name].title} ({values})")
+    return " + ".join(parts)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from infopo.records import ResponseLogps, Role
+from infopo.records import ResponseLogps, Role, sum_dtype
 
 Part = Float[Tensor, "2"]
 
@@ -92,3 +92,76 @@ def step_parts(
         total = totals.logsumexp(dim=0) if statistic.kind == "log_mean" else totals.sum()
         rows.append(torch.stack([total, counts.sum()]))
     return torch.stack(rows)
+
+
+class StepCoupling:
+    """The step statistics of several objectives over the steps of a run, with their moving averages.
+
+    Args:
+        statistics: The statistic of each objective, or None if it has none.
+        device: Device of the values.
+        gather: Concatenates a tensor over ranks.
+
+    Attributes:
+        values: What each objective's loss takes at the current step, or None.
+        averages: Logarithm of each objective's moving average (nats), NaN before the first step.
+        roles: Roles of the responses that enter a statistic.
+
+    Example:
+        >>> from infopo.losses.registry import step_statistic
+        >>> coupling = StepCoupling([step_statistic("dv"), step_statistic("dpo")])
+        >>> coupling.advance([ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0))])
+        {}
+        >>> coupling.values
+        [tensor(-1., dtype=torch.float64), None]
+    """
+
+    def __init__(
+        self,
+        statistics: Sequence[StepStatistic | None],
+        device: torch.device | str = "cpu",
+        gather: Callable[[Tensor], Tensor] = lambda values: values,
+    ) -> None:
+        self._statistics = statistics
+        self._device = torch.device(device)
+        self._gather = gather
+        self.roles = {statistic.role for statistic in statistics if statistic}
+        self.reset()
+
+    def reset(self, averages: Sequence[float] | None = None) -> None:
+        """Starts a run, with these averages if they are those of a checkpoint."""
+        self.values: list[Tensor | None] = [None] * len(self._statistics)
+        before = [math.nan] * len(self._statistics) if averages is None else averages
+        dtype = sum_dtype(self._device)
+        self.averages = [torch.tensor(value, dtype=dtype, device=self._device) for value in before]
+
+    @property
+    def keeps_averages(self) -> bool:
+        """Whether a statistic depends on the steps before."""
+        return any(statistic and statistic.rate < 1 for statistic in self._statistics)
+
+    def advance(self, seen: Sequence[ResponseLogps]) -> dict[str, tuple[Tensor, float]]:
+        """Sets the values to those of the next step, which contains these batches, and returns its metrics."""
+        self.values, metrics = self.over(seen)
+        for index, (statistic, now) in enumerate(zip(self._statistics, self.values, strict=True)):
+            if statistic and now is not None:
+                self.averages[index] = statistic.averaged(self.averages[index], now)
+                self.values[index] = self.averages[index]
+        return metrics
+
+    def over(
+        self, seen: Sequence[ResponseLogps]
+    ) -> tuple[list[Tensor | None], dict[str, tuple[Tensor, float]]]:
+        """Returns each objective's statistic over these batches of all ranks, and metrics as (sum, count) by name."""
+        needed = [statistic for statistic in self._statistics if statistic]
+        if not needed:
+            return [None] * len(self._statistics), {}
+        parts = self._gather(step_parts(needed, seen)).reshape(-1, len(needed), 2).unbind(1)
+        values = iter([statistic.combined(part) for statistic, part in zip(needed, parts, strict=True)])
+        metrics: dict[str, tuple[Tensor, float]] = {}
+        for statistic, part in zip(needed, parts, strict=True):
+            # KTO's reference point, below 0 of which the loss takes 0.
+            if statistic.role == Role.KL:
+                raw = statistic.unclamped(part)
+                metrics = {"kl": (raw.clamp(min=0), 1), "kl_unclamped": (raw, 1)}
+        return [next(values) if statistic else None for statistic in self._statistics], metrics

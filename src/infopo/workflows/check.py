@@ -61,6 +61,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     few, few_to_evaluate = _first_step(recipe, train), evaluation and _first_step(recipe, evaluation)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, few, few_to_evaluate)
+        print(*trainer.description(), sep="\n")
         for dataset in (train, evaluation):
             if dataset is not None:
                 # The trainer has checked its first rows only.

@@ -1,7 +1,5 @@
 """`infopo demo` compares what several methods do to a small model, at three learning rates, on the same pairs."""
 
-import contextlib
-import io
 import json
 import logging
 import multiprocessing
@@ -304,12 +302,11 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     writer = RunWriter(run_dir)
     writer.write_recipe(to_yaml(recipe))
     bar = StepBar(f"{title(method)}, lr {learning_rate:g}")
-    with contextlib.redirect_stdout(io.StringIO()):  # fifteen reports of the same data would drown the table
-        trainer = build_trainer_on(recipe, world.tokenizer, world.train, None, [MetricsFile(writer), bar])
-        trainer.remove_callback(PrinterCallback)
-        begin = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - begin
+    trainer = build_trainer_on(recipe, world.tokenizer, world.train, None, [MetricsFile(writer), bar])
+    trainer.remove_callback(PrinterCallback)
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begin
     trainer.save_final_model()
     result = _measure(
         world, trainer.model, learning_rate, parameters.get("beta"), seconds, str(run_dir), setting.seed

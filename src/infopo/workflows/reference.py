@@ -25,9 +25,10 @@ def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Referen
     recipe = load_recipe(recipe_path, overrides, train_fields())
     _refuse_what_is_not_stored(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, accounts = build_trainer(_without_run(recipe, folder))
+        trainer = build_trainer(_without_run(recipe, folder))
     if trainer.is_world_process_zero():
-        for account in accounts:
+        print(*trainer.description(), sep="\n")
+        for account in trainer.data_counts.values():
             print(*account.lines(), sep="\n")
     store = trainer.reference_store
     # With threads of the process group left, a rank may abort at its exit.

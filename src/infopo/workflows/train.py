@@ -14,7 +14,6 @@ from transformers.trainer_utils import TrainOutput
 from infopo import ranks, resuming, run_state
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
-from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
 from infopo.errors import RecipeError, SaveError
 from infopo.preflight import preflight
@@ -53,8 +52,10 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 def _train(recipe: Recipe) -> None:
     run_dir, resume = Path(recipe.output_dir), recipe.train.get("resume_from_checkpoint", False)
-    trainer, accounts = build_trainer(recipe)
+    trainer = build_trainer(recipe)
     is_main = trainer.is_world_process_zero()
+    if is_main:
+        print(*trainer.description(), sep="\n")
     writer = RunWriter(run_dir)
     path = recipe.data.path
     trainer.dataset_names = [path] if isinstance(path, str) else list(path)
@@ -72,15 +73,15 @@ def _train(recipe: Recipe) -> None:
             print(
                 f"{run_dir}: an earlier run saved no checkpoint and no model; its metrics are kept as {earlier.name}"
             )
-        for account in accounts:
+        for account in trainer.data_counts.values():
             # A stream has read no row yet.
             if account.rows:
                 print(*account.lines(), sep="\n")
-        _write_account(writer, recipe, trainer, accounts, resume)
+        _write_account(writer, recipe, trainer, resume)
     run(trainer, resume)
     if is_main and recipe.data.streaming:
-        print(*accounts[0].lines(), sep="\n")
-        _write_account(writer, recipe, trainer, accounts, resume)
+        print(*trainer.data_counts["train"].lines(), sep="\n")
+        _write_account(writer, recipe, trainer, resume)
     trainer.save_final_model()
     if trainer.eval_dataset is not None:
         metrics = final_evaluation(trainer)
@@ -99,9 +100,7 @@ def _how_to_go_on(run_dir: Path) -> str:
     return f"go on from {checkpoint} with train.resume_from_checkpoint=true"
 
 
-def _write_account(
-    writer: RunWriter, recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCounts], resume: str | bool
-) -> None:
+def _write_account(writer: RunWriter, recipe: Recipe, trainer: InfoPOTrainer, resume: str | bool) -> None:
     """Writes recipe and environment. Those of a resumed run are written beside those of its beginning."""
     done = run_state.step_of(Path(resume)) if isinstance(resume, str) else 0
     rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, ExampleDataset) else None
@@ -110,7 +109,7 @@ def _write_account(
     # Nothing is trained if the checkpoint has all the steps that are asked for.
     if not done or asked is None or asked > done:
         writer.write_recipe(to_yaml(replace(recipe, train=train)), done)
-        writer.write_environment(_environment(recipe, trainer, accounts), done)
+        writer.write_environment(_environment(recipe, trainer), done)
 
 
 def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
@@ -123,12 +122,13 @@ def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
 
 
 def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
-    """Calls `trainer.train`, and turns errors that mean a wrong recipe into `RecipeError`.
+    """Prints what starts, calls `trainer.train`, and turns errors that mean a wrong recipe into `RecipeError`.
 
     Raises:
         RecipeError: Evaluation has no metric of the name that chooses the best model, or a library that a setting needs
             is not installed.
     """
+    trainer.add_callback(ranks.StartLine(print))
     try:
         return trainer.train(resume_from_checkpoint=resume or None)
     except ImportError as error:
@@ -166,7 +166,7 @@ class MetricsFile(TrainerCallback):
                 raise SaveError(f"{error}. {run_state.kept(self.writer.directory)}") from error
 
 
-def _environment(recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCounts]) -> dict[str, Any]:
+def _environment(recipe: Recipe, trainer: InfoPOTrainer) -> dict[str, Any]:
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return environment(
         seed=trainer.args.seed,
@@ -183,7 +183,7 @@ def _environment(recipe: Recipe, trainer: InfoPOTrainer, accounts: list[DataCoun
                     "skipped": dict(a.skipped),
                     "notes": dict(a.notes),
                 }
-                for a in accounts
+                for a in trainer.data_counts.values()
             ],
             "processes": trainer.args.world_size,
         },

@@ -1,0 +1,90 @@
+"""Loads a policy by name, prepares it for training, and refuses one that a run could not change or save."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from infopo import late_failures, learning, models, noise, startup
+from infopo.arguments import InfoPOConfig, init_kwargs
+from infopo.logps import router
+
+
+@dataclass(frozen=True)
+class PolicySetup:
+    """A policy that is ready to be trained.
+
+    Attributes:
+        model: The policy, with its adapter.
+        tokenizer: The tokenizer, which has a token for padding.
+        path: How log-probs are computed, in words.
+        changed_config: Settings of the model that were changed for the run. What is saved has them as they were.
+        quiet: Modules that draw random numbers in training, and stay in evaluation mode.
+        router_coef: Factor of the load-balancing loss of experts, or 0.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    changed_config: models.ConfigValues
+    quiet: list[nn.Module]
+    router_coef: float
+
+
+def name_of(model: str | nn.Module) -> str | None:
+    """Returns the name or folder that a model was loaded from, or None if it has none."""
+    if isinstance(model, str):
+        return model
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or None
+
+
+def set_up_policy(
+    model: str | nn.Module,
+    ref_model: nn.Module | None,
+    args: InfoPOConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    optimizer: Any,
+    quantization_config: Any,
+    peft_config: Any,
+) -> PolicySetup:
+    """Returns the policy of a run. A reference that is given is prepared with it.
+
+    Args:
+        model: The policy, or its name or folder.
+        ref_model: The reference, or None.
+        args: Settings.
+        tokenizer: The tokenizer, or None for the one that belongs to the model.
+        optimizer: The optimizer if it is given, else None.
+        quantization_config: Argument of `from_pretrained`, if `model` is a name.
+        peft_config: Adapter that is added to the model, or None.
+
+    Raises:
+        ModelError: Model, tokenizer or adapter cannot be used.
+        RecipeError: Nothing would be trained, or the result could not be saved.
+    """
+    if isinstance(model, str):
+        policy: nn.Module = models.load_policy(model, **init_kwargs(args, quantization_config))
+    else:
+        policy = model
+    if tokenizer is None:
+        name = name_of(model) or "model"
+        tokenizer = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    for each in (policy, ref_model):
+        if each is not None:
+            models.refuse_other_classes(each)
+    models.set_pad_token(tokenizer, policy, args.pad_token)
+    # This comes before an adapter is added, whose dropout was asked for, and has no effect while it adds 0.
+    changed = models.disable_dropout(policy) if args.disable_dropout else []
+    if peft_config is not None:
+        policy = models.add_adapter(policy, peft_config)
+    late_failures.check_saving(policy, tokenizer, args)
+    learning.refuse_frozen(policy, optimizer, keeps_float32=bool(args.deepspeed))
+    if models.is_peft_model(policy) and args.activation_checkpointing:
+        models.let_gradients_reach_adapters(policy)
+    if args.disable_dropout and ref_model is not None:
+        models.disable_dropout(ref_model)
+    quiet = noise.random_modules(policy) if args.disable_dropout else []
+    coefficient = router.coefficient(policy, args.router_aux_loss_coef)
+    path = startup.choose_path(policy, ref_model, args)
+    return PolicySetup(policy, tokenizer, path, changed, list(quiet), coefficient)

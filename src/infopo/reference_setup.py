@@ -1,0 +1,283 @@
+"""Decides where the reference log-probs of a run come from, and puts the precomputed ones into its data.
+
+There are four cases: no objective needs a reference, `adapter-off` (the policy without its adapter, in each step),
+`live` (a frozen copy of the policy or another model, in each step), and `precompute` (once, before training).
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from infopo import hashing, models, ranks, startup
+from infopo.arguments import InfoPOConfig, init_kwargs
+from infopo.catalog import REFERENCE_MODES
+from infopo.data.examples import ExampleDataset
+from infopo.errors import RecipeError, ReferenceStoreError
+from infopo.late_reference import Context, LateReference, lend
+from infopo.logps import attention
+from infopo.reference import (
+    LiveReference,
+    Reference,
+    StoredReference,
+    identity_of,
+    is_exact,
+    precompute,
+    reference_sides,
+    resolve,
+)
+from infopo.reference_store import ReferenceStore, check_folder, folder_of
+
+logger = logging.getLogger(__name__)
+
+Mixture: TypeAlias = Sequence[tuple[str, Mapping[str, Any], float]]
+
+
+@dataclass(frozen=True)
+class ReferenceSetup:
+    """What the reference of a run is.
+
+    Attributes:
+        train: Gives the reference log-probs of a batch in training.
+        evaluation: Gives those of a batch in evaluation.
+        policy_hash: Hash of the policy's weights before training.
+        hash: Hash of the reference's weights, or None if nothing needs a reference.
+        description: What the reference is, in words.
+        policy_is_reference: Whether policy and reference are the same function before the first update.
+        model: The model that runs beside the policy, or None.
+        store: The store of precomputed values, or None if they are kept in memory or computed in each step.
+        late: How to find the reference of precomputed values again, for data that come later.
+    """
+
+    train: Reference
+    evaluation: Reference
+    policy_hash: str
+    hash: str | None
+    description: str
+    policy_is_reference: bool
+    model: nn.Module | None = None
+    store: ReferenceStore | None = None
+    late: LateReference | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceBuilder:
+    """Builds the reference of a policy.
+
+    Attributes:
+        policy: The policy, as the trainer holds it.
+        args: Settings.
+        accelerator: What distributes models over processes.
+        mixture: The loss, as (objective, parameters, weight).
+        policy_name: Name or folder that the policy was loaded from for this run, or an empty text.
+        adapter_is_fresh: Whether the policy's adapter was added for this run.
+        quantization_config: Argument of `from_pretrained` of a reference that is loaded by name.
+        on_path: Is told how log-probs are computed when a reference that was loaded has changed it.
+    """
+
+    policy: nn.Module
+    args: InfoPOConfig
+    accelerator: Accelerator
+    mixture: Mixture
+    policy_name: str
+    adapter_is_fresh: bool
+    quantization_config: Any
+    on_path: Callable[[str], None]
+
+    def sides(self, mode: Literal["train", "eval"]) -> frozenset[str]:
+        """Returns the sides whose reference log-probs are computed for `train` or for `eval`."""
+        return reference_sides(self.mixture, self.args.reference_sides, mode)
+
+    def build(
+        self, ref_model: nn.Module | None, train_data: Any, eval_data: Any
+    ) -> tuple[ReferenceSetup, Any, Any]:
+        """Returns the reference, and both datasets with precomputed values if the reference is one that is precomputed.
+
+        Args:
+            ref_model: The reference if it is given, else None.
+            train_data: The training data.
+            eval_data: A dataset, a dict of them, or None.
+
+        Raises:
+            RecipeError: Settings contradict each other.
+            ReferenceStoreError: A folder that the user named cannot be written to.
+        """
+        source = "precompute" if self.args.precompute_ref_log_probs else self.args.reference
+        source = resolve(source, train_data)
+        self._refuse_contradictions(source, ref_model)
+        is_named = source not in REFERENCE_MODES
+        if is_named:
+            ref_model = self.load(source)
+            startup.check_fit(ref_model, train_data, eval_data)
+        policy_weights = hashing.hash_weights(self.policy)
+        # A new adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
+        common: dict[str, Any] = {
+            "policy_hash": policy_weights.whole,
+            "policy_is_reference": ref_model is None and (source != "adapter-off" or self.adapter_is_fresh),
+            "description": "the policy as it is now" if ref_model is None else "a model of its own",
+        }
+        stored = self._of_both(StoredReference)
+        if not self.sides("train"):
+            return ReferenceSetup(**common, **stored, hash=None), train_data, eval_data
+        if source == "adapter-off":
+            common["description"] = "the policy without its adapter"
+            off = self.accelerator.unwrap_model(self.policy).disable_adapter
+            live = self._live(self.policy, off)
+            return ReferenceSetup(**common, **live, hash=policy_weights.base), train_data, eval_data
+        weights = policy_weights if ref_model is None else hashing.hash_weights(ref_model)
+        common["hash"] = weights.whole
+        if source == "live":
+            model = self._frozen(ref_model if ref_model is not None else copy.deepcopy(self.policy))
+            live = self._live(model, self.accelerator.autocast)
+            return ReferenceSetup(**common, **live, model=model), train_data, eval_data
+        model = ref_model if ref_model is not None else self.policy
+        late = self._late(weights.whole, ref_model, source if is_named else None)
+        store = self._open_store(model, weights)
+        setup = ReferenceSetup(**common, **stored, store=store, late=late)
+        # A stream has a live reference.
+        if isinstance(train_data, ExampleDataset):
+            train_data = self.with_values(train_data, model, self.sides("train"), store)
+        if isinstance(eval_data, dict):
+            eval_data = {
+                name: self.with_values(dataset, model, self.sides("eval"), store)
+                for name, dataset in eval_data.items()
+            }
+        elif eval_data is not None:
+            eval_data = self.with_values(eval_data, model, self.sides("eval"), store)
+        return setup, train_data, eval_data
+
+    def _refuse_contradictions(self, source: str, ref_model: nn.Module | None) -> None:
+        if source not in REFERENCE_MODES and ref_model is not None:
+            raise RecipeError(f"reference={source!r} and ref_model are both given: give one of the two")
+        if source == "adapter-off" and ref_model is not None:
+            raise RecipeError("reference='adapter-off' and ref_model are both given: give one of the two")
+        if source == "adapter-off" and not models.is_peft_model(self.policy):
+            raise RecipeError("reference='adapter-off': the model has no adapter to switch off")
+
+    def load(self, name: str) -> nn.Module:
+        """Loads a reference and prepares it as the policy is prepared, because values that are compared must agree."""
+        kwargs = init_kwargs(self.args, self.quantization_config)
+        kwargs["dtype"] = self.policy.dtype
+        kwargs.setdefault("attn_implementation", attention.implementation_of(self.policy))
+        loaded = models.load_policy(name, **kwargs)
+        if self.args.disable_dropout:
+            models.disable_dropout(loaded)
+        self.on_path(startup.choose_path(self.policy, loaded, self.args))
+        return loaded
+
+    def _live(self, model: nn.Module, context: Context) -> dict[str, Any]:
+        return self._of_both(lambda sides: LiveReference(model, sides, context))
+
+    def _of_both(self, make: Callable[[frozenset[str]], Reference]) -> dict[str, Any]:
+        return {"train": make(self.sides("train")), "evaluation": make(self.sides("eval"))}
+
+    def _frozen(self, model: nn.Module) -> nn.Module:
+        model.requires_grad_(False).eval()
+        if ranks.is_sharded(self.accelerator):
+            return model.to(self.args.device)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _late(self, weights_hash: str, ref_model: nn.Module | None, named: str | None) -> LateReference:
+        name = named or (self.policy_name if ref_model is None else None)
+        return LateReference(
+            weights_hash,
+            lend(None if named else ref_model),
+            partial(self.load, name) if name else None,
+            is_policy=ref_model is None,
+        )
+
+    def _open_store(self, model: nn.Module, weights: hashing.WeightsHash) -> ReferenceStore | None:
+        """Returns the store that the settings name, or None for memory only. All ranks decide alike.
+
+        Raises:
+            ReferenceStoreError: A folder that the user named cannot be written to.
+        """
+        folder = folder_of(self.args.reference_store)
+        if folder is None:
+            return None
+        problem = check_folder(folder)
+        if problem and self.args.reference_store != "auto":
+            raise ReferenceStoreError(f"reference_store: {problem}")
+        problems = torch.tensor(int(problem is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            problems = self.accelerator.reduce(problems, reduction="sum")
+        if int(problems):
+            logger.warning("reference log-probs are kept in memory only: %s", problem or "see another rank")
+            return None
+        identity = identity_of(model, weights, self.args.device, self.accelerator.autocast)
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        return ReferenceStore(folder, identity, name, self.args.device.type)
+
+    def with_values(
+        self, dataset: ExampleDataset, model: nn.Module, sides: frozenset[str], store: ReferenceStore | None
+    ) -> ExampleDataset:
+        """Returns the dataset with the log-probs of `sides` under `model`, which is back on its device afterwards."""
+        home = next(model.parameters()).device
+        is_quantized = getattr(model, "quantization_method", None) is not None
+        if not is_quantized:
+            model.to(self.args.device)
+        stored = precompute(
+            dataset,
+            model,
+            sides,
+            batch_size=self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
+            device=self.args.device,
+            context=self.accelerator.autocast,
+            store=store,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            add_over_ranks=partial(self.accelerator.reduce, reduction="sum"),
+            progress=partial(tqdm, desc="reference log-probs", disable=self.args.disable_tqdm, leave=False),
+        )
+        if not is_quantized:
+            model.to(home)
+        return stored
+
+    def with_late_values(
+        self, setup: ReferenceSetup, data: Any, policy: nn.Module, train_data: Any, *, has_trained: bool
+    ) -> Any:
+        """Returns a dataset (or dict of them) with reference log-probs, from wherever the reference can be had by now.
+
+        Args:
+            setup: The reference of the run.
+            data: Evaluation data that come after training began.
+            policy: The policy as it is now.
+            train_data: The training data with their stored values.
+            has_trained: Whether the policy may have changed.
+
+        Raises:
+            RecipeError: The reference's model cannot be had any more.
+        """
+        given = list(data.values()) if isinstance(data, dict) else [data]
+        if all(dataset.reference is not None for dataset in given):
+            return data
+        assert setup.late is not None
+
+        def values(sides: frozenset[str], dataset: ExampleDataset, model: nn.Module, context: Context) -> Any:
+            modes = [(module, module.training) for module in model.modules()]
+            model.eval()
+            try:
+                with context():
+                    return self.with_values(dataset, model, sides, setup.store)
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+
+        model, context = setup.late.find(
+            self.accelerator.unwrap_model(policy),
+            train_data,
+            partial(values, self.sides("train")),
+            has_trained=has_trained,
+            is_exact=is_exact(policy, self.args.device, self.accelerator.autocast),
+        )
+        sides = self.sides("eval")
+        if isinstance(data, dict):
+            return {name: values(sides, dataset, model, context) for name, dataset in data.items()}
+        return values(sides, data, model, context)
