@@ -307,7 +307,9 @@ class InfoPOTrainer(SavingTrainer):
         # The loader of a stream asks for no sampler.
         assert isinstance(dataset, ExampleDataset)
         usual = partial(super()._get_train_sampler, dataset)
-        return sampling.for_training(dataset, usual, self.args, lambda: int(self.state.epoch or 0))
+        return sampling.for_training(
+            dataset, usual, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0)
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Overrides `Trainer`'s so that evaluation is over the whole set, whatever `dataloader_drop_last` is."""

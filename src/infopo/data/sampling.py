@@ -54,6 +54,7 @@ def for_training(
     dataset: ExampleDataset,
     usual: Callable[[], Sampler[int] | None],
     args: TrainingArguments,
+    batch_size: int,
     epoch: Callable[[], int],
 ) -> Sampler[int] | None:
     """Returns the order of training rows, in which each row of an epoch occurs once, whatever the number of ranks.
@@ -62,10 +63,11 @@ def for_training(
         dataset: The training data.
         usual: Makes transformers' sampler, in whose place comes one of ours if rows are grouped by length.
         args: Settings of the run.
+        batch_size: Number of rows of one rank in one forward pass, which `auto_find_batch_size` may have lowered.
         epoch: Returns the epoch.
     """
     if args.train_sampling_strategy == "group_by_length":
-        group = args.train_batch_size * args.gradient_accumulation_steps
+        group = batch_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler: Sampler[int] | None = LengthGroupedEpochs(dataset.lengths.tolist(), group, seed)
     else:
@@ -75,7 +77,7 @@ def for_training(
     if isinstance(sampler, RandomSampler):
         # accelerate would replace the sampler, so that all ranks have the same order, if it were not nested.
         sampler = SeedableRandomSampler(dataset, data_seed=args.data_seed)
-    return PaddedSampler(sampler, args.train_batch_size * args.world_size, epoch)
+    return PaddedSampler(sampler, batch_size * args.world_size, epoch)
 
 
 def for_evaluation(dataset: ExampleDataset, args: TrainingArguments) -> Sampler[int]:

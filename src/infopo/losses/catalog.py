@@ -559,7 +559,7 @@ def mixture_in_words(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) ->
         >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0)])
         'DPO (beta=0.1)'
         >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0), ("sft", {}, 0.5)])
-        '1 x DPO (beta=0.1) + 0.5 x SFT ()'
+        '1 x DPO (beta=0.1) + 0.5 x SFT on chosen ()'
     """
     parts = []
     for name, parameters, weight in mixture:
