@@ -11,7 +11,7 @@ from infopo.config import parse_recipe, to_yaml
 from infopo.data.counts import DataCounts
 from infopo.data.sources import read_rows
 from infopo.errors import DataError, RecipeError
-from infopo.vocabulary import COLUMNS
+from infopo.vocabulary import COLUMNS, check_columns
 from test_sources import (
     ALPACA,
     CHAT_PAIR,
@@ -222,6 +222,58 @@ def test_other_text_beside_text_answers_stops_the_run(tmp_path: Path, column: st
         assert parts(source, columns={"prompt": column})[0][0] == "Name a colour.", kind
         assert parts(source, columns={column: None})[0][0] == "A colour is"
         assert parts(source, shape="standard_implicit")[0][0] == "A colour is"
+
+
+@pytest.mark.parametrize("column", ["dialog", "context_messages", "input", "conversation"])
+@pytest.mark.parametrize("as_messages", [True, False])
+def test_turns_beside_answers_stop_the_run(tmp_path: Path, column: str, as_messages: bool):
+    """What the answers begin with alike is no prompt if somebody's turns stand beside them."""
+    asked = [user("Name a colour.")]
+    answers: list[Any] = ["A colour is blue.", "A colour is a dog."]
+    if as_messages:
+        answers = [[assistant("Well."), assistant(answer)] for answer in answers]
+    row = {column: asked, "chosen": answers[0], "rejected": answers[1]}
+    for kind, source in sources(tmp_path, [row]).items():
+        assert parts(source, columns={"prompt": column})[0][0] == asked, kind
+        if column == "input" and not as_messages:  # the instruction of text answers
+            assert parts(source)[0][0] == asked, kind
+            continue
+        with pytest.raises(DataError, match=rf"data\.columns: {{prompt: {column}}}"):
+            read(source)
+
+
+def test_conversations_that_repeat_their_prompt_are_told_what_reads_them():
+    row = {
+        "prompt": [user("a")],
+        "chosen": [user("a"), assistant("b")],
+        "rejected": [user("a"), assistant("c")],
+    }
+    with pytest.raises(DataError, match=r"\{prompt: null\}"):
+        read([row])
+    assert parts([row], columns={"prompt": None}) == [([user("a")], [[assistant("b")]], [[assistant("c")]])]
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"instruction": "a", "completion": "b", "label": True}, {"prompt": "instruction"}),
+        (
+            {"prompt": "a", "completion": "b", "label": True} | {"system": "Be brief."},
+            {"instruction": "prompt", "output": "completion"},
+        ),
+        (STANDARD | {"system": "Be brief."}, {"instruction": "prompt"}),
+    ],
+)
+def test_the_mapping_that_an_error_names_reads_the_row(row: dict[str, Any], mapping: dict[str, str]):
+    named = ", ".join(f"{target}: {source}" for target, source in mapping.items())
+    with pytest.raises(DataError, match=f"{{{named}}}"):
+        read([row])
+    assert len(parts([row], columns=mapping)) == 1
+
+
+def test_a_mapping_to_something_that_is_no_name_is_refused():
+    (problem,) = check_columns({"chosen": ["rejected"]})
+    assert problem.startswith("chosen: expected the name of a column, or null, got ['rejected']")
 
 
 def test_what_says_something_about_a_row_is_no_prompt():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from infopo.errors import DataError
-from test_sources import assistant, read, user, write_lines, write_parquet
+from test_sources import assistant, read, user, write_csv, write_lines, write_parquet
 
 ASKED = user("What colour is the sky?")
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -146,16 +146,37 @@ PUBLIC: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
          "messages": [ASKED, BLUE], "score_chosen": 8.5, "score_rejected": 2.0},
         PAIR,
     ),
+    "StackExchange preferences": (
+        {"qid": 1, "question": ASKED["content"], "answers": [
+            {"answer_id": 1, "author": "x", "pm_score": 1, "selected": False, "text": "Green."},
+            {"answer_id": 2, "author": "y", "pm_score": 5, "selected": True, "text": "Blue."}]},
+        PAIR,
+    ),
+    "turns of ShareGPT, whole conversations": (
+        {side: [{"from": "human", "value": ASKED["content"]}, {"from": "gpt", "value": text}]
+         for side, text in (("chosen", "Blue."), ("rejected", "Green."))},
+        PAIR,
+    ),
+    "turns of ShareGPT, prompt and answers": (
+        {"prompt": [{"from": "human", "value": ASKED["content"]}],
+         "chosen": [{"from": "gpt", "value": "Blue."}], "rejected": [{"from": "gpt", "value": "Green."}]},
+        PAIR,
+    ),
+    "Axolotl's chat_template.default": (
+        {"messages": [SYSTEM, ASKED], "chosen": BLUE, "rejected": GREEN},
+        PAIR_WITH_SYSTEM,
+    ),
     "conversation and text answers": ({"prompt": [ASKED], "chosen": "Blue.", "rejected": "Green."}, PAIR),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("write", [write_lines, write_parquet])
+@pytest.mark.parametrize(
+    ("suffix", "write"), [("jsonl", write_lines), ("parquet", write_parquet), ("csv", write_csv)]
+)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_row_becomes_what_it_says(tmp_path: Path, name: str, write: Any):
+def test_a_public_row_becomes_what_it_says(tmp_path: Path, name: str, suffix: str, write: Any):
     row, expected = PUBLIC[name]
-    path = write(tmp_path / f"rows.{'jsonl' if write is write_lines else 'parquet'}", [row])
-    (got,), _ = read(path)
+    (got,), _ = read(write(tmp_path / f"rows.{suffix}", [row]))
     assert (got.prompt, got.chosen, got.rejected) == expected
     assert got.tools == ([LOOK] if name == "OpenAI preferences" else None)
 

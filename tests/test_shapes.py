@@ -1,5 +1,6 @@
 """Shapes beyond pairs: what each bad row is refused for, and how scores, votes and labels part responses."""
 
+import json
 from typing import Any
 
 import pytest
@@ -259,3 +260,23 @@ def test_the_first_row_of_another_shape_is_named(tmp_path: Any, first: str, othe
 def test_shapes_and_roles_are_the_ones_the_page_speaks_of():
     assert set(SAMPLES) == set(DATA_SHAPES)
     assert ROLES == ("system", "developer", "user", "assistant", "tool", "ipython")
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+
+
+@pytest.mark.parametrize("calls", [[CALL], json.dumps([CALL]), [], "", "  ", None])
+def test_tool_calls_are_a_list_or_its_text_or_left_out(calls: Any):
+    message = {"role": "assistant", "content": "Yes", "tool_calls": calls}
+    row = {"prompt": [user("a")], "chosen": [message], "rejected": [assistant("No")]}
+    (chosen,) = parse_row(row, "conversational", "f:1").chosen
+    kept = {"tool_calls": [CALL]} if "look" in str(calls) else {}
+    assert chosen == [{"role": "assistant", "content": "Yes"} | kept]
+
+
+@pytest.mark.parametrize("calls", ["look", "{", {"name": "look"}, ["look"], json.dumps(CALL), [None], 3])
+def test_tool_calls_of_another_kind_are_refused(calls: Any):
+    message = {"role": "assistant", "content": "Yes", "tool_calls": calls}
+    row = {"prompt": [user("a")], "chosen": [message], "rejected": [assistant("No")]}
+    with pytest.raises(DataError, match="'tool_calls': expected a list of calls"):
+        parse_row(row, "conversational", "f:1")

@@ -339,7 +339,7 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("wrong role", CONVERSATIONAL | {"chosen": [user("Blue.")]}, "conversational"),
     ("wrong role", CONVERSATIONAL | {"prompt": [{"role": "human", "content": "a"}]}, "conversational"),
     ("wrong role", CONVERSATIONAL | {"prompt": [{"role": ["user"], "content": "a"}]}, "conversational"),
-    ("wrong role", CONVERSATIONAL | {"prompt": [{"from": "human", "value": "a"}]}, "conversational"),
+    ("wrong role", CONVERSATIONAL | {"prompt": [{"from": "narrator", "value": "a"}]}, "conversational"),
     ("wrong role", HH | {"chosen": HH["chosen"] + "\n\nHuman: Why?"}, "hh"),
     ("message without content", CONVERSATIONAL | {"prompt": [{"role": "user"}]}, "conversational"),
     ("message without content", CONVERSATIONAL | {"chosen": [{"role": "assistant"}]}, "conversational"),

@@ -82,7 +82,7 @@ _SYNONYMS: Mapping[str, frozenset[str]] = {
 }  # fmt: skip
 
 
-def check_columns(columns: Mapping[str, str | None]) -> list[str]:
+def check_columns(columns: Mapping[str, object]) -> list[str]:
     """Everything wrong with a mapping of the names that shapes know to those of a file; empty if nothing is.
 
     A name that is mapped to None is left out of the rows, whatever it is.
@@ -99,7 +99,9 @@ def check_columns(columns: Mapping[str, str | None]) -> list[str]:
             problems.append(
                 f"{target}: no shape reads such a column{close}; expected {{a shape's column: your column}}"
             )
-    sources = [source for source in columns.values() if source is not None]
+        elif not isinstance(source, str | None):
+            problems.append(f"{target}: expected the name of a column, or null, got {source!r:.60}")
+    sources = [source for source in columns.values() if isinstance(source, str)]
     for source in sorted({source for source in sources if sources.count(source) > 1}):
         targets = ", ".join(target for target, given in columns.items() if given == source)
         problems.append(f"{targets}: {source!r} is given for each of them; a column can stand for one only")

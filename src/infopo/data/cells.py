@@ -30,6 +30,7 @@ _BEGINS_AS_TURNS = re.compile(
     r"""(?:array\()?[\[{(]\s*(?:array\()?[\[{]*\s*["'](?:role|from|content|value|messages)["']\s*:"""
 )
 _SPEAKER = re.compile(rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(SHAREGPT_ROLES)})["']""")
+_WEBGPT = re.compile(r"""["']full_text["']\s*:""")
 _LONGEST_LITERAL = 2**20
 """Characters of a Python literal: its parser takes a hundred times the memory of the text."""
 
@@ -71,7 +72,8 @@ def _conversation(text: str, column: str, row_id: str) -> Any:
     stripped = text.strip()
     is_broken_or_turns = _BEGINS_AS_TURNS.match(stripped) and _SPEAKER.search(stripped)
     is_enclosed = stripped[:1] in ("[", "{") and stripped[-1:] in ("]", "}")
-    if not is_broken_or_turns and not (is_enclosed and (column in _LISTS or _SPEAKER.search(stripped))):
+    is_object = column in _LISTS or _SPEAKER.search(stripped) or _WEBGPT.search(stripped)
+    if not is_broken_or_turns and not (is_enclosed and is_object):
         return text
     value = _parsed(stripped)
     if _is_conversation(value) or (column in _LISTS and isinstance(value, list | dict)):
@@ -79,7 +81,9 @@ def _conversation(text: str, column: str, row_id: str) -> Any:
     if isinstance(value, dict) and _is_conversation(value.get("messages")):
         return value
     if _is_conversation([value]):
-        return [value]
+        return value if column in ("chosen", "rejected") else [value]
+    if isinstance(value, dict) and column == "question" and isinstance(value.get("full_text"), str):
+        return value  # WebGPT
     if value is None and is_broken_or_turns:
         problem = (
             f"column {column!r}: expected a conversation or text, got the text of a conversation that cannot be "

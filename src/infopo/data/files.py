@@ -242,6 +242,9 @@ def _csv_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
             if len(set(header)) < len(header):
                 twice = next(column for column in header if header.count(column) > 1)
                 raise DataError(f"column {twice!r} stands in the header twice", name, "invalid CSV")
+            if any("\ud800" <= letter <= "\udfff" for column in header for letter in column):
+                problem = "expected a header in UTF-8, got bytes of another encoding; save the file as UTF-8"
+                raise DataError(problem, name, "invalid UTF-8")
             if header and door:
                 door.columns(header, name)
             for number, cells in enumerate((cells for cells in lines if cells), 1):
@@ -290,12 +293,27 @@ def _parquet_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
 def _columns(schema: "pa.Schema", name: str, door: Door | None) -> list[str]:
     if door is None:
         return list(schema.names)
-    texts = [
+    return door.columns(schema.names, name, text_columns(schema))
+
+
+def text_columns(schema: "pa.Schema") -> list[str]:
+    """Returns the columns that may hold a prompt: text, and lists of objects that say who speaks."""
+    return [
         column
         for column, kind in zip(schema.names, schema.types, strict=True)
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
+        if pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_dictionary(kind)
+        or _is_turns(kind)
     ]
-    return door.columns(schema.names, name, texts)
+
+
+def _is_turns(kind: "pa.DataType") -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(
+        kind.value_type
+    ):
+        return False
+    return bool({"role", "from"} & {field.name for field in kind.value_type.fields})
 
 
 def _arrow_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:

@@ -39,7 +39,7 @@ def messages_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Messag
         DataError: As `value_of`; `wrong type`, `wrong role`, `message without content`, `images`, `invalid UTF-8`.
     """
     items = list_of(row, column, row_id, "messages")
-    return [_message(item, f"column {column!r}, message {i}", row_id) for i, item in enumerate(items, 1)]
+    return [_turn(item, f"column {column!r}, message {i}", row_id) for i, item in enumerate(items, 1)]
 
 
 def answer_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Message]:
@@ -109,19 +109,29 @@ def _message(item: object, where: str, row_id: str) -> Message:
         raise DataError(f"{where}: expected {{role, content}}, got {shown(item)}", row_id, "wrong type")
     # Columnar files fill the keys that other messages have with null; templates would render "None".
     message = {key: value for key, value in item.items() if value is not None}
+    # Some templates write a list of calls if there is the key, so that an empty one is left out.
+    if calls := _calls(message.pop("tool_calls", None), where, row_id):
+        message["tool_calls"] = calls
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        hint = (
-            "; turns of 'from' and 'value' (ShareGPT) stand in 'conversations'" if "from" in message else ""
-        )
-        raise DataError(
-            f"{where}: expected role {', '.join(ROLES)}, got {shown(role)}{hint}", row_id, "wrong role"
-        )
+        raise DataError(f"{where}: expected role {', '.join(ROLES)}, got {shown(role)}", row_id, "wrong role")
     if content is None and not (role == "assistant" and message.get("tool_calls")):
         raise DataError(f"{where}: expected content, got none", row_id, "message without content")
     if content is not None:
         message["content"] = _content(content, where, row_id)
     return message
+
+
+def _calls(calls: object, where: str, row_id: str) -> list[Any]:
+    """The tool calls of a message: a list of objects, or JSON text of it, because columnar files hold one form only."""
+    expected = f"{where}: 'tool_calls': expected a list of calls"
+    if isinstance(calls, str):
+        calls = parsed(calls, expected, row_id) if calls.strip() else None
+    if calls is None:
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(f"{expected}, got {shown(calls)}", row_id, "wrong type")
+    return calls
 
 
 def _content(content: object, where: str, row_id: str) -> str:

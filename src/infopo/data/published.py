@@ -307,8 +307,8 @@ VERDICTS = (
 
 
 def _rating(item: Mapping[str, Any], where: str, row_id: str) -> float:
-    """UltraFeedback's overall score, Nectar's rank (1 is best), or a score or rating of that name."""
-    for key in ("overall_score", "fine-grained_score", "score", "rating", "reward"):
+    """UltraFeedback's overall score, Nectar's rank (1 is best), StackExchange's votes, or a score of such a name."""
+    for key in ("overall_score", "fine-grained_score", "score", "rating", "reward", "pm_score"):
         if item.get(key) is not None:
             return number_of(item[key], f"{where}: {key!r}", row_id)
     if item.get("rank") is not None:

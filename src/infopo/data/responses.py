@@ -96,6 +96,7 @@ def check_responses(prompt: Text, chosen: list[Text], rejected: list[Text], row_
             problem = "the prompt's last turn: expected user or tool, got 'assistant'"
             raise DataError(problem, row_id, "wrong role")
         for name, _, response in _named(chosen, rejected):
+            _refuse_repeated_prompt(prompt, response, name, row_id)
             _check_response_roles(response, name, row_id)
     if both := [response for response in chosen if response in rejected]:
         raise DataError(
@@ -129,6 +130,15 @@ def _is_blank(response: Text) -> bool:
         return True
     last = response[-1]
     return last["role"] == "assistant" and not last.get("content", "").strip() and not last.get("tool_calls")
+
+
+def _refuse_repeated_prompt(prompt: Text, response: Text, name: str, row_id: str) -> None:
+    if response[: len(prompt)] == prompt:
+        problem = (
+            f"{name}: expected the answer to the prompt, it begins with the prompt's turns; leave these out of one of "
+            "the columns (data.columns: {prompt: null} takes the prompt from chosen and rejected)"
+        )
+        raise DataError(problem, row_id, "wrong role")
 
 
 def _check_response_roles(response: Text, name: str, row_id: str) -> None:

@@ -316,11 +316,23 @@ def _instruction(row: Mapping[str, Any], row_id: str) -> list[Message]:
         turns += [*asked(question), *said(answer)]
     prompts = [name for name in PROMPTS if name in row] or ["instruction"]
     column = next((name for name in prompts if has_value(row, name)), prompts[0])
+    if isinstance(row.get(column), list):
+        return [*turns, *_turns_of(row, column, row_id)]
     parts = [text_of(row, column, row_id), "" if column == "input" else optional_text(row, "input", row_id)]
     parts = [part for part in parts if part.strip()]
     if not parts:
         raise DataError(f"column {column!r}: expected text, it is empty", row_id, "empty prompt")
     return [*turns, *asked("\n".join(parts))]
+
+
+def _turns_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Message]:
+    if has_value(row, "input") and column != "input":
+        problem = f"column 'input': expected none beside turns in {column!r}, got {shown(row['input'])}"
+        raise DataError(problem, row_id, "wrong type")
+    turns = messages_of(row, column, row_id)
+    if not turns:
+        raise DataError(f"column {column!r}: expected turns, got an empty list", row_id, "empty prompt")
+    return turns
 
 
 def _split_transcript(text: str, side: str, row_id: str) -> tuple[list[Message], list[Message]]:

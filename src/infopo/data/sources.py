@@ -17,10 +17,10 @@ from infopo.catalog import DATA_SHAPES, suggestion
 from infopo.data.columns import names
 from infopo.data.counts import DataCounts
 from infopo.data.door import Door
-from infopo.data.files import SUFFIXES, RawRow, file_rows, unreadable
+from infopo.data.files import SUFFIXES, RawRow, file_rows, text_columns, unreadable
 from infopo.data.responses import ScoreRule
 from infopo.data.shapes import detect_shape, parse_row
-from infopo.data.strays import ignored_columns, refuse_texts_beside
+from infopo.data.strays import begins_with_an_answer, ignored_columns, texts_beside
 from infopo.errors import DataError, RecipeError
 from infopo.records import PreferenceRow
 from infopo.vocabulary import check_columns
@@ -175,14 +175,8 @@ def _parsed(
 ) -> tuple[PreferenceRow, str]:
     shape = required or detect_shape(row, row_id)
     is_named = door.shape is not None
-    is_implicit = not is_named and _own_shape(row, row_id) == shape == "standard_implicit"
-    if is_implicit and (texts := refuse_texts_beside(row)):
-        problem = (
-            f"beside chosen and rejected there is text in {names(texts)}, which may be the prompt: say so with "
-            f"data.columns: {{prompt: {texts[0]}}}, leave it out with {{{texts[0]}: null}}, or name data.shape: "
-            "standard_implicit (the prompt is what chosen and rejected begin with alike)"
-        )
-        raise DataError(problem, row_id, "ignored column")
+    if not is_named and _own_shape(row, row_id) == shape and _lacks_a_prompt(row, shape):
+        _refuse_texts_beside(row, shape, row_id)
     try:
         parts = parse_row(row, shape, row_id, rule)
     except DataError as error:
@@ -199,6 +193,23 @@ def _parsed(
     prompt, chosen, rejected, tools, chat_template_kwargs = parts
     door.counts.ignored.update(ignored_columns(row, shape, [prompt, *chosen, *rejected], tools, row_id))
     return PreferenceRow(prompt, chosen, rejected, row_id, chat_template_kwargs, tools), shape
+
+
+def _lacks_a_prompt(row: Mapping[str, Any], shape: str) -> bool:
+    """Whether answers are all that `chosen` and `rejected` may hold."""
+    is_turns = shape == "conversational_implicit" and begins_with_an_answer(row.get("chosen"))
+    return is_turns or shape == "standard_implicit"
+
+
+def _refuse_texts_beside(row: Mapping[str, Any], shape: str, row_id: str) -> None:
+    if texts := texts_beside(row):
+        first = texts[0] if texts[0] == texts[0].strip() else repr(texts[0])
+        problem = (
+            f"beside chosen and rejected there is text in {names(texts)}, which may be the prompt: say so with "
+            f"data.columns: {{prompt: {first}}}, leave it out with {{{first}: null}}, or name data.shape: "
+            f"{shape} (the prompt is what chosen and rejected begin with alike)"
+        )
+        raise DataError(problem, row_id, "ignored column")
 
 
 def _own_shape(row: Mapping[str, Any], row_id: str) -> str | None:
@@ -287,12 +298,9 @@ def _dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset", door: 
     # A format that was set for training would turn values into tensors.
     dataset = dataset.with_format(None)
     found = dataset.column_names
-    texts = [column for column, kind in dataset.features.items() if getattr(kind, "dtype", "") in _TEXTS]
+    texts = text_columns(dataset.features.arrow_schema)
     columns = door.columns(found, door.name, texts) if len(dataset) else []
     return ((number, door.columnar(row)) for number, row in enumerate(dataset.select_columns(columns), 1))
-
-
-_TEXTS = ("string", "large_string")
 
 
 def _stream_rows(dataset: "datasets.Dataset | datasets.IterableDataset", door: Door) -> Iterator[RawRow]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from infopo.data.columns import names
 from infopo.data.published import is_transcript, transcript_of
 from infopo.errors import DataError
-from infopo.vocabulary import COLUMNS, CONVERSATION, IMAGE_COLUMNS, NEEDED, guessed
+from infopo.vocabulary import COLUMNS, CONVERSATION, IMAGE_COLUMNS, NEEDED, PROMPTS, guessed
 
 if TYPE_CHECKING:
     from infopo.records import Text
@@ -57,6 +57,8 @@ def no_shape(found: Sequence[str], where: str, shape: str | None = None) -> Data
     if guess:
         mapping = ", ".join(f"{target}: {column}" for target, column in guess.items())
         problem += f"Perhaps data.columns: {{{mapping}}} (`columns` of InfoPOConfig) reads them"
+    elif missing == ["prompt"] and (asking := [column for column in PROMPTS if column in found]):
+        problem += f"Perhaps data.columns: {{prompt: {asking[0]}}} (`columns` of InfoPOConfig) reads them"
     elif set(_ANSWERS) & set(found) and "rejected_response" not in found:
         answer = next(column for column in _ANSWERS if column in found)
         problem += (
@@ -104,17 +106,26 @@ def has_columns(found: Iterable[str], shape: str | None) -> bool:
     )
 
 
-def refuse_texts_beside(row: Mapping[str, Any]) -> list[str]:
-    """Columns of text that may hold the prompt of a row which has only `chosen` and `rejected`."""
+def texts_beside(row: Mapping[str, Any]) -> list[str]:
+    """Columns that may hold the prompt of a row which has only `chosen` and `rejected`: text, or turns of somebody."""
     return [
         column
         for column, value in row.items()
         if column not in ("chosen", "rejected", "tools")
-        and isinstance(value, str)
-        and value.strip()
+        and (_is_turns(value) if isinstance(value, list) else isinstance(value, str) and value.strip())
         and not _METADATA.fullmatch(column)
         and not ANNOTATOR.fullmatch(column)
     ]
+
+
+def _is_turns(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in value)
+
+
+def begins_with_an_answer(conversation: object) -> bool:
+    """Whether messages begin with the assistant's, so that they hold no prompt."""
+    first = conversation[0] if isinstance(conversation, list) and conversation else None
+    return isinstance(first, Mapping) and (first.get("role") == "assistant" or first.get("from") == "gpt")
 
 
 def ignored_columns(
@@ -133,7 +144,7 @@ def ignored_columns(
         DataError: `ignored column`: one of `CONVERSATION` holds text that is nowhere in what the row became.
     """
     if tools is not None and isinstance(used[0], str):
-        raise _dropped("tools", "a prompt of text has no place for tools", row_id)
+        raise _dropped("tools", shape, "a prompt of text has no place for tools", row_id)
     needed = {name for columns in NEEDED[shape] for column in columns for name in column.split("|")}
     said: str | None = None
     ignored = []
@@ -155,18 +166,24 @@ def ignored_columns(
             if column in ("system", "system_prompt") and _begins_with_system(used[0]):
                 ignored.append(column)
                 continue
-            raise _dropped(
-                column, f"shape {shape} does not read it, and the prompt does not hold its text", row_id
-            )
+            why = f"shape {shape} does not read it, and the prompt does not hold its text"
+            raise _dropped(column, shape, why, row_id)
         is_for_template = column == "chat_template_kwargs" and isinstance(used[0], list)
         if column not in needed and not is_for_template and not ANNOTATOR.fullmatch(column):
             ignored.append(column)
     return ignored
 
 
-def _dropped(column: str, why: str, row_id: str) -> DataError:
-    if column in ("system", "system_prompt", "tools"):
-        remedy = "read text prompts as conversations (data.columns: {instruction: prompt})"
+_AS_CONVERSATIONS = {
+    "standard": "{instruction: prompt}",
+    "unpaired": "{instruction: prompt, output: completion}",
+}
+"""Mappings by which rows of text are read as conversations, which have a place for a system prompt and tools."""
+
+
+def _dropped(column: str, shape: str, why: str, row_id: str) -> DataError:
+    if column in ("system", "system_prompt", "tools") and shape in _AS_CONVERSATIONS:
+        remedy = f"read text prompts as conversations (data.columns: {_AS_CONVERSATIONS[shape]})"
     else:
         remedy = "write it into the prompt, map it (data.columns)"
     remedy += f", or leave it out (data.columns: {{{column}: null}})"
