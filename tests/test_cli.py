@@ -338,5 +338,8 @@ print("returned")
         check=False,
     )
     assert done.returncode == status, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["thread", "at exit"]
+    said = done.stdout.splitlines()
+    assert said[-1] == "at exit"
+    assert "thread" in said  # before or after what the command says: its sleep is no clock for a slow machine
+    assert not {"torn down", "returned"} & set(said)
     assert ("error: " in done.stderr) == (status == 2)

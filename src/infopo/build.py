@@ -116,6 +116,12 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     return args
 
 
+def _under_train(problem: str) -> str:
+    """A problem of the trainer, with the setting that it begins with under the name that recipes have for it."""
+    name = re.match(r"\w*", problem)
+    return f"train.{problem}" if name and name.group() in train_fields() else problem
+
+
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError)
 """What transformers and torch raise at settings: a number, a name, a library that is not installed, a file."""
 
@@ -375,6 +381,8 @@ def build_trainer_on(
             callbacks=callbacks,
             peft_config=adapter,
         )
+    except RecipeError as error:
+        raise type(error)([_under_train(problem) for problem in error.problems], error.source) from error
     except InfoPOError:
         raise
     except (OSError, ImportError, ValueError) as error:
