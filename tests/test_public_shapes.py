@@ -166,6 +166,7 @@ PUBLIC: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
         {"messages": [SYSTEM, ASKED], "chosen": BLUE, "rejected": GREEN},
         PAIR_WITH_SYSTEM,
     ),
+    "conversation, a turn and text": ({"prompt": [ASKED], "chosen": [BLUE], "rejected": "Green."}, PAIR),
     "conversation and text answers": ({"prompt": [ASKED], "chosen": "Blue.", "rejected": "Green."}, PAIR),
 }  # fmt: skip
 

@@ -90,7 +90,7 @@ def detect_shape(row: Mapping[str, Any], row_id: str = "row") -> str:
     if has_value(row, "conversations") or (isinstance(chosen, Mapping) and has_value(row, "messages")):
         return "sharegpt"
     prompt = row.get("prompt")
-    if isinstance(prompt, list) and isinstance(chosen, str | Mapping) and isinstance(rejected, str | Mapping):
+    if isinstance(prompt, list) and _is_answer(chosen) and _is_answer(rejected):
         return "conversational"
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, str):
@@ -115,6 +115,12 @@ def detect_shape(row: Mapping[str, Any], row_id: str = "row") -> str:
         f"{name}: {kind(row[name])}" for name in ("prompt", "chosen", "rejected") if name in row
     )
     raise DataError(f"expected all text or all lists of messages, got {kinds}", row_id, "wrong type")
+
+
+def _is_answer(value: object) -> bool:
+    """Whether the value is one answer of a conversation: text, a turn or turns, and no list of answers."""
+    is_turns = isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
+    return is_turns or isinstance(value, str | Mapping)
 
 
 def _has_all(row: Mapping[str, Any], columns: tuple[str, ...]) -> bool:
