@@ -14,6 +14,7 @@ from infopo.arguments import InfoPOConfig
 from infopo.errors import RecipeError
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.trainer import InfoPOTrainer
+from infopo.workflows.train import run
 from worlds import random_dataset, tiny_llama
 
 needs_no_accelerator = pytest.mark.skipif(
@@ -139,3 +140,20 @@ def test_the_first_line_says_what_runs(
     with caplog.at_level("INFO", "infopo"):
         InfoPOTrainer(tiny_llama(), args=args, train_dataset=data, processing_class=build_tokenizer()).train()
     assert line in caplog.messages
+
+
+def test_a_workflow_prints_the_first_line_in_place_of_the_trainers_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once: transformers warns in every run about two callbacks of a class."""
+    args = InfoPOConfig(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none",
+        save_strategy="no", activation_checkpointing=False,
+    )  # fmt: skip
+    data = random_dataset(16, chosen=(1,))
+    trainer = InfoPOTrainer(tiny_llama(), args=args, train_dataset=data, processing_class=build_tokenizer())
+    with caplog.at_level("INFO", "infopo"):
+        run(trainer)
+    line = "1 process, cpu, float32, 1 steps of 8 pairs"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert line not in caplog.messages

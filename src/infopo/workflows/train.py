@@ -128,6 +128,8 @@ def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
         RecipeError: Evaluation has no metric of the name that chooses the best model, or a library that a setting needs
             is not installed.
     """
+    # In place of the trainer's own, which goes to the log: transformers warns about two of a kind.
+    trainer.remove_callback(ranks.StartLine)
     trainer.add_callback(ranks.StartLine(print))
     try:
         return trainer.train(resume_from_checkpoint=resume or None)
