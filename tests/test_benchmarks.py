@@ -257,6 +257,7 @@ def check_regime(regime: dict, variants: list[str]) -> None:
     assert regime["tokens"]["computed"]["infopo"] < regime["tokens"]["rows"]
 
 
+@pytest.mark.long
 def test_one_round_gives_a_record_of_the_documented_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -373,6 +373,7 @@ def test_models_that_are_not_there_are_named_with_setting_and_line(
     assert refused("recipe.yaml").startswith(f"model.name_or_path (line 1): {expected}")
 
 
+@pytest.mark.long
 def test_a_hub_that_does_not_answer_is_told_with_setting_and_line(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ):

@@ -26,6 +26,7 @@ from test_sources import (
     write_lines,
     write_parquet,
 )
+from worlds import quick
 
 
 def pairs(n: int, first: int = 0) -> list[dict[str, str]]:
@@ -134,7 +135,7 @@ def test_a_stream_that_breaks_off_is_named_by_row():
         read(IterableDataset.from_generator(rows))
 
 
-@pytest.mark.parametrize("file", ["rows.jsonl", "rows.jsonl.zst", "rows.csv"])
+@pytest.mark.parametrize("file", quick(["rows.jsonl", "rows.jsonl.zst", "rows.csv"], "rows.jsonl"))
 def test_files_are_read_in_constant_memory(tmp_path: Path, file: str):
     """The first row comes out though the end of the file cannot be read."""
     broken = b"\xff" * 50

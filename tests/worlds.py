@@ -1,10 +1,11 @@
 """Small random models and examples that tests share. They need neither the lab nor files."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -81,3 +82,9 @@ def with_context(example: PreferenceExample) -> PreferenceExample:
 
 def random_dataset(n: int, seed: int = 0, **kwargs: Sequence[int]) -> ExampleDataset:
     return ExampleDataset.from_examples(random_examples(n, seed, **kwargs))
+
+
+def quick(names: Iterable[str], *kept: str) -> list[Any]:
+    """Parameters of a test of which only those kept run in the gate, and all in the long tier."""
+    assert set(kept) <= set(names)
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in names]

@@ -1,5 +1,6 @@
 """What would fail late, found before anything is computed: at the first save, or after the first evaluation."""
 
+import errno
 import logging
 import tempfile
 import textwrap
@@ -59,10 +60,18 @@ def check_saving(model: nn.Module, processing_class: Any, args: InfoPOConfig) ->
                 if part is not None:
                     part.save_pretrained(folder)
             except Exception as error:  # a tokenizer may be anybody's code
+                if _is_full(error):
+                    return  # of the temporary folder: what is saved goes elsewhere
                 raise ModelError(
                     f"{name}: {type(part).__name__} cannot be saved, so the trained model could not be either: "
                     f"{type(error).__name__}: {_in_short(error)}. Remedy: {remedy}"
                 ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether there was no room to write to. The tokenizers library gives the system's error as text."""
+    codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _repair_generation(config: Any) -> None:
