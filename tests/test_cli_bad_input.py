@@ -251,7 +251,7 @@ def test_all_problems_are_reported_at_once(refused: Refused):
         ("model.quantization=4bit", "model.quantization (override): quantized weights cannot be trained; add model.ad"),
         ("train.pad_token=zzz", "pad_token: 'zzz' is not in the tokenizer's vocabulary"),
         ("train.report_to=foo", "train.report_to: 'foo' is unknown or not installed"),
-        ("train.fsdp=true", "train.fsdp (override): expected text or null, got true in recipe.yaml"),
+        ("train.fsdp=2", "train.fsdp (override): expected text or true or false or null, got 2 in recipe.yaml"),
         ("train.padding_free=true", "train.padding_free=True: nothing is padded already"),
         ("train.logps_path=fast", "train.logps_path (override): expected one of auto, naive"),
         ("train.resume_from_checkpoint=none", "none: is no checkpoint"),

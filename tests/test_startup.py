@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import DogeConfig, MixtralConfig, OPTConfig, Phi3Config, PhimoeConfig
 
 from infopo import InfoPOConfig, InfoPOTrainer
@@ -327,3 +328,27 @@ def test_testing_an_adapter_leaves_weights_and_random_numbers_as_they_were() -> 
     assert all("lora_" in name for name in changed)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert torch.get_rng_state().equal(random_state)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    ("backend", "adapter"),
+    [("aot_eager", None), ("eager", LoraConfig(r=2, target_modules=["q_proj"]))],
+    ids=["all weights", "LoRA"],
+)
+def test_a_compiled_policy_trains_as_one_that_is_not(tmp_path: Path, backend: str, adapter: Any) -> None:
+    def trained(**settings: Any) -> tuple[str, torch.Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = tiny_llama()
+        if adapter is not None:
+            model = get_peft_model(model, adapter)
+        trainer = trainer_of(tmp_path, model, reference_store="off", save_strategy="no", **settings)
+        trainer.train()
+        return trainer.logps_in_words, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    _, expected = trained(logps_path="naive")
+    path, values = trained(torch_compile=True, torch_compile_backend=backend)
+    assert path == "one padded row a response (torch_compile is on)"
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)

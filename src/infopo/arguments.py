@@ -5,7 +5,7 @@ What TRL offers and this trainer cannot honour is refused by name when it is set
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NewType
 
 import datasets
 import torch
@@ -26,6 +26,9 @@ from infopo.errors import RecipeError, UnsupportedArgumentError
 from infopo.losses.catalog import complete_parameters
 from infopo.vocabulary import check_columns
 
+Fsdp = NewType("Fsdp", object)
+"""True, or the text that transformers took before. As the parser of command lines calls it, it is no union."""
+
 
 @dataclass
 class InfoPOConfig(TrainingArguments):
@@ -33,7 +36,8 @@ class InfoPOConfig(TrainingArguments):
 
     It has all of transformers' `TrainingArguments`, with TRL's defaults for `learning_rate` (1e-6), `logging_steps`
     (10) and `gradient_checkpointing`, which transformers now calls `activation_checkpointing` (True). The default of
-    `bf16` is True if the accelerator computes in bfloat16, and False on a CPU.
+    `bf16` is True if the accelerator computes in bfloat16, and False on a CPU. The default of `dataloader_pin_memory`
+    is True if there is an accelerator.
 
     Attributes:
         objective: Name of the loss (see `infopo.catalog.OBJECTIVES`). If None, `loss_type` decides, or else it is
@@ -95,6 +99,14 @@ class InfoPOConfig(TrainingArguments):
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 autocast; default where supported, not on CPU."}
+    )
+    fsdp: Fsdp | None = field(
+        default=None,
+        metadata={"help": "Shard weights over processes; fsdp_config says how.", "nargs": "?", "const": True},
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available,
+        metadata={"help": "Pin the memory of batches; default where there is an accelerator."},
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: it hides NaN losses."}

@@ -81,8 +81,6 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     # A secret that was masked when the recipe was written comes from the environment (HF_TOKEN).
     train = {k: v for k, v in recipe.train.items() if k != "resume_from_checkpoint" and v != MASK}
     train.setdefault("report_to", "none")
-    # Where there is no accelerator, torch warns of pinned memory at every epoch.
-    train.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     data, reference = recipe.data, recipe.reference
     try:
         args = InfoPOConfig(

@@ -334,7 +334,7 @@ class LossTerm:
             chosen response, summed over its tokens. With `per="response"`, chosen responses come first, then rejected
             ones.
         per: The denominator.
-        name: Name of the term in metrics, e.g. `chosen` or `rejected`.
+        name: What the term is about, e.g. `chosen` or `rejected`, for readers of the terms. Nothing computes with it.
     """
 
     values: Float[Tensor, " items"]

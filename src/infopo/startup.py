@@ -62,10 +62,7 @@ _PATH_IN_WORDS = {
 def choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConfig) -> str:
     """Prepares the models for the fastest path that `logps_path` and the models allow, and returns its description."""
     both = [model for model in (policy, ref_model) if model is not None]
-    path, reason = prepare(both, "naive" if args.torch_compile else args.logps_path)
-    if args.torch_compile:
-        # Shared prefixes would be compiled again for the layout of each batch.
-        reason = "torch_compile is on"
+    path, reason = prepare(both, args.logps_path, is_compiled=args.torch_compile)
     return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
 
 

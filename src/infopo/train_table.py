@@ -84,6 +84,9 @@ class NumberField(TrainField):
 def train_field(name: str, kinds: tuple[type, ...], choices: tuple[str, ...]) -> TrainField:
     """The field of this name, with the domain and the choices that are ours to know."""
     choices = CHOICES.get(name) or choices
+    if name == "fsdp":
+        # transformers declares text, which it will drop, and documents a switch.
+        kinds = (str, bool, NoneType)
     if name in DOMAINS:
         return NumberField(name, kinds, choices, DOMAINS[name])
     return TrainField(name, kinds, choices)

@@ -345,6 +345,28 @@ def test_a_setting_of_naive_touches_nothing_and_auto_takes_it_back() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_has_the_log_probs_and_gradients_of_the_naive_path(backend: str) -> None:
+    """The naive path runs first, whose graphs would know of no hooks."""
+    torch._dynamo.reset()
+    model = tiny_llama()
+    assert prepare([model], "auto", is_compiled=True) == ("padded", "torch_compile is on")
+    compiled = torch.compile(model, backend=backend)
+    for examples in (EXAMPLES[:1], EXAMPLES, EXAMPLES[1:]):
+        batch = pack(examples)
+        results = []
+        for each, path in ((model, "naive"), (compiled, "naive"), (compiled, "padded")):
+            model.zero_grad()
+            values = response_logps(each, batch, path)
+            (values * torch.arange(1, len(values) + 1)).sum().backward()
+            results.append([values.detach(), *(p.grad.clone() for p in model.parameters())])
+        for result in results[1:]:
+            for ours, expected in zip(result, results[0], strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "family"),
     [

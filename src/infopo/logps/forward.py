@@ -44,12 +44,16 @@ def path_of(model: nn.Module) -> str:
     return "padded" if is_plain and not getattr(base_of(model), _NAIVE, False) else "naive"
 
 
-def prepare(models: Sequence[nn.Module], setting: str) -> tuple[str, str | None]:
+def prepare(
+    models: Sequence[nn.Module], setting: str, *, is_compiled: bool = False
+) -> tuple[str, str | None]:
     """Makes models ready for one path, the fastest that all of them can take.
 
     Args:
         models: Policy, and reference if it is another model.
         setting: `auto`; or `naive`, for which nothing is done to a model or its head.
+        is_compiled: Whether the policy will be compiled (`torch.compile`). Shared prefixes would then be compiled again
+            for the layout of each batch, so that rows are padded, and the head runs outside of the compiled graphs.
 
     Returns:
         The path, and why it is not `forest` (None if it is).
@@ -60,6 +64,9 @@ def prepare(models: Sequence[nn.Module], setting: str) -> tuple[str, str | None]
         setattr(base_of(model), _UNPADDED, OWN_MASK in (obstacle(model) or ""))
         if setting != "naive":
             lm_head.learn_map(model)
+        if is_compiled:
+            lm_head.keep_out_of_graphs(model)
+            reason = reason or "torch_compile is on"
         reason = reason or attention.enable(model)
     if reason is not None:
         for model in models:

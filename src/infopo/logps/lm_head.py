@@ -29,6 +29,10 @@ KEPT_LOGITS = 2**24
 A tile is kept whole or not at all."""
 
 
+_OUT_OF_GRAPHS = "_infopo_out_of_graphs"
+"""Attribute of a head that compiled graphs leave out: the handle of the hook that does it."""
+
+
 @dataclass(frozen=True)
 class LogitMap:
     """What a model does to the logits z of its head: u = c·tanh(s z / c), or u = s z without a cap.
@@ -246,6 +250,22 @@ def _explained(said: LogitMap, calls: list[Tensor], mapped: Tensor) -> LogitMap 
     return next(fits, None)
 
 
+def keep_out_of_graphs(model: nn.Module) -> None:
+    """Makes `torch.compile` leave a model's head to Python, where the hooks of `logps_of` are seen.
+
+    A compiled graph has the hooks that were there when it was made, and is not made again for others. A hook which must
+    not be compiled ends the graph before the head, and the head then runs as without a compiler.
+    """
+    head = plain_head(model)
+    if head is None or hasattr(head, _OUT_OF_GRAPHS):
+        return
+    setattr(head, _OUT_OF_GRAPHS, head.register_forward_pre_hook(torch.compiler.disable(_as_it_is)))
+
+
+def _as_it_is(head: nn.Module, args: Any) -> None:
+    """A hook that changes nothing."""
+
+
 def plain_head(model: nn.Module) -> nn.Linear | None:
     """Returns the output layer if its log-probs can be computed in tiles, else None.
 
@@ -313,6 +333,8 @@ def logps_of(
         results.append(token_logps(hidden, head.weight, head.bias, targets, logit_map))
         return results[-1][None, :, None]
 
+    if hasattr(head, _OUT_OF_GRAPHS):
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
     # This hook comes first among those after the head, because a wrapper shards the weight again in one of them.
     handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after, prepend=True)]
     try:
