@@ -133,7 +133,7 @@ def _is_blank(response: Text) -> bool:
 
 
 def _refuse_repeated_prompt(prompt: Text, response: Text, name: str, row_id: str) -> None:
-    if response[: len(prompt)] == prompt:
+    if len(response) > len(prompt) and response[: len(prompt)] == prompt:
         problem = (
             f"{name}: expected the answer to the prompt, it begins with the prompt's turns; leave these out of one of "
             "the columns (data.columns: {prompt: null} takes the prompt from chosen and rejected)"
