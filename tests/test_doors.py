@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import IterableDataset
+import torch
+from datasets import Dataset, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.build import build_examples, build_tokenizer
 from infopo.config import parse_recipe
 from infopo.data.counts import DataCounts
@@ -258,3 +260,25 @@ def test_sharegpt_and_messages_are_told_apart(tmp_path: Path):
     for row, shape in ((SHAREGPT, "sharegpt"), (CONVERSATIONAL, "conversational")):
         _, counts = read(write_lines(tmp_path / "x.jsonl", [row]))
         assert next(iter(counts.shapes.values())).startswith(f"{shape} (detected)")
+
+
+def test_a_constructor_prints_nothing_and_warns_of_rows_that_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
+    args = InfoPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", reference_store="off", on_bad_row="skip"
+    )
+    trainer = InfoPOTrainer(
+        "lab:policy",
+        args=args,
+        train_dataset=Dataset.from_list([*rows, {"prompt": "x", "chosen": None, "rejected": "b"}]),
+        eval_dataset={"few": Dataset.from_list(rows)},
+    )
+    assert capsys.readouterr().out == ""
+    used = {name: (counts.rows, counts.used) for name, counts in trainer.data_counts.items()}
+    assert used == {"train": (4, 3), "few": (3, 3)}
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any(message.startswith("train_dataset: 4 rows, 3 used, 1 skipped") for message in warned)
+    assert trainer.description()[0].startswith("objective: InfoPO (")
+    assert args.dataloader_pin_memory == torch.accelerator.is_available()
