@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Nor does a test write to its user's cache. Subprocesses inherit it; nothing is made until it is used.

@@ -18,7 +18,7 @@ from peft import (
 )
 from transformers import CTRLConfig, OpenAIGPTConfig
 
-from infopo import InfoPOConfig, InfoPOTrainer, learning, models
+from infopo import InfoPOConfig, InfoPOTrainer, learning, models, reference_setup
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.errors import ModelError, RecipeError
@@ -106,7 +106,7 @@ def test_a_policy_that_no_step_could_change_is_refused_before_the_reference_is_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, message: str, checkpointing: bool | None
 ) -> None:
     computed = []
-    monkeypatch.setattr(InfoPOTrainer, "_set_up_reference", lambda *args: computed.append(args))
+    monkeypatch.setattr(reference_setup.ReferenceBuilder, "build", lambda *args: computed.append(args))
     model = make(tmp_path / "adapter") if make is loaded_adapter else make()
     with pytest.raises(ModelError, match=message) as error:
         trainer_of(tmp_path, model, activation_checkpointing=checkpointing)

@@ -892,7 +892,8 @@ def test_trl_has_no_argument_that_we_do_not_know_and_its_defaults_are_all_accept
     ours = {f.name: f for f in fields(InfoPOConfig)}
     theirs = {f.name: f for f in fields(trl.DPOConfig) if f.init}
     assert theirs.keys() <= ours.keys()
-    own = {"logging_nan_inf_filter", "remove_unused_columns"}  # transformers' defaults there, ours here
+    # Transformers' defaults there, ours here. Memory is pinned by default where there is an accelerator to pin it for.
+    own = {"logging_nan_inf_filter", "remove_unused_columns", "dataloader_pin_memory"}
     for name, f in theirs.items():
         if f.default is not MISSING and name not in own | {"loss_type", "output_dir"}:
             assert ours[name].default in (f.default, None), name
