@@ -21,7 +21,7 @@ help:
 	@echo "make test       format, lint, types, import contract, tests, docs"
 	@echo "make test-long  tests that take minutes: kills, ranks, fuzzing, parity"
 	@echo "make test-gpu   tests of what runs on a GPU only"
-	@echo "make soak       ten million streamed rows in flat memory, 20,000 damaged inputs (half an hour of one core)"
+	@echo "make soak       streaming in flat memory, fuzzing, and every architecture and adapter of docs/tried.md (an hour or more)"
 	@echo "make tried      write docs/tried.md: what comes of every architecture, adapter and shape of data (minutes)"
 	@echo "make lint       the first four of make test"
 	@echo "make format     rewrite the code in the project's format"
@@ -32,11 +32,11 @@ demo: $(VENV)/demo.stamp
 	$(OFFLINE) $(BIN)/infopo demo
 
 test: lint
-	$(PYTEST) -m "not long and not gpu" -n $(WORKERS)
+	$(PYTEST) -m "not long and not gpu and not soak" -n $(WORKERS)
 	$(MKDOCS) --quiet
 
 test-long: $(VENV)/dev.stamp
-	$(PYTEST) -m "long and not gpu" -n $(WORKERS)
+	$(PYTEST) -m "long and not gpu and not soak" -n $(WORKERS)
 
 test-gpu: $(VENV)/dev.stamp
 	$(PYTEST) -m gpu
@@ -45,6 +45,7 @@ soak: $(VENV)/dev.stamp
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/soak_stream.py --rows 10000000 \
 		--out benchmarks/results/soak_stream.json
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --inputs 20000 --out benchmarks/results/fuzz.json
+	$(PYTEST) -m "soak and not gpu" -n $(WORKERS)
 
 tried: $(VENV)/dev.stamp
 	cd tests && $(OFFLINE) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m tried

@@ -28,7 +28,7 @@ def held(section: str, name: str) -> None:
     )
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.parametrize(("section", "name"), [n for n in NAMES if n[0] in ("Architectures", "Adapters")])
 def test_training_comes_out_as_the_page_says(section: str, name: str) -> None:
     held(section, name)
