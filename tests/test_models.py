@@ -20,7 +20,7 @@ from transformers import (
 from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.errors import InfoPOError, ModelError
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.models import load_policy
+from infopo.models import add_adapter, load_policy
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
 LLAMA = LlamaConfig(
@@ -82,3 +82,10 @@ def test_an_impossible_configuration_ends_in_a_named_error(tmp_path: Path, chang
 def test_a_sound_folder_still_loads(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     assert load_policy(str(tmp_path)).num_parameters() == tiny_llama().num_parameters()
+
+
+def test_what_peft_raises_at_an_adapters_settings_is_told_as_the_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="loftq", loftq_config={"bits": 4})
+    with pytest.raises(ModelError, match="peft_config does not fit LlamaForCausalLM"):
+        add_adapter(tiny_llama(), config)

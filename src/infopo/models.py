@@ -195,8 +195,13 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         )
     try:
         adapted = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"peft_config does not fit {type(model).__name__}: {first_lines(error)}") from error
+    except (
+        _LOADING_ERRORS
+    ) as error:  # peft judges some settings by using them: a dict without a key, a missing library
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ModelError(
+            f"peft_config does not fit {type(model).__name__}: {kind}{first_lines(error)}"
+        ) from error
     for config in adapted.peft_config.values():
         base = config.base_model_name_or_path
         if base and Path(base).is_dir():
