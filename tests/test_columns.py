@@ -515,3 +515,16 @@ def test_data_with_one_side_are_told_what_they_train(tmp_path: Path):
     rows = [{"prompt": "1+1=", "completion": "2", "label": True}]
     with pytest.raises(DataError, match=r"DPO compares pairs; data with one side train infopo, .*kto"):
         trainer_of(tmp_path, rows, loss_type=["sigmoid"])
+
+
+def test_lists_in_text_cells_are_counted_and_read_if_their_shape_is_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "Q", "chosen": json.dumps(["a", "b"]), "rejected": json.dumps(["c"])},
+            {"prompt": "A list, please", "chosen": '["x"]', "rejected": "x"}]  # fmt: skip
+    path = write_csv(tmp_path / "rows.csv", rows)
+    counts = DataCounts()
+    assert [row.chosen for row in read_rows(path, counts)] == [['["a", "b"]'], ['["x"]']]
+    (note,) = counts.notes
+    assert "data.shape: lists" in note
+    assert counts.notes[note] == 1
+    (row,) = read_rows(write_csv(tmp_path / "one.csv", rows[:1]), DataCounts(), shape="lists")
+    assert (row.chosen, row.rejected) == (["a", "b"], ["c"])

@@ -65,6 +65,7 @@ def test_a_model_of_another_class_is_refused_in_one_line(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("change", [
+    {"num_hidden_layers": 0}, {"num_hidden_layers": -1},
     {"num_attention_heads": 0}, {"hidden_size": -32}, {"hidden_size": 0},
     {"vocab_size": -5}, {"num_key_value_heads": 0}, {"num_key_value_heads": 3}, {"intermediate_size": -1},
     {"hidden_act": "none such"}, {"rope_parameters": {"rope_type": "none such", "rope_theta": 1e4}},

@@ -130,6 +130,15 @@ def _no_language_model(config: Any) -> str | None:
     known = type(config) in AutoModelForCausalLM._model_mapping
     if not known and not getattr(config, "auto_map", None):
         return f"is {what}, which has no such head; {_EXPECTED}"
+    return _without_layers(config)
+
+
+def _without_layers(config: Any) -> str | None:
+    """Returns that a model has no layers, or None. transformers builds one, as embeddings and a head."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = getattr(text, "num_hidden_layers", 1)
+    if isinstance(layers, int) and layers < 1:
+        return f"has num_hidden_layers={layers} in its configuration; expected at least 1"
     return None
 
 
@@ -143,6 +152,8 @@ def refuse_other_classes(model: nn.Module) -> None:
     if not isinstance(base, PreTrainedModel):
         return
     name, what = type(base).__name__, None
+    if (problem := _without_layers(base.config)) is not None:
+        raise ModelError(f"{name} {problem}")
     if getattr(base.config, "is_encoder_decoder", False):
         what = "an encoder with a decoder"
     elif getattr(base, "main_input_name", "input_ids") != "input_ids":

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers.modeling_outputs import CausalLMOutput
 from trl import DPOConfig, DPOTrainer
 
 from infopo import InfoPOConfig, InfoPOTrainer
@@ -140,3 +141,16 @@ def test_router_logits_that_the_configuration_asks_for_disturb_nothing(name: str
         for setting in ("auto", "naive"):
             prepare([model], setting)
             assert torch.allclose(response_logps(model, batch), expected, atol=1e-4)
+
+
+def test_a_model_that_gives_no_auxiliary_loss_where_one_is_asked_for_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    router._warn_of_none.cache_clear()
+    with router.aux_losses(wanted=True) as found:
+        for _ in range(2):
+            router.note(CausalLMOutput(), torch.ones(3))
+    assert found == []
+    assert [r.getMessage() for r in caplog.records] == [
+        "the model gives no auxiliary loss of its routers (CausalLMOutput), so none is added"
+    ]

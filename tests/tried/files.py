@@ -159,8 +159,8 @@ PUBLIC: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-AS_TEXT = {("`lists`", "CSV")}
-"""A cell of a CSV file is text, and a list of texts may be what the policy is to write."""
+SHAPE_NAMED = {("`lists`", "CSV"): "lists"}
+"""A cell of a CSV file is text, and a list of texts may be what the policy is to write: there the shape is named."""
 
 
 def names() -> list[str]:
@@ -175,20 +175,21 @@ def _shape(name: str) -> Row:
     """One shape in every kind of source; the example of `docs/data.md` says what it is to become."""
     given, expected = EXAMPLES[name.strip("`")]
     outcomes = {
-        source: "lists stay text there" if (name, source) in AS_TEXT else _read([given], write, [expected])
+        source: _read([given], write, [expected], SHAPE_NAMED.get((name, source)))
         for source, write in SOURCES.items()
     }
     refused = {source: outcome for source, outcome in outcomes.items() if outcome != "read"}
-    read = ", ".join(source for source in SOURCES if source not in refused)
+    named = {s: f"{s} (with `data.shape: {shape}`)" for (n, s), shape in SHAPE_NAMED.items() if n == name}
+    read = ", ".join(named.get(source, source) for source in SOURCES if source not in refused)
     if any(outcome.startswith("fault") for outcome in refused.values()):
         return Row(name, "fault", "; ".join(f"{s}: {outcome}" for s, outcome in refused.items()))
     return Row(name, "read", "; ".join([read, *(f"not from {s}: {o}" for s, o in refused.items())]))
 
 
-def _read(rows: Rows, write: Callable[[Rows, Path], Any], expected: Rows) -> str:
+def _read(rows: Rows, write: Callable[[Rows, Path], Any], expected: Rows, shape: str | None = None) -> str:
     try:
         with tempfile.TemporaryDirectory() as folder, quiet():
-            got = list(read_rows(write(rows, Path(folder)), DataCounts()))
+            got = list(read_rows(write(rows, Path(folder)), DataCounts(), shape=shape))
     except InfoPOError as error:
         return first_sentence(error)
     except Exception as error:

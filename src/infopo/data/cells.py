@@ -53,6 +53,30 @@ def open_cells(row: Mapping[str, Any], row_id: str) -> Mapping[str, Any]:
     return {**row, **changed} if changed else row
 
 
+def lists_in_text(row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Both sides of a row as lists of responses, if the text of each is a JSON list; else nothing.
+
+    A file of text cells, such as CSV, has no other way to hold lists. But a list may also be what the policy is to
+    write, so only the user can tell which it is.
+
+    Example:
+        >>> lists_in_text({"chosen": '["a", "b"]', "rejected": "[]"})
+        {'chosen': ['a', 'b'], 'rejected': []}
+        >>> lists_in_text({"chosen": '["a"]', "rejected": "b"})
+        {}
+    """
+    lists = {}
+    for side in ("chosen", "rejected"):
+        text = row.get(side)
+        if not isinstance(text, str) or text.strip()[:1] != "[":
+            return {}
+        try:
+            lists[side] = json.loads(text)
+        except (ValueError, RecursionError):
+            return {}
+    return lists
+
+
 def _opened(value: Any, column: str, row_id: str) -> Any:
     if isinstance(value, str):
         value = _conversation(value, column, row_id)

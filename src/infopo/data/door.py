@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from infopo.data.cells import open_cells, without_nulls
+from infopo.data.cells import lists_in_text, open_cells, without_nulls
 from infopo.data.columns import shown
 from infopo.data.counts import DataCounts
 from infopo.data.mapping import ColumnMapping, recognised
@@ -13,6 +13,10 @@ from infopo.data.strays import columns_to_read
 from infopo.errors import DataError
 
 NULLS_REMOVED = "tools or tool calls with null keys, as columnar files fill them in: left out"
+
+LISTS_AS_TEXT = (
+    "chosen and rejected are JSON lists, trained on as text: name data.shape: lists to read the responses"
+)
 
 
 class Door:
@@ -80,7 +84,12 @@ class Door:
         """
         row = check_object(raw, row_id)
         self._recognise(row)
-        return open_cells(self._mapping.apply(row, row_id) if self._mapping else row, row_id)
+        row = open_cells(self._mapping.apply(row, row_id) if self._mapping else row, row_id)
+        if lists := lists_in_text(row):
+            if self.shape == "lists":
+                return {**row, **lists}
+            self.counts.note(LISTS_AS_TEXT, row_id)
+        return row
 
     def close(self) -> None:
         """Called when all rows have been read.

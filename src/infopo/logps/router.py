@@ -5,7 +5,9 @@ probability (https://huggingface.co/papers/2101.03961, equations 4 to 6), over a
 On the shared-prefix path a token counts as often as rows hold it, so that the loss is that of rows.
 """
 
+import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from infopo.errors import RecipeError
 from infopo.logps.wrappers import base_of
 from infopo.records import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 _collected: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("infopo_aux_losses", default=None)
 
@@ -83,8 +87,18 @@ def note(output: Any, tokens: Tensor) -> None:
         tokens: How often each token counts, of any shape: its attention mask.
     """
     found, aux = _collected.get(), getattr(output, "aux_loss", None)
-    if found is not None and isinstance(aux, Tensor):
+    if found is None:
+        return
+    if isinstance(aux, Tensor):
         found.append((aux, tokens.sum()))
+    else:
+        _warn_of_none(type(output).__name__)
+
+
+@functools.cache
+def _warn_of_none(output: str) -> None:
+    """Says once that a loss which was asked for is not added."""
+    logger.warning("the model gives no auxiliary loss of its routers (%s), so none is added", output)
 
 
 def mean(found: list[tuple[Tensor, Tensor]]) -> Tensor | None:
