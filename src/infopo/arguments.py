@@ -22,7 +22,7 @@ from infopo.catalog import (
 from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
 from infopo.data.templates import check_variables
-from infopo.errors import RecipeError, UnsupportedArgumentError
+from infopo.errors import ConfigError, UnsupportedArgumentError
 from infopo.losses.catalog import complete_parameters
 from infopo.vocabulary import check_columns
 
@@ -241,7 +241,7 @@ class InfoPOConfig(TrainingArguments):
         if refused:
             raise UnsupportedArgumentError(refused + problems)
         if problems:
-            raise RecipeError(problems)
+            raise ConfigError(problems)
         ranks.refuse_strangers(self.world_size)
 
     def _problems(self) -> list[str]:
@@ -334,7 +334,7 @@ def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
     """Returns the keyword arguments of `from_pretrained`: `model_init_kwargs` and what has a setting of its own.
 
     Raises:
-        RecipeError: `quantization_config` is given twice.
+        ConfigError: `quantization_config` is given twice.
     """
     kwargs = dict(_as_dict(args.model_init_kwargs))
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -345,7 +345,7 @@ def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:
     kwargs.setdefault("dtype", "float32")
     if quantization_config is not None:
         if "quantization_config" in kwargs:
-            raise RecipeError("quantization_config is given twice: as an argument and in model_init_kwargs")
+            raise ConfigError("quantization_config is given twice: as an argument and in model_init_kwargs")
         kwargs["quantization_config"] = quantization_config
     return kwargs
 
@@ -380,7 +380,7 @@ def refuse_arguments(
 
     Raises:
         UnsupportedArgumentError: One of them cannot be honoured.
-        RecipeError: One is missing, or two contradict each other.
+        ConfigError: One is missing, or two contradict each other.
     """
     problems: list[str] = []
     unsupported: list[str] = []
@@ -416,4 +416,4 @@ def refuse_arguments(
     if unsupported:
         raise UnsupportedArgumentError(unsupported + problems)
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)

@@ -26,7 +26,7 @@ from infopo.data.encode import encode_rows
 from infopo.data.examples import ExampleDataset
 from infopo.data.sources import read_mixture, read_rows
 from infopo.data.streaming import ExampleStream
-from infopo.errors import DataError, InfoPOError, ModelError, RecipeError
+from infopo.errors import ConfigError, DataError, InfoPOError, ModelError
 from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
@@ -76,7 +76,7 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     """The trainer's settings.
 
     Raises:
-        RecipeError: transformers or torch refuse a `train` argument, or a combination of them, on this machine.
+        ConfigError: transformers or torch refuse a `train` argument, or a combination of them, on this machine.
     """
     # A secret that was masked when the recipe was written comes from the environment (HF_TOKEN).
     train = {k: v for k, v in recipe.train.items() if k != "resume_from_checkpoint" and v != MASK}
@@ -103,14 +103,14 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             trust_remote_code=recipe.model.trust_remote_code,
             **train,
         )
-    except RecipeError as error:
+    except ConfigError as error:
         places = ["data" if p.startswith("chat_template_kwargs") else "train" for p in error.problems]
         problems = [f"{place}.{p}" for place, p in zip(places, error.problems, strict=True)]
         raise type(error)(problems) from error
     except _REFUSALS as error:
-        raise RecipeError(f"train: transformers refuses these settings: {error}") from error
+        raise ConfigError(f"train: transformers refuses these settings: {error}") from error
     if problems := [*_tracker_problems(args), *_schedule_problems(args), *_combination_problems(args)]:
-        raise RecipeError(problems)
+        raise ConfigError(problems)
     return args
 
 
@@ -208,7 +208,7 @@ def build_adapter(recipe: Recipe) -> Any:
     """The LoRA configuration, or None.
 
     Raises:
-        RecipeError: The modules are named by a regular expression that is none.
+        ConfigError: The modules are named by a regular expression that is none.
         ModelError: peft is not installed.
     """
     adapter = recipe.model.adapter
@@ -218,7 +218,7 @@ def build_adapter(recipe: Recipe) -> Any:
         try:
             re.compile(adapter.target_modules)
         except re.error as error:
-            raise RecipeError(
+            raise ConfigError(
                 f"model.adapter.target_modules: {adapter.target_modules!r} is no regular expression: {error}"
             ) from error
     return models.lora_config(
@@ -249,7 +249,7 @@ def settings_named(recipe: Recipe) -> Iterator[None]:
             raise
         evaluates = error.row_id in _names(recipe.data.eval_path or [])
         key = "data.eval_path" if evaluates and error.row_id not in _names(recipe.data.path) else "data.path"
-        raise RecipeError(f"{recipe.located(key)}: {error}") from error
+        raise ConfigError(f"{recipe.located(key)}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -366,7 +366,7 @@ def build_trainer_on(
     """The recipe's trainer on examples that are at hand.
 
     Raises:
-        RecipeError: A library is not installed, or a folder or the hub cannot be written to.
+        ConfigError: A library is not installed, or a folder or the hub cannot be written to.
     """
     model, args, adapter = build_policy(recipe), build_arguments(recipe), build_adapter(recipe)
     try:
@@ -379,9 +379,9 @@ def build_trainer_on(
             callbacks=callbacks,
             peft_config=adapter,
         )
-    except RecipeError as error:
+    except ConfigError as error:
         raise type(error)([_under_train(problem) for problem in error.problems], error.source) from error
     except InfoPOError:
         raise
     except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(f"train: the trainer cannot be set up: {error}") from error
+        raise ConfigError(f"train: the trainer cannot be set up: {error}") from error

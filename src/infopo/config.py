@@ -1,7 +1,7 @@
 """The recipe: what a run is asked to do, as typed sections read from YAML and `key=value` overrides.
 
 A recipe is judged as a whole: unknown keys, wrong types and impossible combinations are collected and raised as one
-`RecipeError`, each with its place and line. This module imports neither torch nor transformers. A table of `TrainField`
+`ConfigError`, each with its place and line. This module imports neither torch nor transformers. A table of `TrainField`
 tells it what transformers accepts under `train`.
 """
 
@@ -21,7 +21,7 @@ from infopo.catalog import (
     SCORE_RULES,
     suggestion,
 )
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 from infopo.losses.catalog import OBJECTIVES, check_objective, complete_parameters, objective_name
 from infopo.places import SYNONYMS
 from infopo.secrets import learn, masked_tree
@@ -133,7 +133,7 @@ class ObjectiveSection:
     """The loss. In YAML its parameters are beside the name: `objective: {name: dpo, beta: 0.1}`, or `objective: dpo`.
 
     Raises:
-        RecipeError: The catalog has no such objective or parameter, or refuses a value.
+        ConfigError: The catalog has no such objective or parameter, or refuses a value.
     """
 
     name: str = "infopo"
@@ -226,22 +226,22 @@ def load_recipe(
     """Reads and checks a recipe file (see `parse_recipe`).
 
     Raises:
-        RecipeError: The file cannot be read, or anything in it or in the overrides is wrong.
+        ConfigError: The file cannot be read, or anything in it or in the overrides is wrong.
     """
     source = str(path)
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"{source}: no such file; expected a YAML recipe") from error
+        raise ConfigError(f"{source}: no such file; expected a YAML recipe") from error
     except IsADirectoryError as error:
-        raise RecipeError(f"{source}: is a directory; expected a YAML recipe") from error
+        raise ConfigError(f"{source}: is a directory; expected a YAML recipe") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise RecipeError(
+        raise ConfigError(
             f"line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", source
         ) from error
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{source}: cannot be read: {error}") from error
+        raise ConfigError(f"{source}: cannot be read: {error}") from error
     return parse_recipe(text, source=source, overrides=overrides, train_fields=train_fields)
 
 
@@ -262,7 +262,7 @@ def parse_recipe(
         train_fields: Keys that `train` accepts. If None or empty, it accepts any key.
 
     Raises:
-        RecipeError: Something is wrong. The error lists every problem.
+        ConfigError: Something is wrong. The error lists every problem.
 
     Example:
         >>> recipe = parse_recipe("{model: sft, data: pairs.jsonl, output_dir: out}", source="example",
@@ -327,7 +327,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
     _check_data(data, train, problems)
     _check_precision(model, train, problems)
     if problems:
-        raise RecipeError(problems.sentences(), problems.source)
+        raise ConfigError(problems.sentences(), problems.source)
     if model["adapter"] is not None:
         model["adapter"] = AdapterSection(**model["adapter"])
     return Recipe(

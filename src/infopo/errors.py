@@ -1,7 +1,7 @@
 """All errors that infopo raises on purpose. Every message says what was expected, what came, where, and what to do.
 
     InfoPOError
-    ├── RecipeError                a recipe, an argument or a combination of them is wrong (lists every problem)
+    ├── ConfigError                a recipe, an argument or a combination of them is wrong (lists every problem)
     │   └── UnsupportedArgumentError   an argument is understood but cannot be honoured here
     ├── DataError                  a data file or one of its rows cannot be used (names the file and the row)
     │   └── RunDirectoryError          a file of a run directory cannot be read or written (in runs.py)
@@ -55,15 +55,15 @@ class InfoPOError(Exception):
         return printable(super().__str__())
 
 
-class RecipeError(InfoPOError, ValueError):
-    """A recipe or an argument is wrong.
+class ConfigError(InfoPOError, ValueError):
+    """A setting is wrong, whether a recipe or an argument gives it.
 
     Args:
         problems: One sentence per problem, which begins with the place (`data.path: ...`).
         source: Origin of the settings, e.g. the recipe's file name.
 
     Example:
-        >>> print(RecipeError(["data.path: is required", "objective.beta: expected a value > 0, got 0"], "a.yaml"))
+        >>> print(ConfigError(["data.path: is required", "objective.beta: expected a value > 0, got 0"], "a.yaml"))
         2 problems in a.yaml:
           - data.path: is required
           - objective.beta: expected a value > 0, got 0
@@ -82,7 +82,11 @@ class RecipeError(InfoPOError, ValueError):
         super().__init__(message)
 
 
-class UnsupportedArgumentError(RecipeError, NotImplementedError):
+RecipeError = ConfigError
+"""The name that `ConfigError` had when recipes were the only place of settings."""
+
+
+class UnsupportedArgumentError(ConfigError, NotImplementedError):
     """An argument is understood but cannot be honoured. The message says why, and what to use instead."""
 
 

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 
 Joint = Float[Tensor, " joint"]
 Marginal = Float[Tensor, " marginal"]
@@ -125,7 +125,7 @@ def variational_bound(divergence: Divergence, joint: Joint, marginal: Marginal) 
         marginal: Scores f of samples of Q.
 
     Raises:
-        RecipeError: `joint` or `marginal` is empty.
+        ConfigError: `joint` or `marginal` is empty.
 
     Example:
         >>> variational_bound(DIVERGENCES["kl"], torch.tensor([1.0]), torch.tensor([0.0]))
@@ -142,7 +142,7 @@ def nwj(joint: Joint, marginal: Marginal) -> Estimate:
     the variance from n samples of each is Var_P[f] + E_P[dP/dQ] - 1, which grows as e^KL at least.
 
     Raises:
-        RecipeError: No joint or no marginal sample.
+        ConfigError: No joint or no marginal sample.
 
     References:
         Nguyen, Wainwright, Jordan, 2010, arXiv 0809.0853. Poole et al., 2019, arXiv 1905.06922, section 2.2
@@ -162,7 +162,7 @@ def donsker_varadhan(joint: Joint, marginal: Marginal) -> Estimate:
     biased upwards by about Var_Q[e^f]/(2n E_Q[e^f]²) and is no bound.
 
     Raises:
-        RecipeError: No joint or no marginal sample.
+        ConfigError: No joint or no marginal sample.
 
     References:
         Donsker, Varadhan, 1983. Belghazi et al., 2018, arXiv 1801.04062, theorem 1.
@@ -195,7 +195,7 @@ def mine(
         The estimate, and log m without gradient, which the call for the next batch takes.
 
     Raises:
-        RecipeError: No joint or no marginal sample, or a rate outside (0, 1].
+        ConfigError: No joint or no marginal sample, or a rate outside (0, 1].
 
     References:
         Belghazi et al., 2018, arXiv 1801.04062, section 3.2 (correcting the bias of stochastic gradients).
@@ -205,7 +205,7 @@ def mine(
         (tensor(1.), tensor(2.))
     """
     if not 0 < rate <= 1:
-        raise RecipeError(f"rate: expected a value in (0, 1], got {rate!r}")
+        raise ConfigError(f"rate: expected a value in (0, 1], got {rate!r}")
     value = donsker_varadhan(joint, marginal).detach()
     batch = _log_mean_exp(marginal.detach())
     if log_mean is None or rate == 1:
@@ -228,7 +228,7 @@ def infonce(joint: Float[Tensor, " examples"], marginal: Float[Tensor, "examples
         marginal: f₁ to f_K of each example.
 
     Raises:
-        RecipeError: No example, or no negative.
+        ConfigError: No example, or no negative.
 
     References:
         van den Oord, Li, Vinyals, 2018, arXiv 1807.03748, eq. 4. Poole et al., 2019, arXiv 1905.06922, section 2.3
@@ -262,7 +262,7 @@ def interpolated(
         alpha: α, in [0, 1].
 
     Raises:
-        RecipeError: No example, no marginal sample, or α outside [0, 1].
+        ConfigError: No example, no marginal sample, or α outside [0, 1].
 
     References:
         Poole et al., 2019, arXiv 1905.06922, section 2.4 (nonlinearly interpolated lower bounds, q = 1).
@@ -272,7 +272,7 @@ def interpolated(
         tensor(1.)
     """
     if not 0 <= alpha <= 1:
-        raise RecipeError(f"alpha: expected a value in [0, 1], got {alpha!r}")
+        raise ConfigError(f"alpha: expected a value in [0, 1], got {alpha!r}")
     _check_not_empty(joint=joint, marginal=marginal)
     return (1 + interpolated_joint(joint, marginal, alpha) - interpolated_marginal(marginal, alpha)).mean()
 
@@ -330,7 +330,7 @@ def jensen_shannon(joint: Joint, marginal: Marginal) -> Estimate:
     plus log 2.
 
     Raises:
-        RecipeError: No joint or no marginal sample.
+        ConfigError: No joint or no marginal sample.
 
     References:
         Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2 (whose divergence is twice this one).
@@ -348,7 +348,7 @@ def nwj_at_js_critic(joint: Joint, marginal: Marginal) -> Estimate:
     Both have the optimum f = log dP/dQ. ≤ KL(P‖Q) in expectation, whatever the critic. There is no maximum.
 
     Raises:
-        RecipeError: No joint or no marginal sample.
+        ConfigError: No joint or no marginal sample.
 
     References:
         Poole et al., 2019, arXiv 1905.06922, "From density ratio estimators to bounds".
@@ -365,7 +365,7 @@ def pearson_chi2(joint: Joint, marginal: Marginal) -> Estimate:
     """Pearson's χ²: E_P[2(e^f - 1)] - E_Q[e^2f - 1] ≤ χ²(P‖Q) = E_Q[(dP/dQ - 1)²]. Unbiased, without maximum.
 
     Raises:
-        RecipeError: No joint or no marginal sample.
+        ConfigError: No joint or no marginal sample.
 
     References:
         Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2.
@@ -381,7 +381,7 @@ def squared_hellinger(joint: Joint, marginal: Marginal) -> Estimate:
     """Squared Hellinger: E_P[1 - e^(-f/2)] - E_Q[e^(f/2) - 1] ≤ H²(P, Q) = E_Q[(√(dP/dQ) - 1)²] ≤ 2. Unbiased.
 
     Raises:
-        RecipeError: No joint or no marginal sample.
+        ConfigError: No joint or no marginal sample.
 
     References:
         Nowozin, Cseke, Tomioka, 2016, arXiv 1606.00709, tables 1 and 2.
@@ -405,7 +405,7 @@ def smile(joint: Joint, marginal: Marginal, tau: float) -> Estimate:
         tau: τ > 0, in nats. Infinity clips nothing.
 
     Raises:
-        RecipeError: No joint or no marginal sample, or τ not above 0.
+        ConfigError: No joint or no marginal sample, or τ not above 0.
 
     References:
         Song, Ermon, 2020, arXiv 1910.06222, section 4.2 (the smoothed partition function and the theorem after it).
@@ -415,7 +415,7 @@ def smile(joint: Joint, marginal: Marginal, tau: float) -> Estimate:
         tensor(0.5000)
     """
     if not tau > 0:
-        raise RecipeError(f"tau: expected a value > 0, got {tau!r}")
+        raise ConfigError(f"tau: expected a value > 0, got {tau!r}")
     return donsker_varadhan(joint, marginal.clamp(-tau, tau))
 
 
@@ -424,7 +424,7 @@ def _check_not_empty(**scores: Tensor) -> None:
         f"{name}: expected at least one score, got none" for name, s in scores.items() if not s.numel()
     ]
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)
 
 
 def _log_mean_exp(scores: Float[Tensor, " samples"]) -> Estimate:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from infopo.data.encode import prompt_ids
 from infopo.data.templates import ChatTemplate, check_variables
 from infopo.data.tokenization import Tokenization
-from infopo.errors import DataError, ModelError, RecipeError, UnsupportedArgumentError
+from infopo.errors import ConfigError, DataError, ModelError, UnsupportedArgumentError
 from infopo.records import Text
 
 
@@ -68,7 +68,7 @@ def sample(
         chat_template_kwargs: Further variables of the chat template, as in a recipe.
 
     Raises:
-        RecipeError: an argument is outside its domain.
+        ConfigError: an argument is outside its domain.
         UnsupportedArgumentError: several greedy responses a prompt, or a conversation for a tokenizer without
             a chat template.
         DataError: a prompt is empty, the template refuses it, or it leaves no room for `max_new_tokens` in the model's
@@ -82,7 +82,7 @@ def sample(
         eos_token_id=end_token_ids, pad_token_id=_pad_id(tokenizer), num_return_sequences=num_return_sequences
     )
     if problems := check_variables(chat_template_kwargs or {}, "chat_template_kwargs"):
-        raise RecipeError(problems)
+        raise ConfigError(problems)
     encoded = _encode_prompts(tokenizer, prompts, tools, chat_template_kwargs)
     _check_lengths(encoded, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
 
@@ -204,7 +204,7 @@ def _check_arguments(
     if not 0 < top_p <= 1:
         problems.append(f"top_p: expected a number in (0, 1], got {top_p}")
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)
     if temperature == 0 and num_return_sequences > 1:
         raise UnsupportedArgumentError(
             f"num_return_sequences: greedy decoding has one response a prompt, got {num_return_sequences}; "

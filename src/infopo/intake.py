@@ -19,7 +19,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.responses import ScoreRule
 from infopo.data.sources import read_rows
 from infopo.data.streaming import ExampleStream
-from infopo.errors import DataError, RecipeError
+from infopo.errors import ConfigError, DataError
 from infopo.losses.catalog import OBJECTIVES, UNPAIRED, Objective, mixture_in_words
 from infopo.records import PreferenceExample, PreferenceRow, Role
 
@@ -83,13 +83,13 @@ class Intake:
 
         Raises:
             DataError: A row or example cannot be used.
-            RecipeError: The objective needs data that a stream cannot give.
+            ConfigError: The objective needs data that a stream cannot give.
             ModelError: The first example of a stream does not fit a model.
         """
         if not isinstance(dataset, datasets.IterableDataset | ExampleStream):
             return self._encoded(dataset, "train_dataset", "train")
         if self.needs_mismatches:
-            raise RecipeError(
+            raise ConfigError(
                 f"{mixture_in_words(self.args.mixture())}: responses to other prompts cannot be drawn from a stream; "
                 "load the rows into memory (data.streaming: false), or take another objective for unpaired data"
             )

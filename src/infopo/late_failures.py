@@ -22,7 +22,7 @@ from infopo import models
 from infopo.arguments import InfoPOConfig
 from infopo.catalog import suggestion
 from infopo.data.examples import ExampleDataset
-from infopo.errors import ModelError, RecipeError
+from infopo.errors import ConfigError, ModelError
 from infopo.metrics import METRICS, MetricRule, metric_names
 from infopo.records import Role
 from infopo.reference import reference_sides
@@ -38,11 +38,11 @@ def check_saving(model: nn.Module, processing_class: Any, args: InfoPOConfig) ->
     """Saves everything but the weights once, to a folder that is removed: what fails would fail after hours.
 
     Raises:
-        RecipeError: The output folder is a file, or cannot be written to.
+        ConfigError: The output folder is a file, or cannot be written to.
         ModelError: The model's configuration, that of its generation or the tokenizer cannot be saved.
     """
     if problem := check_folder(Path(args.output_dir)):
-        raise RecipeError(f"output_dir: {problem}")
+        raise ConfigError(f"output_dir: {problem}")
     parts = {
         "processing_class": (processing_class, "save it with save_pretrained to see why, or pass another")
     }
@@ -112,7 +112,7 @@ def check_best_metric(
     A callback or subclass of the user's may add metrics of its own, so that with one every name is taken.
 
     Raises:
-        RecipeError: Evaluation gives no such metric, or the setting that needs one does not go with the others.
+        ConfigError: Evaluation gives no such metric, or the setting that needs one does not go with the others.
     """
     stops = any(isinstance(c, EarlyStoppingCallback) or c is EarlyStoppingCallback for c in callbacks)
     metric = args.metric_for_best_model
@@ -126,7 +126,7 @@ def check_best_metric(
     if metric and args.eval_strategy != "no" and evaluation is not None and not _adds(callbacks, trainer):
         problems += _metric_problems(metric, args, evaluation)
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)
 
 
 def _metric_problems(

@@ -16,7 +16,7 @@ from transformers import get_scheduler
 from infopo import models
 from infopo.arguments import InfoPOConfig
 from infopo.data.packing import pack
-from infopo.errors import InfoPOError, ModelError, RecipeError
+from infopo.errors import ConfigError, InfoPOError, ModelError
 from infopo.logps.forward import response_logps
 from infopo.logps.wrappers import base_of
 from infopo.noise import in_training
@@ -42,7 +42,7 @@ def refuse_frozen(
 
     Raises:
         ModelError: No parameter asks for a gradient, or parameters to train are in float16.
-        RecipeError: The optimizer holds none of the parameters to train.
+        ConfigError: The optimizer holds none of the parameters to train.
     """
     name = type(model).__name__
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -60,7 +60,7 @@ def refuse_frozen(
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         left_out = [n for n, p in trained.items() if id(p) not in held]
         if len(left_out) == len(trained):
-            raise RecipeError(
+            raise ConfigError(
                 f"optimizers: the optimizer holds none of the {len(trained)} trainable parameters of {name}, e.g. "
                 f"{left_out[0]!r}: make it from this model's parameters, after its adapter was added"
             )
@@ -88,17 +88,17 @@ def refuse_schedule(args: InfoPOConfig, optimizers: Optimizers, rows: int | None
         rows: Of the training data; None: they are not known.
 
     Raises:
-        RecipeError: There is no step, or the learning rate never rises above 0.
+        ConfigError: There is no step, or the learning rate never rises above 0.
     """
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
-        raise RecipeError(
+        raise ConfigError(
             f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs:g}: no step would be taken; "
             "expected a positive number of one of them (max_steps=-1 leaves the length to the epochs)"
         )
     optimizer, schedule = optimizers
     if optimizer is None:
         if not 0 < args.learning_rate < math.inf:
-            raise RecipeError(
+            raise ConfigError(
                 f"learning_rate: expected a positive number, got {args.learning_rate:g}: no weight would change"
             )
         _warn_of_warmup(args, rows)
@@ -107,7 +107,7 @@ def refuse_schedule(args: InfoPOConfig, optimizers: Optimizers, rows: int | None
         return  # it may set any rate later
     rates = [group["lr"] for group in optimizer.param_groups] if schedule is None else schedule.base_lrs
     if not any(float(rate) for rate in rates):
-        raise RecipeError("optimizers: the optimizer's learning rate is 0, and its schedule only scales it")
+        raise ConfigError("optimizers: the optimizer's learning rate is 0, and its schedule only scales it")
 
 
 def _warn_of_warmup(args: InfoPOConfig, rows: int | None) -> None:
@@ -150,7 +150,7 @@ def check_gradients(
 
     Raises:
         ModelError: The model does not run, or no parameter to train gets a gradient that is finite and not 0.
-        RecipeError: It trains without activation checkpointing only, which the user asked for.
+        ConfigError: It trains without activation checkpointing only, which the user asked for.
     """
     batch = pack([_probe(example)]).to(args.device)
     tried = bool(args.activation_checkpointing)
@@ -170,7 +170,7 @@ def check_gradients(
     if not tried or problem_with(False) is not None:
         raise ModelError(problem)
     if args.asks_for_checkpointing:
-        raise RecipeError(f"{problem}. It trains without: set gradient_checkpointing=False")
+        raise ConfigError(f"{problem}. It trains without: set gradient_checkpointing=False")
     logger.warning("gradient_checkpointing is switched off, because %s", problem)
     args.activation_checkpointing = args.gradient_checkpointing = False
 

@@ -61,7 +61,7 @@ def set_up_policy(
 
     Raises:
         ModelError: Model, tokenizer or adapter cannot be used.
-        RecipeError: Nothing would be trained, or the result could not be saved.
+        ConfigError: Nothing would be trained, or the result could not be saved.
     """
     if isinstance(model, str):
         policy: nn.Module = models.load_policy(model, **init_kwargs(args, quantization_config))

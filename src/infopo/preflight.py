@@ -13,7 +13,7 @@ from pathlib import Path
 
 from infopo import run_state
 from infopo.config import Recipe, load_recipe
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 from infopo.reference_store import check_folder, folder_of
 from infopo.secrets import MASK
 from infopo.train_table import quick_train_fields
@@ -44,7 +44,7 @@ def preflight(recipe_path: str | Path, overrides: Sequence[str] = (), *, makes_a
     recipe = load_recipe(recipe_path, overrides, quick_train_fields())
     problems = [*_library_problems(recipe), *_model_problems(recipe), *_data_problems(recipe)]
     if problems:
-        raise RecipeError(
+        raise ConfigError(
             [f"{recipe.located(key)}: {problem}" for key, problem in problems], str(recipe_path)
         )
     check_store(recipe)
@@ -58,7 +58,7 @@ def check_run_directory(recipe: Recipe) -> None:
     """Judges the run directory and the checkpoint to resume from; leaves everything as it was.
 
     Raises:
-        RecipeError: The directory cannot be made or written to.
+        ConfigError: The directory cannot be made or written to.
         CheckpointError: There is no such checkpoint.
     """
     run_dir = Path(recipe.output_dir)
@@ -66,15 +66,15 @@ def check_run_directory(recipe: Recipe) -> None:
     try:
         there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     except OSError as error:
-        raise RecipeError(f"output_dir: {run_dir} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error.strerror}") from error
     if not there.is_dir():
-        raise RecipeError(f"output_dir: {run_dir} cannot be made: {there} is a file")
+        raise ConfigError(f"output_dir: {run_dir} cannot be made: {there} is a file")
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=".infopo-"):
             pass  # permissions alone do not tell: the file system may be read-only, or no place for files
     except OSError as error:
         reason = "no permission" if isinstance(error, PermissionError) else error.strerror or error
-        raise RecipeError(f"output_dir: {run_dir} cannot be written to: {reason}") from error
+        raise ConfigError(f"output_dir: {run_dir} cannot be written to: {reason}") from error
     if isinstance(resume, str):
         run_state.look_at(Path(resume))
 
@@ -83,11 +83,11 @@ def refuse_second_run(recipe: Recipe) -> None:
     """Refuses a directory with a run in it that is not to be continued.
 
     Raises:
-        RecipeError: It holds a checkpoint, a model or an evaluation.
+        ConfigError: It holds a checkpoint, a model or an evaluation.
     """
     run_dir = Path(recipe.output_dir)
     if run_state.holds_run(run_dir) and not recipe.train.get("resume_from_checkpoint"):
-        raise RecipeError(
+        raise ConfigError(
             f"output_dir: {run_dir} already holds a run. Continue it with train.resume_from_checkpoint=true, "
             "name another output_dir, or remove the folder"
         )
@@ -97,11 +97,11 @@ def check_store(recipe: Recipe) -> None:
     """Judges the folder of the reference store, where the recipe names one; makes nothing.
 
     Raises:
-        RecipeError: It cannot be made or written to.
+        ConfigError: It cannot be made or written to.
     """
     folder = folder_of(recipe.reference.store)
     if folder and recipe.reference.store != "auto" and (problem := check_folder(folder)):
-        raise RecipeError(f"reference.store: {problem}")
+        raise ConfigError(f"reference.store: {problem}")
 
 
 def is_installed(*modules: str) -> bool:
@@ -113,7 +113,7 @@ def check_demo(output: str | Path, seed: int) -> None:
     """Judges the arguments of `infopo demo`, and makes its folder.
 
     Raises:
-        RecipeError: The folder or the seed cannot be used, or the pictures cannot be drawn.
+        ConfigError: The folder or the seed cannot be used, or the pictures cannot be drawn.
     """
     problems, folder = [], Path(output)
     if not 0 <= seed < 2**32:
@@ -127,7 +127,7 @@ def check_demo(output: str | Path, seed: int) -> None:
     if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
         problems.append(f"--output: {folder} cannot be written to: no permission")
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)
 
 
 Problem = tuple[str, str]

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infopo.data.examples import ExampleDataset
-from infopo.errors import InfoPOError, RecipeError
+from infopo.errors import ConfigError, InfoPOError
 from infopo.records import Role
 
 T = TypeVar("T")
@@ -48,17 +48,17 @@ def refuse_strangers(world_size: int) -> None:
         world_size: Number of processes that the trainer sees.
 
     Raises:
-        RecipeError: The launcher has started another number of processes, or was asked for more than it has started.
+        ConfigError: The launcher has started another number of processes, or was asked for more than it has started.
     """
     if launched() != world_size:
-        raise RecipeError(
+        raise ConfigError(
             f"WORLD_SIZE is {launched()} in the environment, but the trainer sees {world_size} "
             f"process{'' if world_size == 1 else 'es'}: each rank would train alone, into one output_dir. Start with "
             "torchrun or accelerate launch, with use_cpu=True if there is no accelerator, or unset WORLD_SIZE"
         )
     # accelerate names an address only if it is asked for several processes, and starts one all the same without MPI.
     if world_size == 1 and "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
-        raise RecipeError(
+        raise ConfigError(
             "accelerate launch was asked for several processes on CPUs, but starts only one unless it is given MPI "
             "(--mpirun_hostfile): use torchrun --nproc-per-node N, or --num_processes 1"
         )

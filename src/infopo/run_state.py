@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 from filelock import FileLock, Timeout
 
-from infopo.errors import CheckpointError, RecipeError
+from infopo.errors import CheckpointError, ConfigError
 from infopo.runs import EVALUATION, METRICS, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -197,13 +197,13 @@ def in_use(run_dir: str | Path) -> Iterator[None]:
     It may be entered again by the same process. A file system without locks is used without one, with a warning.
 
     Raises:
-        RecipeError: Another run is using the directory.
+        ConfigError: Another run is using the directory.
     """
     folder = Path(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"output_dir: {run_dir} cannot be made: {error.strerror or error}") from error
+        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error.strerror or error}") from error
     path = folder.resolve() / LOCK
     if path not in _locks:
         _locks[path] = FileLock(path, thread_local=False, fallback_to_soft=False)
@@ -211,7 +211,7 @@ def in_use(run_dir: str | Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RecipeError(
+        raise ConfigError(
             f"output_dir: {run_dir} is in use by another run ({_holder(path)}), which would mix with this one: name "
             "another output_dir, or wait for its end"
         ) from error

@@ -22,9 +22,9 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.data.streaming import ExampleStream
 from infopo.errors import (
+    ConfigError,
     LogpsError,
     ModelError,
-    RecipeError,
     ReferenceMismatchError,
     UnsupportedArgumentError,
 )
@@ -100,7 +100,7 @@ def refuse_processes(
     Raises:
         UnsupportedArgumentError: One process sees several GPUs, or ranks would wait for each other for ever.
         ModelError: As `refuse_passes_of_unequal_number`.
-        RecipeError: There is less than one batch for all ranks, and `dataloader_drop_last` drops it.
+        ConfigError: There is less than one batch for all ranks, and `dataloader_drop_last` drops it.
     """
     if args.n_gpu > 1:
         raise UnsupportedArgumentError(
@@ -116,7 +116,7 @@ def refuse_processes(
         refuse_passes_of_unequal_number(model, dataset)
     per_pass = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(dataset, ExampleDataset) and len(dataset) < per_pass:
-        raise RecipeError(
+        raise ConfigError(
             f"dataloader_drop_last: {len(dataset)} rows are less than one batch of {per_pass}, so all are "
             "dropped; leave it out, or lower per_device_train_batch_size"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 from infopo.secrets import masked_argument
 
 Tree = dict[str, Any]
@@ -31,10 +31,10 @@ class Problems:
     def add(self, path: str, message: str) -> None:
         self._found.append((path, message))
 
-    def fail(self, path: str, message: str) -> RecipeError:
+    def fail(self, path: str, message: str) -> ConfigError:
         """Adds a problem, and returns the error of a recipe that cannot be read any further."""
         self.add(path, message)
-        return RecipeError(self.sentences(), self.source)
+        return ConfigError(self.sentences(), self.source)
 
     def sentences(self) -> list[str]:
         return [f"{self._located(path)}: {message}" for path, message in self._found]

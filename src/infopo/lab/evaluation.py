@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 from infopo.generate import sample
 from infopo.lab.problems import Problem, verify
 from infopo.records import Message
@@ -78,10 +78,10 @@ def accuracy(
         batch_size: Number of problems that are decoded together.
 
     Raises:
-        RecipeError: there are no problems.
+        ConfigError: there are no problems.
     """
     if not problems:
-        raise RecipeError("problems: expected at least one, got none")
+        raise ConfigError("problems: expected at least one, got none")
     responses = sample(
         model,
         tokenizer,
@@ -106,14 +106,14 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
         (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n),   p = correct / n,   z = 1.96
 
     Raises:
-        RecipeError: not 0 <= correct <= n with n >= 1.
+        ConfigError: not 0 <= correct <= n with n >= 1.
 
     Example:
         >>> [round(end, 3) for end in wilson_interval(9, 10)]
         [0.596, 0.982]
     """
     if n < 1 or not 0 <= correct <= n:
-        raise RecipeError(f"correct: expected 0 <= correct <= n and n >= 1, got {correct} of {n}")
+        raise ConfigError(f"correct: expected 0 <= correct <= n and n >= 1, got {correct} of {n}")
     share, spread = correct / n, _Z95**2 / n
     centre = (share + spread / 2) / (1 + spread)
     half_width = _Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from infopo.errors import DataError, RecipeError
+from infopo.errors import ConfigError, DataError
 from infopo.generate import Sample, sample
 from infopo.lab.evaluation import MAX_NEW_TOKENS, as_prompt
 from infopo.lab.problems import Problem, make_problems, share_of_right_steps, verify
@@ -89,7 +89,7 @@ def make_pairs(
             takes 2.
 
     Raises:
-        RecipeError: an argument is outside its domain.
+        ConfigError: an argument is outside its domain.
         DataError: 2,048 problems in a row gave no pair.
     """
     _check_arguments(labels, n, sampling_temperature, label_temperature, samples_per_problem)
@@ -227,4 +227,4 @@ def _check_arguments(
     if samples_per_problem < 2:
         problems.append(f"samples_per_problem: expected at least 2, got {samples_per_problem}")
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)

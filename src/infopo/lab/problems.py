@@ -21,7 +21,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from infopo.errors import DataError, RecipeError
+from infopo.errors import ConfigError, DataError
 
 SPLITS = ("sft", "preference", "evaluation")
 
@@ -92,16 +92,16 @@ def make_problems(n: int, seed: int, split: str) -> list[Problem]:
     split may share problems, different splits never do.
 
     Raises:
-        RecipeError: `n` is negative or the split is unknown.
+        ConfigError: `n` is negative or the split is unknown.
 
     Example:
         >>> [problem.question for problem in make_problems(2, seed=0, split="evaluation")]
         ['39+69*6-70=?', '6+68*3-45=?']
     """
     if n < 0:
-        raise RecipeError(f"n: expected a number of problems of at least 0, got {n}")
+        raise ConfigError(f"n: expected a number of problems of at least 0, got {n}")
     if split not in SPLITS:
-        raise RecipeError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     # `random` hashes a string seed with SHA-512, so the three splits draw independent streams.
     rng = random.Random(f"{split}:{seed}")
     questions: dict[str, None] = {}

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 from infopo.logps.wrappers import base_of
 from infopo.records import PackedBatch
 
@@ -35,11 +35,11 @@ def coefficient(model: nn.Module, setting: float | None) -> float:
         setting: `router_aux_loss_coef`. None: the value of the model's configuration.
 
     Raises:
-        RecipeError: A factor is set for a model that gives no router logits.
+        ConfigError: A factor is set for a model that gives no router logits.
     """
     has_routers = _has_routers(model)
     if setting and not has_routers:
-        raise RecipeError(
+        raise ConfigError(
             f"router_aux_loss_coef={setting:g}: {type(base_of(model)).__name__} is no mixture of experts that returns "
             "its router logits, so it has no auxiliary loss; leave it out"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infopo.catalog import suggestion
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -539,14 +539,14 @@ def complete_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, A
     """Returns all parameters of an objective, with defaults filled in and numbers as floats.
 
     Raises:
-        RecipeError: A name or a value is wrong.
+        ConfigError: A name or a value is wrong.
 
     Example:
         >>> complete_parameters("dpo", {"beta": 1})
         {'beta': 1.0, 'label_smoothing': 0.0, 'nll_weight': 0.0}
     """
     if problems := check_objective(name, parameters):
-        raise RecipeError(problems)
+        raise ConfigError(problems)
     specs = OBJECTIVES[name].parameters
     values = {key: parameters.get(key, spec.default) for key, spec in specs.items()}
     return {key: float(value) if specs[key].kind is float else value for key, value in values.items()}

@@ -47,7 +47,7 @@ def loss_function(name: str, parameters: Mapping[str, Any] | None = None) -> Los
     """Returns the objective `name` with its parameters bound. What is not given takes the catalog's default.
 
     Raises:
-        RecipeError: Unknown name, unknown parameter, or a value outside its domain.
+        ConfigError: Unknown name, unknown parameter, or a value outside its domain.
 
     Example:
         >>> loss = loss_function("infopo", {"beta": 0.5})
@@ -63,7 +63,7 @@ def step_statistic(name: str, parameters: Mapping[str, Any] | None = None) -> St
     """Returns the number of the optimizer step that couples the examples of objective `name`, or None if none does.
 
     Raises:
-        RecipeError: As `loss_function`.
+        ConfigError: As `loss_function`.
 
     Example:
         >>> step_statistic("dv").kind, step_statistic("infopo")

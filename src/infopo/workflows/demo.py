@@ -136,7 +136,7 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
         The summary.
 
     Raises:
-        RecipeError: The output folder or the seed cannot be used.
+        ConfigError: The output folder or the seed cannot be used.
     """
     begin = time.perf_counter()
     setting = Setting(Path(output), labels, seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 from infopo.preflight import preflight
 from infopo.reference_store import ReferenceStore
 
@@ -34,7 +34,7 @@ def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Referen
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()
     if store is None:
-        raise RecipeError(
+        raise ConfigError(
             f"objective.name: {recipe.objective.name} needs no reference, so there is nothing to store; "
             "reference.sides=both computes it for metrics"
             if not trainer.reference_sides
@@ -53,7 +53,7 @@ def _refuse_what_is_not_stored(recipe: Recipe) -> None:
     if recipe.reference.store in (None, "off"):
         problems.append("reference.store: is off; name a folder, or leave it out for the user's cache")
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)
 
 
 def _without_run(recipe: Recipe, folder: str) -> Recipe:

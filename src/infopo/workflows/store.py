@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infopo.errors import RecipeError, ReferenceStoreError, printable
+from infopo.errors import ConfigError, ReferenceStoreError, printable
 from infopo.reference_store import counts, exclusive, folder_of, live_claims, provenance
 
 SHOWN = 8
@@ -71,11 +71,11 @@ def prune(store: str | None, names: Sequence[str], older_than: float | None = No
         older_than: Number of days. References that a run has used since then are kept.
 
     Raises:
-        RecipeError: Nothing or too much is named.
+        ConfigError: Nothing or too much is named.
         ReferenceStoreError: One that is named is being computed at the moment.
     """
     if not names and older_than is None:
-        raise RecipeError(
+        raise ConfigError(
             "--prune: name references as --list shows them, or `all`, or give --older-than DAYS"
         )
     references = shelves(store)
@@ -110,7 +110,7 @@ def _with_prefix(references: Sequence[Shelf], name: str) -> Shelf:
     matching = [shelf for shelf in references if shelf.folder.name.startswith(name)]
     if len(matching) != 1:
         there = ", ".join(shelf.folder.name[:SHOWN] for shelf in references) or "none"
-        raise RecipeError(
+        raise ConfigError(
             f"--prune: {len(matching)} references begin with {name!r}, expected one; there are {there}"
         )
     return matching[0]
@@ -119,7 +119,7 @@ def _with_prefix(references: Sequence[Shelf], name: str) -> Shelf:
 def _root(store: str | None) -> Path:
     folder = folder_of("auto" if store is None else store)
     if folder is None:
-        raise RecipeError(f"--store: expected a folder, got {store!r}")
+        raise ConfigError(f"--store: expected a folder, got {store!r}")
     return folder
 
 

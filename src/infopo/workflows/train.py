@@ -15,7 +15,7 @@ from infopo import ranks, resuming, run_state
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.data.examples import ExampleDataset
-from infopo.errors import RecipeError, SaveError
+from infopo.errors import ConfigError, SaveError
 from infopo.preflight import preflight
 from infopo.runs import RunDirectoryError, RunWriter, environment
 from infopo.trainer import InfoPOTrainer
@@ -122,10 +122,10 @@ def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
 
 
 def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
-    """Prints what starts, calls `trainer.train`, and turns errors that mean a wrong recipe into `RecipeError`.
+    """Prints what starts, calls `trainer.train`, and turns errors that mean a wrong recipe into `ConfigError`.
 
     Raises:
-        RecipeError: Evaluation has no metric of the name that chooses the best model, or a library that a setting needs
+        ConfigError: Evaluation has no metric of the name that chooses the best model, or a library that a setting needs
             is not installed.
     """
     # In place of the trainer's own, which goes to the log: transformers warns about two of a kind.
@@ -134,11 +134,11 @@ def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
     try:
         return trainer.train(resume_from_checkpoint=resume or None)
     except ImportError as error:
-        raise RecipeError(f"train: {error}") from error
+        raise ConfigError(f"train: {error}") from error
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise
-        raise RecipeError(f"train.metric_for_best_model: {error.args[0]}") from error
+        raise ConfigError(f"train.metric_for_best_model: {error.args[0]}") from error
 
 
 class MetricsFile(TrainerCallback):
