@@ -22,6 +22,7 @@ from infopo.report.figures import draw_demo
 from infopo.runs import read_run
 from infopo.workflows import demo as workflow
 from infopo.workflows.demo import LEARNING_RATES, METHODS, Setting, table, title
+from worlds import interruptible
 
 RESULT = {
     "learning_rate": 1e-5, "beta": 1.0, "accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "n": 100,
@@ -184,7 +185,7 @@ FIELDS = {"learning_rate", "beta", "accuracy", "accuracy_ci95", "n", "chosen_log
 def start_demo(output: Path) -> subprocess.Popen[bytes]:
     """Prints into `log` beside the output folder; a pipe that nobody reads would fill up."""
     command = [sys.executable, "-m", "infopo", "demo", "--output", str(output), "--labels", "graded"]
-    with log_of(output).open("wb") as log:
+    with log_of(output).open("wb") as log, interruptible():
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 

@@ -1,7 +1,9 @@
 """Small random models and examples that tests share. They need neither the lab nor files."""
 
 import random
-from collections.abc import Iterable, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -88,3 +90,13 @@ def quick(names: Iterable[str], *kept: str) -> list[Any]:
     """Parameters of a test of which only those kept run in the gate, and all in the long tier."""
     assert set(kept) <= set(names)
     return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Processes that start here heed Ctrl-C, also if these tests run in the background of a shell, which do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

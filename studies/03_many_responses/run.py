@@ -11,13 +11,11 @@ import contextlib
 import io
 import itertools
 import json
-import multiprocessing
 import platform
 import random
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +46,7 @@ from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute
 from infopo.runs import environment, write_json_atomic
 from infopo.trainer import InfoPOTrainer
+from infopo.workers import WorkerPool
 from published_data import mbpp_rows
 
 Array = NDArray[np.float64]
@@ -569,8 +568,7 @@ def kept(folder: Path | None, kind: str, size: Size, seed: int) -> Any:
 
 def measure(size: Size, workers: int, folder: Path | None = None) -> Run:
     seeds = range(1, size.seeds + 1)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) if workers > 1 else contextlib.nullcontext() as pool:
+    with WorkerPool(workers, "spawn") if workers > 1 else contextlib.nullcontext() as pool:
         map_ = pool.map if pool else map
 
         def run_all(kind: str) -> list[Any]:

@@ -4,10 +4,10 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
+import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -43,6 +43,7 @@ from infopo.runs import (
     write_json_atomic,
     write_text_atomic,
 )
+from infopo.workers import WorkerPool
 from infopo.workflows.train import MetricsFile
 
 METHODS: Mapping[str, tuple[str, dict[str, float]]] = {
@@ -237,31 +238,30 @@ def _world(setting: Setting) -> World:
 def _run_all(setting: Setting) -> dict[str, list[Result]]:
     """Runs everything, with as many runs at a time as there are cores, and prints a line as each run ends."""
     results: dict[tuple[str, float], Result] = {}
-    context = multiprocessing.get_context("spawn")
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
     runs = len(METHODS) * len(LEARNING_RATES)
     print(f"{runs} runs, {workers} at a time, which share the work on one reference ...", flush=True)
-    tqdm.set_lock(context.RLock())  # of the same context as the processes that share the terminal
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, (tqdm.get_lock(),)) as pool,
-        tqdm(total=runs, desc="runs", position=0, disable=None) as bar,
-    ):
-        waiting = {pool.submit(_run, setting, m, rate): (m, rate) for m in METHODS for rate in LEARNING_RATES}
+    # It is of the same context as the processes that share the terminal.
+    tqdm.set_lock(multiprocessing.get_context("spawn").RLock())
+    with tqdm(total=runs, desc="runs", position=0, disable=None) as bar:
         try:
-            for done in as_completed(waiting):
-                method, _ = key = waiting[done]
-                results[key] = done.result()
-                bar.update()
-                tqdm.write(_line(method, results[key]))
+            with WorkerPool(workers, "spawn", _start_worker, (tqdm.get_lock(),)) as pool:
+                waiting = {
+                    pool.submit(_run, setting, m, rate): (m, rate) for m in METHODS for rate in LEARNING_RATES
+                }
+                for done in as_completed(waiting):
+                    method, _ = key = waiting[done]
+                    results[key] = done.result()
+                    bar.update()
+                    tqdm.write(_line(method, results[key]))
         except BrokenProcessPool as error:
-            time.sleep(1)  # Ctrl-C ends workers first: its exception comes here
             raise TrainingError(
                 "a process of the demo ended before its run did (killed, or out of memory?). Start the demo again: "
                 "what is finished is kept"
             ) from error
-        except BaseException:  # else the pool would go on with what is queued
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            # A worker that was killed may have held the lock of the terminal, and the bar is still to be closed.
+            tqdm.set_lock(threading.RLock())
     return {method: [results[method, rate] for rate in LEARNING_RATES] for method in METHODS}
 
 
@@ -270,7 +270,6 @@ def _start_worker(lock: Any) -> None:
     disable_progress_bar()
     # The runs of the demo share one reference: that one waits for another's batches is how it works, and no warning.
     logging.getLogger("infopo.reference").setLevel(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, not after its next run
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
 
