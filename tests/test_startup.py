@@ -34,11 +34,17 @@ SIZE: dict[str, Any] = {
 
 
 def trainer_of(
-    folder: Path, model: Any, data: Any = None, ref_model: Any = None, **settings: Any
+    folder: Path,
+    model: Any,
+    data: Any = None,
+    ref_model: Any = None,
+    peft_config: Any = None,
+    **settings: Any,
 ) -> InfoPOTrainer:
     return InfoPOTrainer(
         model=model,
         ref_model=ref_model,
+        peft_config=peft_config,
         args=InfoPOConfig(
             output_dir=str(folder), **{**PLAIN_SGD, "max_steps": 2, "bf16": False, "report_to": "none", **settings}
         ),

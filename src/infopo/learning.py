@@ -167,8 +167,8 @@ def check_gradients(
     problem = problem_with(tried)
     if problem is None:
         return
-    if not tried or problem_with(False) is not None:
-        raise ModelError(problem)
+    if (plain := problem_with(False) if tried else problem) is not None:
+        raise ModelError(plain + (_adapter_remedy(model) if _FAILS in plain else ""))
     if args.asks_for_checkpointing:
         raise ConfigError(f"{problem}. It trains without: set gradient_checkpointing=False")
     logger.warning("gradient_checkpointing is switched off, because %s", problem)
@@ -202,11 +202,26 @@ def _problem(
     except (InfoPOError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model of any class may raise
-        what = models.first_lines(error, 1)[:200]
-        return f"{name} does not run on {len(batch.input_ids)} tokens{how}: {type(error).__name__}: {what}"
+        what = models.first_lines(error, 1)[:200].rstrip(".")
+        return f"{name}{_FAILS}{len(batch.input_ids)} tokens{how}: {type(error).__name__}: {what}"
     finally:
         for parameter in trained.values():
             parameter.grad = None
+
+
+_FAILS = " does not run on "
+
+
+def _adapter_remedy(model: nn.Module) -> str:
+    """Returns a sentence for a model with adapters, which may ask for what preference rows do not have."""
+    if not models.is_peft_model(model):
+        return ""
+    kinds = ", ".join(sorted({config.peft_type.value for config in model.peft_config.values()}))  # type: ignore
+    return (
+        f". It has an adapter ({kinds}). Some adapters need more than tokens with each row (task_ids, say), which "
+        "preferences do not have, and some fit certain layers only: leave out target_modules for the default ones, or "
+        "use another adapter, such as LoRA"
+    )
 
 
 _UNREACHED = (

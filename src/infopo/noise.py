@@ -73,6 +73,22 @@ def in_training(model: nn.Module, quiet: Sequence[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model in evaluation mode, until it is left. Each module then has the mode that it had before.
+
+    `model.train()` would put quiet modules in training mode too, and the forward pass that activation checkpointing
+    repeats during the backward pass would then be of another function.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def silence(modules: Sequence[nn.Module]) -> None:
     """Puts these modules, not what is beneath them, in evaluation mode: `Trainer` sets all to training in each step."""
     for module in modules:

@@ -27,6 +27,7 @@ from infopo.hashing import WeightsHash, config_hash
 from infopo.logps import attention
 from infopo.logps.forward import path_of, response_lengths, response_logps, token_logps
 from infopo.losses.catalog import OBJECTIVES
+from infopo.noise import evaluating
 from infopo.records import PackedBatch, PreferenceExample, Role, Spans, sum_dtype
 from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
 
@@ -94,12 +95,9 @@ class LiveReference:
     def __call__(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
         roles = {_ROLE_OF[side] for side in self.sides}
         wanted = [i for i, role in enumerate(batch.role.tolist()) if role in roles]
-        was_training = self.model.training
         # The model may be the policy, whose dropout must not change the reference.
-        self.model.eval()
-        with torch.no_grad(), self.context():
+        with torch.no_grad(), evaluating(self.model), self.context():
             values = response_logps(self.model, select(batch, wanted))
-        self.model.train(was_training)
         result = torch.full_like(batch.reference, float("nan"), dtype=values.dtype)
         result[wanted] = values
         return result

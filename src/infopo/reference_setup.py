@@ -23,6 +23,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.errors import RecipeError, ReferenceStoreError
 from infopo.late_reference import Context, LateReference, lend
 from infopo.logps import attention
+from infopo.noise import evaluating
 from infopo.reference import (
     LiveReference,
     Reference,
@@ -129,6 +130,17 @@ class ReferenceBuilder:
         if source == "adapter-off":
             common["description"] = "the policy without its adapter"
             off = self.accelerator.unwrap_model(self.policy).disable_adapter
+            # A sharded process holds no whole model yet.
+            if not ranks.is_sharded(self.accelerator):
+                exact = is_exact(self.policy, self.args.device, self.accelerator.autocast)
+                with self.accelerator.autocast():
+                    startup.check_adapter_off(
+                        self.policy,
+                        startup.first(train_data),
+                        off,
+                        is_fresh=self.adapter_is_fresh,
+                        exact=exact,
+                    )
             live = self._live(self.policy, off)
             return ReferenceSetup(**common, **live, hash=policy_weights.base), train_data, eval_data
         weights = policy_weights if ref_model is None else hashing.hash_weights(ref_model)
@@ -261,14 +273,8 @@ class ReferenceBuilder:
         assert setup.late is not None
 
         def values(sides: frozenset[str], dataset: ExampleDataset, model: nn.Module, context: Context) -> Any:
-            modes = [(module, module.training) for module in model.modules()]
-            model.eval()
-            try:
-                with context():
-                    return self.with_values(dataset, model, sides, setup.store)
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+            with evaluating(model), context():
+                return self.with_values(dataset, model, sides, setup.store)
 
         model, context = setup.late.find(
             self.accelerator.unwrap_model(policy),

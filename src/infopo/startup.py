@@ -39,7 +39,7 @@ from infopo.logps.forward import (
     self_test,
 )
 from infopo.logps.wrappers import adapter_moved, base_of
-from infopo.noise import first_difference
+from infopo.noise import evaluating, first_difference
 from infopo.noise import in_training as noise_free_training
 from infopo.records import PackedBatch, PreferenceExample
 from infopo.reference import tolerance
@@ -171,7 +171,7 @@ def check_log_probs(
     """
     was_training = model.training
     model.eval()
-    probes = pack(_probes(dataset)).to(args.device)
+    probes = pack(_probes(first(dataset))).to(args.device)
     alone = [select(probes, [response]) for response in range(probes.num_responses)]
     noise = self_test(model, probes, alone, exact=exact)
     unit = noise / (1 + math.sqrt(max(response_lengths(probes))))
@@ -310,14 +310,66 @@ def check_step_0(
     model.train(was_training)
 
 
+def check_adapter_off(
+    model: nn.Module,
+    example: PreferenceExample,
+    off: Callable[[], contextlib.AbstractContextManager[object]],
+    *,
+    is_fresh: bool,
+    exact: bool,
+) -> None:
+    """Refuses a policy that cannot have itself without its adapter as the reference.
+
+    Training must leave the model without the adapter as it is, and a new adapter must change nothing at first.
+
+    Args:
+        model: The policy on its device.
+        example: A row of the data.
+        off: Switches the adapter off.
+        is_fresh: Whether the adapter is new, so that policy and reference must be the same function.
+        exact: Whether the model computes in float32 or better throughout.
+
+    Raises:
+        RecipeError: The reference would change during training, or it is not the policy that training starts from.
+    """
+    batch = pack(_probes(example)).to(next(model.parameters()).device)
+
+    def without() -> Tensor:
+        with off():
+            return response_logps(model, batch)
+
+    with torch.no_grad(), evaluating(model):
+        policy, reference, again = response_logps(model, batch), without(), without()
+        with adapter_moved(model):
+            moved = without()
+    # Sums on a GPU may vary from run to run.
+    allowed = 1e-4 + 2 * float((again - reference).abs().max())
+    remedy = "use reference='precompute' or 'live', the policy as it is now"
+    if not float((moved - reference).abs().max()) <= allowed:
+        raise RecipeError(
+            "reference='adapter-off': the adapter also trains weights of the model itself (bias='all', say), which "
+            f"stay as trained when it is switched off, so the reference would change during training; {remedy}"
+        )
+    # The same kernel computes the same rows here, so only a new adapter's own rounding is allowed for.
+    limits = [tolerance(n, is_exact=exact) / (10 if exact else 1) for n in response_lengths(batch)]
+    differences = (policy - reference).abs().tolist()
+    if is_fresh and any(
+        not difference <= limit for difference, limit in zip(differences, limits, strict=True)
+    ):
+        raise RecipeError(
+            f"reference='adapter-off': the new adapter changes the policy at once, by {max(differences):.3g} nats on "
+            f"{example.row_id}, since it starts at random or rewrites the model, so the model without it is not the "
+            f"policy that training starts from; {remedy}"
+        )
+
+
 def first(dataset: ExampleDataset | ExampleStream) -> PreferenceExample:
     """Returns the first row of the data."""
     return dataset[0] if isinstance(dataset, ExampleDataset) else dataset.first()
 
 
-def _probes(dataset: ExampleDataset | ExampleStream) -> list[PreferenceExample]:
+def _probes(example: PreferenceExample) -> list[PreferenceExample]:
     """Returns two responses of one prompt and another example, with at most `SELF_TEST_TOKENS` tokens of rows."""
-    example = first(dataset)
     quarter = SELF_TEST_TOKENS // 4
     prompt, response = list(example.prompt_ids)[-quarter:], list(example.response_ids[0])[:quarter]
     if len(response) < LEAST_PROBED:
