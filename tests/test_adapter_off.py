@@ -10,7 +10,7 @@ import torch
 from transformers import MixtralConfig, Qwen2Config
 
 from infopo import InfoPOTrainer
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError
 from test_startup import SIZE, trainer_of
 from worlds import random_dataset, tiny_of
 
@@ -41,13 +41,13 @@ def adapted(config: Any, adapter: peft.PeftConfig, folder: Path, **settings: Any
 def test_a_model_that_is_no_reference_without_its_adapter_is_refused_by_the_constructor(
     tmp_path: Path, adapter: peft.PeftConfig, problem: str
 ):
-    with pytest.raises(RecipeError, match=rf"^reference='adapter-off': .*{problem}.*'precompute'"):
+    with pytest.raises(ConfigError, match=rf"^reference='adapter-off': .*{problem}.*'precompute'"):
         adapted(QWEN, adapter, tmp_path)
 
 
 def test_biases_that_an_adapter_trains_are_found_in_one_that_was_loaded_too(tmp_path: Path):
     loaded = peft.get_peft_model(tiny_of(copy.deepcopy(QWEN)), peft.LoraConfig(**ON, bias="all"))
-    with pytest.raises(RecipeError, match="the reference would change during training"):
+    with pytest.raises(ConfigError, match="the reference would change during training"):
         trainer_of(tmp_path, loaded, reference="adapter-off")
 
 

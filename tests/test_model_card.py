@@ -9,6 +9,7 @@ import yaml
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+import infopo
 from infopo.arguments import InfoPOConfig
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.model_card import Card, render
@@ -118,3 +119,11 @@ def test_secrets_and_paths_stay_at_home() -> None:
     assert "somebody" not in card
     assert "private" not in card
     assert header(card)["datasets"] == ["org/public"]
+
+
+def test_the_paper_and_the_library_are_cited_as_what_they_are() -> None:
+    card = render(Card(name="m", base=None, mixture=[("infopo", {}, 1.0)], reference=""))
+    paper, library = card.split("```bibtex")[1].split("@software")
+    assert "doi = {10.18653/v1/2025.naacl-long.585}" in paper
+    assert f"version = {{{infopo.__version__}}}" in library
+    assert "arxiv" not in library.lower()

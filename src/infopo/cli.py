@@ -14,6 +14,7 @@ from typing import NoReturn
 from infopo import __version__
 from infopo.errors import InfoPOError
 from infopo.losses.catalog import OBJECTIVES
+from infopo.output import say, shown
 from infopo.secrets import masked_argument
 
 EXIT_INPUT_AT_FAULT = 2
@@ -49,10 +50,10 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except InfoPOError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT_AT_FAULT
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        say(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # As in `infopo check ... | head`. The flush at exit must not fail either.
@@ -85,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: ") and meant:
             keys = [masked_argument(part) for part in meant]
             message = f"overrides are written without dashes: {' '.join(keys)}"
-        super().error(message)
+        super().error(shown(message))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,9 +21,10 @@ from infopo.data.sources import read_rows
 from infopo.data.streaming import ExampleStream
 from infopo.errors import ConfigError, DataError
 from infopo.losses.catalog import OBJECTIVES, UNPAIRED, Objective, mixture_in_words
+from infopo.output import get_logger
 from infopo.records import PreferenceExample, PreferenceRow, Role
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]] | ExampleDataset
 

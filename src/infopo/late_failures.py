@@ -1,7 +1,6 @@
 """What would fail late, found before anything is computed: at the first save, or after the first evaluation."""
 
 import errno
-import logging
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,11 +23,12 @@ from infopo.catalog import suggestion
 from infopo.data.examples import ExampleDataset
 from infopo.errors import ConfigError, ModelError
 from infopo.metrics import METRICS, MetricRule, metric_names
+from infopo.output import get_logger
 from infopo.records import Role
 from infopo.reference import reference_sides
 from infopo.reference_store import check_folder
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OF_MODEL = ("runtime", "samples_per_second", "steps_per_second", "aux_loss")
 """Metrics that do not depend on objective and data: of transformers, and of a mixture of experts."""

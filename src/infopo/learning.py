@@ -4,7 +4,6 @@ A run that cannot learn logs losses for hours and saves the model that it was gi
 one row goes through the policy in both directions, which shows whatever the reason is.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,9 +19,10 @@ from infopo.errors import ConfigError, InfoPOError, ModelError
 from infopo.logps.forward import response_logps
 from infopo.logps.wrappers import base_of
 from infopo.noise import in_training
+from infopo.output import get_logger
 from infopo.records import PackedBatch, PreferenceExample
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Optimizers = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]
 

@@ -19,15 +19,18 @@ CITATION = """@inproceedings{xiao2025infopo,
   title = {InfoPO: On Mutual Information Maximization for Large Language Model Alignment},
   author = {Xiao, Teng and Ge, Zhen and Sanghavi, Sujay and Wang, Tian and Katz-Samuels, Julian and Versage, Marc and
             Cui, Qingjun and Chilimbi, Trishul},
-  booktitle = {NAACL},
+  booktitle = {Proceedings of NAACL 2025 (Long Papers)},
+  pages = {11699--11711},
   year = {2025},
+  doi = {10.18653/v1/2025.naacl-long.585},
+  url = {https://aclanthology.org/2025.naacl-long.585},
   eprint = {2505.08507},
   archivePrefix = {arXiv}
 }
 
 @software{infopo,
   title = {infopo: preference optimisation by mutual-information bounds},
-  url = {https://arxiv.org/abs/2505.08507},
+  note = {Python package},
   version = {VERSION}
 }"""
 

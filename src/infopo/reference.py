@@ -5,7 +5,6 @@ either put into the examples before training (`precompute`, through `reference_s
 by a second model or by the policy with its adapter switched off.
 """
 
-import logging
 import math
 import random
 import time
@@ -28,10 +27,11 @@ from infopo.logps import attention
 from infopo.logps.forward import path_of, response_lengths, response_logps, token_logps
 from infopo.losses.catalog import OBJECTIVES
 from infopo.noise import evaluating
+from infopo.output import get_logger
 from infopo.records import PackedBatch, PreferenceExample, Role, Spans, sum_dtype
 from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 HEAD = "float32 logits (on the naive path in the model's type), normalised in float32"
 """Part of the store's keys that describes what `logps/` does with hidden states.

@@ -5,7 +5,6 @@ There are four cases: no objective needs a reference, `adapter-off` (the policy 
 """
 
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from infopo.errors import RecipeError, ReferenceStoreError
 from infopo.late_reference import Context, LateReference, lend
 from infopo.logps import attention
 from infopo.noise import evaluating
+from infopo.output import get_logger
 from infopo.reference import (
     LiveReference,
     Reference,
@@ -36,7 +36,7 @@ from infopo.reference import (
 )
 from infopo.reference_store import ReferenceStore, check_folder, folder_of
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Mixture: TypeAlias = Sequence[tuple[str, Mapping[str, Any], float]]
 

@@ -18,7 +18,6 @@ claimed, or free. Claims are made, and folders removed, under `lock` only.
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import uuid
 from collections import deque
@@ -36,9 +35,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from infopo.errors import ReferenceStoreError
+from infopo.output import get_logger
 from infopo.runs import environment, fsync_path, write_json_atomic
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PROVENANCE = "provenance.json"
 SCHEMA_VERSION = 1

@@ -5,7 +5,6 @@ would be without effect, or would change what a step means, and is refused. The 
 on, which is said with the values then and now.
 """
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from torch import nn
 
 from infopo.arguments import InfoPOConfig
 from infopo.errors import CheckpointError
+from infopo.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SETTINGS = "settings"
 """Key of `infopo_state.json`."""

@@ -5,7 +5,6 @@ Imports neither torch nor transformers, so that a directory is judged before the
 
 import contextlib
 import json
-import logging
 import os
 import re
 import socket
@@ -17,9 +16,10 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from infopo.errors import CheckpointError, ConfigError
+from infopo.output import get_logger
 from infopo.runs import EVALUATION, METRICS, write_json_atomic
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 IDENTITY = "infopo_state.json"
 STATE = "trainer_state.json"

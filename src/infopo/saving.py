@@ -4,7 +4,6 @@ No mathematics: `InfoPOTrainer` builds on this as on transformers' `Trainer`.
 """
 
 import contextlib
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,9 @@ from infopo import checkpoints, models, ranks, resuming, run_state
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, InfoPOError, NonFiniteWeightsError, SaveError
+from infopo.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class SavingTrainer(Trainer):

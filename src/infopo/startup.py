@@ -4,7 +4,6 @@ These functions have no state. `InfoPOTrainer` calls them.
 """
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,10 +40,11 @@ from infopo.logps.forward import (
 from infopo.logps.wrappers import adapter_moved, base_of
 from infopo.noise import evaluating, first_difference
 from infopo.noise import in_training as noise_free_training
+from infopo.output import get_logger
 from infopo.records import PackedBatch, PreferenceExample
 from infopo.reference import tolerance
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CPU_TOKENS_PER_FORWARD = 2048
 """Default of `max_tokens_per_forward` on a CPU. benchmarks/LOG.md says what it saves, and that it costs no time."""
@@ -330,7 +330,7 @@ def check_adapter_off(
         exact: Whether the model computes in float32 or better throughout.
 
     Raises:
-        RecipeError: The reference would change during training, or it is not the policy that training starts from.
+        ConfigError: The reference would change during training, or it is not the policy that training starts from.
     """
     batch = pack(_probes(example)).to(next(model.parameters()).device)
 
@@ -346,7 +346,7 @@ def check_adapter_off(
     allowed = 1e-4 + 2 * float((again - reference).abs().max())
     remedy = "use reference='precompute' or 'live', the policy as it is now"
     if not float((moved - reference).abs().max()) <= allowed:
-        raise RecipeError(
+        raise ConfigError(
             "reference='adapter-off': the adapter also trains weights of the model itself (bias='all', say), which "
             f"stay as trained when it is switched off, so the reference would change during training; {remedy}"
         )
@@ -356,7 +356,7 @@ def check_adapter_off(
     if is_fresh and any(
         not difference <= limit for difference, limit in zip(differences, limits, strict=True)
     ):
-        raise RecipeError(
+        raise ConfigError(
             f"reference='adapter-off': the new adapter changes the policy at once, by {max(differences):.3g} nats on "
             f"{example.row_id}, since it starts at random or rewrites the model, so the model without it is not the "
             f"policy that training starts from; {remedy}"

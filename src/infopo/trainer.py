@@ -42,7 +42,6 @@ from infopo.data.streaming import ExampleStream
 from infopo.errors import (
     NonFiniteLossError,
     UnsupportedArgumentError,
-    printable,
 )
 from infopo.intake import Intake, RawDataset
 from infopo.logps import router
@@ -58,6 +57,7 @@ from infopo.metrics import (
     preference_metrics,
 )
 from infopo.model_card import Card, render, tags_of
+from infopo.output import get_logger, shown
 from infopo.policy_setup import name_of, set_up_policy
 from infopo.records import PER, LossTerms, PackedBatch, ResponseLogps, Role
 from infopo.reference import (
@@ -71,7 +71,7 @@ from infopo.reference_store import ReferenceStore
 from infopo.saving import SavingTrainer
 from infopo.secrets import masked
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class InfoPOTrainer(SavingTrainer):
@@ -214,7 +214,7 @@ class InfoPOTrainer(SavingTrainer):
         lines.append(f"log-probs: {self.logps_in_words}")
         lines.append(self._dropout_in_words())
         lines.append(absent_in_training(self._metric_rule, self.reference_sides) or "")
-        return [printable(line) for line in lines if line]
+        return [shown(line) for line in lines if line]
 
     def _dropout_in_words(self) -> str:
         if not self.args.disable_dropout:

@@ -129,6 +129,9 @@ def test_the_factor_is_the_configurations_unless_it_is_set_and_a_dense_model_has
     assert router.coefficient(tiny_llama(), None) == router.coefficient(tiny_llama(), 0.0) == 0.0
     with pytest.raises(RecipeError, match="LlamaForCausalLM is no mixture of experts"):
         router.coefficient(tiny_llama(), 0.1)
+    config = copy.deepcopy(MODELS["qwen3"])
+    config.mlp_only_layers = [0, 1]  # a mixture of experts without any
+    assert router.coefficient(tiny_of(config), None) == 0.0
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from infopo.errors import DataError, printable
+from infopo.errors import DataError
+from infopo.output import shown
 
 TIE = "tie"
 TOO_LONG = "too long"
@@ -101,7 +102,7 @@ class DataCounts:
         if self.ignored:
             columns = [f"{name} ({n} rows)" for name, n in self.ignored.most_common()]
             lines.append(f"  ignored columns: {_listed(columns)}")
-        return [printable(line) for line in lines]
+        return [shown(line) for line in lines]
 
 
 def _listed(items: list[str]) -> str:

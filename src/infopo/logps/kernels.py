@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from infopo.logps.layout import ForestLayout
+from infopo.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 varlen_attn: Any = None
 with contextlib.suppress(ImportError):

@@ -7,7 +7,6 @@ On the shared-prefix path a token counts as often as rows hold it, so that the l
 
 import functools
 import inspect
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 
 from infopo.errors import ConfigError
 from infopo.logps.wrappers import base_of
+from infopo.output import get_logger
 from infopo.records import PackedBatch
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _collected: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("infopo_aux_losses", default=None)
 
@@ -55,7 +55,22 @@ def _has_routers(model: nn.Module) -> bool:
     if not hasattr(text, "output_router_logits"):
         return False
     parameters = inspect.signature(base.forward).parameters
-    return "output_router_logits" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes = "output_router_logits" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes and _is_recorded(base)
+
+
+def _is_recorded(base: Any) -> bool:
+    """Returns False if transformers says which modules give router logits and the model contains none of them.
+
+    All layers of a mixture of experts may be dense by its configuration, and the loss of no router is an IndexError.
+    """
+    recorders = (getattr(base, "_can_record_outputs", None) or {}).get("router_logits")
+    if recorders is None:
+        return True
+    listed = recorders if isinstance(recorders, list | tuple) else [recorders]
+    kinds = [getattr(recorder, "target_class", recorder) for recorder in listed]
+    classes = tuple(kind for kind in kinds if isinstance(kind, type))
+    return len(classes) < len(kinds) or any(isinstance(module, classes) for module in base.modules())
 
 
 @contextmanager

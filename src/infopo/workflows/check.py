@@ -17,8 +17,8 @@ from infopo.build import (
 from infopo.config import Recipe, load_recipe
 from infopo.data.examples import ExampleDataset
 from infopo.data.survey import render, report_lines
-from infopo.errors import printable
 from infopo.models import check_fit
+from infopo.output import say
 from infopo.preflight import check_run_directory, preflight
 from infopo.run_state import holds_run
 from infopo.workflows.train import run
@@ -39,29 +39,29 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     recipe = load_recipe(recipe_path, overrides, train_fields())
     build_arguments(recipe)
     check_run_directory(recipe)
-    print(printable(f"recipe: {recipe_path} is valid"))
+    say(f"recipe: {recipe_path} is valid")
     tokenizer = build_tokenizer(recipe)
     if recipe.data.streaming:
         limit = min(recipe.data.limit or ROWS_OF_A_STREAM, ROWS_OF_A_STREAM)
         recipe = replace(recipe, data=replace(recipe.data, limit=limit))
-        print(f"the data are streamed: the first {limit} usable rows are looked at")
+        say(f"the data are streamed: the first {limit} usable rows are looked at")
     with settings_named(recipe):
         train, counts = build_examples(recipe.data, tokenizer)
-    print(*counts.lines(), sep="\n")
+    say(*counts.lines())
     report = report_lines(train, tokenizer, recipe.train.get("per_device_train_batch_size", 8))
-    print(*map(printable, report), sep="\n")
+    say(*report)
     evaluation = None
     if recipe.data.has_eval:
         with settings_named(recipe):
             evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
-        print(*eval_counts.lines(), sep="\n")
-    print("the first examples; scored tokens stand in ⟦brackets⟧")
+        say(*eval_counts.lines())
+    say("the first examples; scored tokens stand in ⟦brackets⟧")
     for index in range(min(RENDERED_EXAMPLES, len(train))):
         print(render(train[index], tokenizer))
     few, few_to_evaluate = _first_step(recipe, train), evaluation and _first_step(recipe, evaluation)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, few, few_to_evaluate)
-        print(*trainer.description(), sep="\n")
+        say(*trainer.description())
         for dataset in (train, evaluation):
             if dataset is not None:
                 # The trainer has checked its first rows only.
@@ -69,12 +69,10 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
         start = time.perf_counter()
         result = run(trainer)
         seconds = time.perf_counter() - start
-    print(f"one step: loss {result.training_loss:.4f}, {seconds:.1f} s")
+    say(f"one step: loss {result.training_loss:.4f}, {seconds:.1f} s")
     if holds_run(Path(recipe.output_dir)) and not recipe.train.get("resume_from_checkpoint"):
-        print(
-            f"note: {recipe.output_dir} already holds a run; `infopo train` will ask for another output_dir"
-        )
-    print("check passed")
+        say(f"note: {recipe.output_dir} already holds a run; `infopo train` will ask for another output_dir")
+    say("check passed")
 
 
 def _one_step(recipe: Recipe, folder: str) -> Recipe:

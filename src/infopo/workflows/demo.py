@@ -31,6 +31,7 @@ from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_p
 from infopo.lab.preferences import make_pairs
 from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
+from infopo.output import say
 from infopo.preflight import check_demo
 from infopo.records import PreferenceExample, Role
 from infopo.reference import precompute
@@ -143,13 +144,13 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     setting = Setting(Path(output), labels, seed)
     check_demo(output, seed)
     disable_progress_bar()  # transformers' own, for weights that load at once
-    print(f"sampling {TRAIN_PAIRS + HELD_OUT_PAIRS} {labels} pairs from the SFT policy ...", flush=True)
+    say(f"sampling {TRAIN_PAIRS + HELD_OUT_PAIRS} {labels} pairs from the SFT policy ...")
     with one_thread():
-        print(_sample_pairs(setting))
-        print(f"solving {EVALUATION_PROBLEMS} problems with the SFT policy ...", flush=True)
+        say(_sample_pairs(setting))
+        say(f"solving {EVALUATION_PROBLEMS} problems with the SFT policy ...")
         world = _world(setting)
         start = accuracy(world.reference, world.tokenizer, world.problems)
-    print(f"SFT policy (start): accuracy {start}")
+    say(f"SFT policy (start): accuracy {start}")
     methods = {name: [asdict(r) for r in results] for name, results in _run_all(setting).items()}
     summary = {
         "schema_version": 1,
@@ -168,9 +169,9 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     }
     write_json_atomic(setting.directory / "summary.json", summary)
     pictures = draw_demo(summary, setting.directory)
-    print("\n".join(table(summary)))
+    say(*table(summary))
     written = [setting.directory / "summary.json", *pictures]
-    print(f"\n{summary['seconds']:.0f} s; written: {', '.join(str(path) for path in written)}")
+    say(f"\n{summary['seconds']:.0f} s; written: {', '.join(str(path) for path in written)}")
     return summary
 
 
@@ -240,7 +241,7 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
     results: dict[tuple[str, float], Result] = {}
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
     runs = len(METHODS) * len(LEARNING_RATES)
-    print(f"{runs} runs, {workers} at a time, which share the work on one reference ...", flush=True)
+    say(f"{runs} runs, {workers} at a time, which share the work on one reference ...")
     # It is of the same context as the processes that share the terminal.
     tqdm.set_lock(multiprocessing.get_context("spawn").RLock())
     with tqdm(total=runs, desc="runs", position=0, disable=None) as bar:

@@ -8,6 +8,7 @@ from pathlib import Path
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe
 from infopo.errors import ConfigError
+from infopo.output import say
 from infopo.preflight import preflight
 from infopo.reference_store import ReferenceStore
 
@@ -27,9 +28,9 @@ def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Referen
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(_without_run(recipe, folder))
     if trainer.is_world_process_zero():
-        print(*trainer.description(), sep="\n")
+        say(*trainer.description())
         for account in trainer.data_counts.values():
-            print(*account.lines(), sep="\n")
+            say(*account.lines())
     store = trainer.reference_store
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infopo.errors import ConfigError, ReferenceStoreError, printable
+from infopo.errors import ConfigError, ReferenceStoreError
+from infopo.output import say
 from infopo.reference_store import counts, exclusive, folder_of, live_claims, provenance
 
 SHOWN = 8
@@ -51,7 +52,7 @@ def shelves(store: str | None) -> list[Shelf]:
 def list_store(store: str | None) -> None:
     """Prints what a store contains, with sizes."""
     references = shelves(store)
-    print(f"{_root(store)}: references: {len(references)}, {_size(sum(shelf.size for shelf in references))}")
+    say(f"{_root(store)}: references: {len(references)}, {_size(sum(shelf.size for shelf in references))}")
     for shelf in references:
         used = time.strftime("%Y-%m-%d", time.gmtime(shelf.used))
         damaged = f", {shelf.damaged} damaged shards" if shelf.damaged else ""
@@ -59,7 +60,7 @@ def list_store(store: str | None) -> None:
             f"{shelf.folder.name[:SHOWN]}  {shelf.responses} responses, {_size(shelf.size)}{damaged}, last used "
             f"{used}: {shelf.model or 'a model without a name'} ({shelf.precision})"
         )
-        print(printable(line))
+        say(line)
 
 
 def prune(store: str | None, names: Sequence[str], older_than: float | None = None) -> list[Path]:
@@ -86,8 +87,8 @@ def prune(store: str | None, names: Sequence[str], older_than: float | None = No
     for shelf in dict.fromkeys(chosen):
         _remove(shelf.folder)
         removed.append(shelf.folder)
-        print(f"removed {shelf.folder.name[:SHOWN]} ({_size(shelf.size)})")
-    print(f"references removed: {len(removed)}, {_size(sum(s.size for s in dict.fromkeys(chosen)))}")
+        say(f"removed {shelf.folder.name[:SHOWN]} ({_size(shelf.size)})")
+    say(f"references removed: {len(removed)}, {_size(sum(s.size for s in dict.fromkeys(chosen)))}")
     return removed
 
 

@@ -16,6 +16,7 @@ from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.data.examples import ExampleDataset
 from infopo.errors import ConfigError, SaveError
+from infopo.output import say
 from infopo.preflight import preflight
 from infopo.runs import RunDirectoryError, RunWriter, environment
 from infopo.trainer import InfoPOTrainer
@@ -55,7 +56,7 @@ def _train(recipe: Recipe) -> None:
     trainer = build_trainer(recipe)
     is_main = trainer.is_world_process_zero()
     if is_main:
-        print(*trainer.description(), sep="\n")
+        say(*trainer.description())
     writer = RunWriter(run_dir)
     path = recipe.data.path
     trainer.dataset_names = [path] if isinstance(path, str) else list(path)
@@ -63,24 +64,24 @@ def _train(recipe: Recipe) -> None:
     trainer.add_callback(MetricsFile(writer))
     if resume is True and run_state.last(run_dir) is None:
         if is_main:
-            print(f"{run_dir}: no checkpoint yet, starting afresh")
+            say(f"{run_dir}: no checkpoint yet, starting afresh")
         resume = False
     if resume:
         # This comes before anything is written, so that a refused checkpoint leaves the run's records unchanged.
         resume = trainer.find_checkpoint(resume)
     if is_main:
         if not resume and (earlier := run_state.set_aside_metrics(run_dir)):
-            print(
+            say(
                 f"{run_dir}: an earlier run saved no checkpoint and no model; its metrics are kept as {earlier.name}"
             )
         for account in trainer.data_counts.values():
             # A stream has read no row yet.
             if account.rows:
-                print(*account.lines(), sep="\n")
+                say(*account.lines())
         _write_account(writer, recipe, trainer, resume)
     run(trainer, resume)
     if is_main and recipe.data.streaming:
-        print(*trainer.data_counts["train"].lines(), sep="\n")
+        say(*trainer.data_counts["train"].lines())
         _write_account(writer, recipe, trainer, resume)
     trainer.save_final_model()
     if trainer.eval_dataset is not None:
@@ -88,7 +89,7 @@ def _train(recipe: Recipe) -> None:
         if is_main:
             writer.write_evaluation(metrics)
     if is_main:
-        print(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
+        say(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()
 
@@ -130,7 +131,7 @@ def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
     """
     # In place of the trainer's own, which goes to the log: transformers warns about two of a kind.
     trainer.remove_callback(ranks.StartLine)
-    trainer.add_callback(ranks.StartLine(print))
+    trainer.add_callback(ranks.StartLine(say))
     try:
         return trainer.train(resume_from_checkpoint=resume or None)
     except ImportError as error:
