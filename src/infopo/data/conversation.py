@@ -1,7 +1,7 @@
 """A conversation in token ids: its prompt, and what of each response follows it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from infopo.data.endings import Endings, Response
@@ -28,12 +28,26 @@ REASONING_DROPPED = "reasoning of an earlier turn dropped by the template"
 PROMPT_NOT_WRITTEN = "a turn of the prompt, or a tool, that the chat template does not write"
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A response as text.
+
+    Attributes:
+        text: What follows the prompt.
+        context: Begin and end, within the text, of each span that is not the policy's.
+    """
+
+    text: str
+    context: tuple[tuple[int, int], ...] = ()
+
+
 class Conversation:
-    """A prompt of messages, rendered, and what its responses are.
+    """A prompt of messages and its responses, as the template writes them, and then in tokens.
+
+    The texts are known before any of them is tokenized, so that those of many rows can be tokenized together.
 
     Attributes:
         prompt_text: The prompt as the template writes it for `generate()`.
-        prompt_ids: Its tokens.
     """
 
     def __init__(
@@ -45,7 +59,7 @@ class Conversation:
         prompt: list[Message],
         notes: list[str],
     ) -> None:
-        """Renders the prompt.
+        """Renders prompt and responses.
 
         Args:
             tokens: The tokenizer.
@@ -62,10 +76,31 @@ class Conversation:
         self._tokens, self._template, self._endings = tokens, template, endings
         self._row, self._prompt = row, prompt
         self.prompt_text = self._render(prompt, True)
-        self.prompt_ids = tokens.bare(self.prompt_text, row.row_id)
         self._end = template.end_of_turn(prompt, row.row_id, row.chat_template_kwargs)
         if missing_in_prompt(prompt, row.tools, self.prompt_text):
             notes.append(PROMPT_NOT_WRITTEN)
+        self._drafts = [self._draft(response, notes) for response in (*row.chosen, *row.rejected)]
+
+    @property
+    def texts(self) -> list[str]:
+        """What will be tokenized."""
+        texts = [self.prompt_text]
+        for draft in self._drafts:
+            texts.append(self.prompt_text + draft.text)
+            texts += [self.prompt_text + draft.text[:place] for span in draft.context for place in span]
+        return texts
+
+    def encoded(self, notes: list[str]) -> tuple[list[int], list[Response]]:
+        """Returns tokens of the prompt and of the responses, chosen first.
+
+        Args:
+            notes: What happened is added.
+
+        Raises:
+            DataError: `not tokenizable`.
+        """
+        prompt_ids = self._tokens.bare(self.prompt_text, self._row.row_id)
+        return prompt_ids, [self._response(draft, prompt_ids, notes) for draft in self._drafts]
 
     def _render(self, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
         return self._template.render(
@@ -76,16 +111,7 @@ class Conversation:
             add_generation_prompt=add_generation_prompt,
         )
 
-    def response(self, response: Text, notes: list[str]) -> Response:
-        """Tokens of a response to the prompt.
-
-        Args:
-            response: Its turns.
-            notes: What happened is added.
-
-        Raises:
-            DataError: See `Encoder.encode`.
-        """
+    def _draft(self, response: Text, notes: list[str]) -> _Draft:
         turns = _as_turns(response, self._row)
         full_text = self._render([*self._prompt, *turns])
         start = self._start_in(full_text, notes)
@@ -94,12 +120,18 @@ class Conversation:
             spans = context_spans(self._render, self._prompt, turns, full_text, self._row.row_id)
         written = self._with_dropped_reasoning(turns, full_text[start:], notes)
         text = full_text[start:] if written is None else written
-        ids, merged = self._behind_prompt(text)
+        return _Draft(text, tuple((begin - start, end - start) for begin, end in spans))
+
+    def _response(self, draft: _Draft, prompt_ids: list[int], notes: list[str]) -> Response:
+        ids, merged = self._behind(prompt_ids, draft.text)
         if merged:
             notes.append(MERGED_TOKENS)
         context = [
-            (self._place(text[: begin - start], ids, 1), self._place(text[: end - start], ids, 0))
-            for begin, end in spans
+            (
+                self._place(prompt_ids, draft.text[:begin], ids, 1),
+                self._place(prompt_ids, draft.text[:end], ids, 0),
+            )
+            for begin, end in draft.context
         ]
         done = self._endings.ended(ids, self._endings.ids(self._end), notes)
         return replace(done, context=tuple((begin, end) for begin, end in context if begin < end))
@@ -133,17 +165,17 @@ class Conversation:
         notes.append(NOT_A_PREFIX)
         return common
 
-    def _behind_prompt(self, text: str) -> tuple[list[int], bool]:
+    def _behind(self, prompt_ids: list[int], text: str) -> tuple[list[int], bool]:
         tokens, row_id = self._tokens, self._row.row_id
         whole = tokens.bare(self.prompt_text + text, row_id)
-        return tokens.after(self.prompt_ids, text, whole, row_id)
+        return tokens.after(prompt_ids, text, whole, row_id)
 
-    def _place(self, text: str, ids: list[int], merged: int) -> int:
+    def _place(self, prompt_ids: list[int], text: str, ids: list[int], merged: int) -> int:
         """How many of the response's tokens write the text that it begins with.
 
         A token that reaches beyond the text counts as `merged` says: one that holds what the policy wrote is scored.
         """
-        before, _ = self._behind_prompt(text)
+        before, _ = self._behind(prompt_ids, text)
         place = common_start(before, ids)
         return place + (merged if place < len(before) else 0)
 

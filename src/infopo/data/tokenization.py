@@ -5,7 +5,8 @@ tokens, as `generate()` sees them, and the response is tokenized **behind** them
 tokenizers of the SentencePiece kind put a space, byte-level ones may, and WordPiece begins a word.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,9 @@ from infopo.errors import DataError, ModelError
 _MARKERS = ("\n", "=", ".", "0", "a", "e", "(", "|", ":", "x", "Z", "é", "中")
 _VOCABULARY_MARKERS = 64
 _PROBES = ("a", "0", "the", ".", "\n", "A")
+
+_CHARACTERS_A_CALL = 2**20
+"""Largest number of characters that the tokenizer gets at once. Its records of them take some 50 bytes each."""
 
 
 class Tokenization:
@@ -34,6 +38,32 @@ class Tokenization:
             )
         self.tokenizer = tokenizer
         self.prefix = _prefix_of(tokenizer)
+        self._ahead: dict[str, list[int]] = {}
+        self._spaces: dict[int, bool] = {}
+
+    @contextmanager
+    def read_ahead(self, texts: Iterable[str]) -> Iterator[None]:
+        """Tokenizes texts together, so that `bare` finds them within the block.
+
+        The tokenizer reads many texts on all cores, and a call of it costs as much as some twenty words. A text that
+        occurs several times, such as the prompt of several rows, is read once.
+
+        Args:
+            texts: Texts that will be asked for. It changes no result if some are missing, or never asked for.
+        """
+        for batch in _batches(dict.fromkeys(texts)):
+            try:
+                encoding = self.tokenizer(
+                    batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+                )
+            except Exception:
+                # One of the texts cannot be read. `bare` reads each by itself, and names the row of that one.
+                continue
+            self._ahead.update(zip(batch, encoding["input_ids"], strict=True))
+        try:
+            yield
+        finally:
+            self._ahead = {}
 
     def bare(self, text: str, row_id: str) -> list[int]:
         """Token ids of a text that holds its special tokens itself, as the rendering of a template does.
@@ -41,6 +71,8 @@ class Tokenization:
         Raises:
             DataError: `not tokenizable`.
         """
+        if text in self._ahead:
+            return list(self._ahead[text])
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         except (TypeError, ValueError) as error:  # text that is not Unicode: half of a surrogate pair
@@ -68,7 +100,9 @@ class Tokenization:
 
     def is_space(self, token: int) -> bool:
         """Whether the token is white space only."""
-        return not self.decode([token]).strip()
+        if token not in self._spaces:
+            self._spaces[token] = not self.decode([token]).strip()
+        return self._spaces[token]
 
     def after(
         self, prompt: Sequence[int], text: str, whole: list[int], row_id: str
@@ -113,6 +147,18 @@ class Tokenization:
         yield from _MARKERS
         characters = (token for token in self.tokenizer.get_vocab() if len(token) == 1)
         yield from (token for _, token in zip(range(_VOCABULARY_MARKERS), characters, strict=False))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = list[str](), 0
+    for text in texts:
+        if batch and characters + len(text) > _CHARACTERS_A_CALL:
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
 
 
 def _prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
