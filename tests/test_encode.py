@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -432,6 +433,61 @@ def test_a_dataset_without_a_usable_row_is_refused_by_name():
         encode_rows([text_row("a", chosen="")] * 2, encoder_of(), counts)
     with pytest.raises(DataError, match="there are none"):
         encode_rows([], encoder_of(), DataCounts())
+
+
+def test_rows_encoded_together_are_those_encoded_one_by_one():
+    tool = [{"role": "tool", "content": "3"}]
+    rows = [
+        chat_row(),
+        chat_row(chosen="<think>so</think>blue."),
+        text_row("The sky is"),
+        text_row("", " "),
+        text_row("half a pair \ud800"),
+        chat_row(chosen=""),
+        chat_row(chosen="\ud800"),
+        PreferenceRow("The sky?", [[{"role": "assistant", "content": "1"}]], ["2"], "f:2"),
+        PreferenceRow(
+            chat_row().prompt,
+            [[{"role": "assistant", "content": "1"}, *tool, {"role": "assistant", "content": "2"}]],
+            [[{"role": "assistant", "content": "4"}]],
+            "f:3",
+        ),
+        chat_row(),
+    ]
+    for encoder in (
+        encoder_of(),
+        encoder_of(THINKING),
+        encoder_of(MERGING),
+        encoder_of(None),
+        encoder_of(max_length=9),
+    ):
+        together: list[Any] = []
+        alone: list[Any] = []
+        for row in rows:
+            if encoder.tokenizer.chat_template is None and not isinstance(row.prompt, str):
+                continue
+            together.append(row)
+            try:
+                alone.append(encoder.encode(row))
+            except DataError as error:
+                alone.append(str(error))
+        results = encoder.encode_all(together)
+        assert [str(each) if isinstance(each, DataError) else each for each in results] == alone
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_row_that_cannot_be_encoded_comes_before_a_later_one_that_cannot_be_read(num_proc: int | None):
+    def rows() -> Iterator[PreferenceRow]:
+        yield from [chat_row()] * 70
+        yield chat_row(chosen="blue.", rejected="blue.")
+        raise DataError("cannot be read", "f:72", "unreadable")
+
+    with pytest.raises(DataError, match="expected different responses"):
+        encode_rows(rows(), encoder_of(), DataCounts(), num_proc=num_proc)
+    counts = DataCounts(on_bad_row="skip")
+    with pytest.raises(DataError, match="cannot be read"):
+        encode_rows(rows(), encoder_of(), counts, num_proc=num_proc)
+    assert counts.used == 70
 
 
 def test_encoders_and_results_travel_between_processes():
