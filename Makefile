@@ -25,7 +25,7 @@ help:
 	@echo "make tried      write docs/tried.md: what comes of every architecture, adapter and shape of data (minutes)"
 	@echo "make lint       the first four of make test"
 	@echo "make format     rewrite the code in the project's format"
-	@echo "make docs       build the documentation into site/"
+	@echo "make docs       write the tables of settings, and build the documentation into site/"
 	@echo "make clean      remove the environment, caches and everything built"
 
 demo: $(VENV)/demo.stamp
@@ -61,6 +61,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/dev.stamp
+	$(BIN)/python scripts/recipe_tables.py
 	$(MKDOCS)
 
 clean:

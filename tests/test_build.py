@@ -11,10 +11,11 @@ import torch
 from infopo import train_table
 from infopo.arguments import InfoPOConfig
 from infopo.build import build_adapter, build_arguments, build_examples, build_policy, train_fields
-from infopo.config import DataSection, Recipe, parse_recipe
+from infopo.config import Recipe, parse_recipe
 from infopo.errors import DataError, RecipeError
 from infopo.lab import source
 from infopo.models import LAB_POLICY, load_tokenizer
+from infopo.settings import DataSettings
 
 MINIMAL = "model: {name_or_path: lab:policy}\ndata: {path: p.jsonl, eval_path: e.jsonl}\noutput_dir: run\n"
 
@@ -181,7 +182,7 @@ def test_adapter_is_the_recipes():
 
 
 def test_a_split_of_a_file_is_noted_for_there_is_none(tmp_path: Path):
-    data = DataSection(pairs_file(tmp_path / "p.jsonl"), split="validation")
+    data = DataSettings(pairs_file(tmp_path / "p.jsonl"), split="validation")
     _, counts = build_examples(data, load_tokenizer(LAB_POLICY))
     assert dict(counts.notes) == {
         "read although the split 'validation' was asked for: a file has no splits": 4
@@ -189,7 +190,7 @@ def test_a_split_of_a_file_is_noted_for_there_is_none(tmp_path: Path):
 
 
 def test_evaluation_on_the_rows_of_training_is_noted(tmp_path: Path):
-    data = DataSection(pairs_file(tmp_path / "p.jsonl"), eval_split="test")
+    data = DataSettings(pairs_file(tmp_path / "p.jsonl"), eval_split="test")
     tokenizer = load_tokenizer(LAB_POLICY)
     _, counts = build_examples(data, tokenizer)
     assert dict(counts.notes) == {}
@@ -201,13 +202,13 @@ def test_evaluation_on_the_rows_of_training_is_noted(tmp_path: Path):
 
 
 def test_a_file_of_its_own_for_evaluation_needs_no_note(tmp_path: Path):
-    data = DataSection(pairs_file(tmp_path / "p.jsonl"), eval_path=pairs_file(tmp_path / "e.jsonl", 3))
+    data = DataSettings(pairs_file(tmp_path / "p.jsonl"), eval_path=pairs_file(tmp_path / "e.jsonl", 3))
     examples, counts = build_examples(data, load_tokenizer(LAB_POLICY), evaluation=True)
     assert (len(examples), counts.rows, dict(counts.notes)) == (3, 3, {})
 
 
 def test_limit_reads_the_first_rows(tmp_path: Path):
-    data = DataSection(pairs_file(tmp_path / "p.jsonl"), limit=2)
+    data = DataSettings(pairs_file(tmp_path / "p.jsonl"), limit=2)
     examples, counts = build_examples(data, load_tokenizer(LAB_POLICY))
     assert [row_id.rpartition(":")[2] for row_id in examples.row_ids] == ["1", "2"]
     assert counts.used == 2

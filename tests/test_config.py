@@ -12,20 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infopo import catalog, config
-from infopo.config import (
-    AdapterSection,
-    DataSection,
-    ModelSection,
-    ObjectiveSection,
-    Recipe,
-    ReferenceSection,
-    TrainField,
-    load_recipe,
-    parse_recipe,
-    to_yaml,
-)
+from infopo.config import Recipe, TrainField, load_recipe, parse_recipe, to_yaml
 from infopo.errors import RecipeError
 from infopo.losses.catalog import OBJECTIVES
+from infopo.settings import (
+    DTYPES,
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    ReferenceSettings,
+)
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
 
@@ -73,11 +70,11 @@ def only_problem_of(text: str = MINIMAL, *overrides: str) -> str:
 
 
 def test_minimal_recipe_takes_every_default():
-    assert parse() == Recipe(ModelSection("sft"), DataSection("pairs.jsonl"), "run")
+    assert parse() == Recipe(ModelSettings("sft"), DataSettings("pairs.jsonl"), "run")
 
 
 def test_objective_defaults_to_infopo_with_the_catalogs_parameters():
-    assert parse().objective == ObjectiveSection(
+    assert parse().objective == ObjectiveSettings(
         "infopo", {"beta": 1.0, "length_normalized": False, "cap": 5.0}
     )
 
@@ -109,12 +106,12 @@ def test_dates_are_text():
 
 def test_null_adapter_is_none_and_an_empty_one_takes_defaults():
     assert parse(MINIMAL, "model.adapter=null").model.adapter is None
-    assert parse(MINIMAL, "model.adapter={}").model.adapter == AdapterSection()
+    assert parse(MINIMAL, "model.adapter={}").model.adapter == AdapterSettings()
 
 
 def test_adapter_off_is_accepted_with_an_adapter():
     recipe = parse(MINIMAL, "reference=adapter-off", "model.adapter.r=4")
-    assert recipe.model.adapter == AdapterSection(r=4)
+    assert recipe.model.adapter == AdapterSettings(r=4)
     assert not recipe.reference.is_path
 
 
@@ -438,16 +435,16 @@ plain = st.recursive(
 
 
 @st.composite
-def objectives(draw: st.DrawFn) -> ObjectiveSection:
+def objectives(draw: st.DrawFn) -> ObjectiveSettings:
     name = draw(st.sampled_from(sorted(OBJECTIVES)))
     drawn = {bool: st.booleans(), float: st.floats(0.01, 0.49)}
     known = {key: spec for key, spec in OBJECTIVES[name].parameters.items() if spec.kind in drawn}
     chosen = draw(st.sets(st.sampled_from(sorted(known)))) if known else set()
-    return ObjectiveSection(name, {key: draw(drawn[known[key].kind]) for key in chosen})
+    return ObjectiveSettings(name, {key: draw(drawn[known[key].kind]) for key in chosen})
 
 
 adapters = st.builds(
-    AdapterSection,
+    AdapterSettings,
     r=counts,
     lora_alpha=counts,
     lora_dropout=floats,
@@ -456,16 +453,16 @@ adapters = st.builds(
 recipes = st.builds(
     Recipe,
     model=st.builds(
-        ModelSection,
+        ModelSettings,
         name_or_path=texts,
-        dtype=st.sampled_from(config.DTYPES),
+        dtype=st.sampled_from(DTYPES),
         attn_implementation=st.none() | texts,
         trust_remote_code=st.booleans(),
         revision=st.none() | texts,
         adapter=st.none() | adapters,
     ),
     data=st.builds(
-        DataSection,
+        DataSettings,
         path=texts,
         eval_path=st.none() | texts,
         max_length=st.none() | st.integers(2, 10**6),
@@ -475,7 +472,7 @@ recipes = st.builds(
     output_dir=texts,
     objective=objectives(),
     reference=st.builds(
-        ReferenceSection,
+        ReferenceSettings,
         source=st.sampled_from(["auto", "live", "precompute", "./folder", "no", "1e-3"]),
         sides=st.sampled_from(catalog.REFERENCE_SIDES),
     ),

@@ -2,24 +2,19 @@
 
 import re
 import tomllib
-from dataclasses import MISSING, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import pytest
-
-from infopo import catalog, config, estimators
+import recipe_tables
+from infopo import catalog, config, estimators, settings
+from infopo.arguments import InfoPOConfig
 from infopo.losses.catalog import OBJECTIVES
 from infopo.losses.registry import FUNCTIONS
+from infopo.validation import YAML, setting
 
 ROOT = Path(__file__).parents[1]
 RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 EQUATIONS = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
-SECTIONS = {
-    "model": config.ModelSection,
-    "model.adapter": config.AdapterSection,
-    "data": config.DataSection,
-    "reference": config.ReferenceSection,
-}
 
 
 def section_of(heading: str) -> str:
@@ -27,27 +22,33 @@ def section_of(heading: str) -> str:
     return re.split(r"^##", RECIPES.split(f"# `{heading}`\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def documented(heading: str) -> dict[str, str]:
-    """Keys in the first column of a section's table, with their defaults."""
-    return dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section_of(heading), flags=re.MULTILINE))
-
-
 def in_yaml(default: object) -> str:
     return config.dump_tree({"value": default}).partition(":")[2].strip()
 
 
-@pytest.mark.parametrize("heading", SECTIONS)
-def test_page_on_recipes_names_exactly_the_keys_of_each_section(heading: str):
-    assert list(documented(heading)) == [f.name for f in fields(SECTIONS[heading])]
+def test_tables_of_the_page_on_recipes_are_written_from_the_settings():
+    assert set(re.findall(r"<!-- settings of (.*) -->", RECIPES)) == recipe_tables.TABLES.keys()
+    assert recipe_tables.with_tables(RECIPES) == RECIPES, "run `make docs`"
 
 
-@pytest.mark.parametrize("heading", SECTIONS)
-def test_page_on_recipes_gives_the_defaults(heading: str):
-    written = {key: default.strip("`") for key, default in documented(heading).items()}
-    in_code = {
-        f.name: "required" if f.default is MISSING else in_yaml(f.default) for f in fields(SECTIONS[heading])
-    }
-    assert written == in_code
+def test_a_new_setting_is_one_edit():
+    """A field is enough for the recipe, for its judgement, and for the table."""
+
+    @dataclass
+    class More(settings.TrainSettings):
+        patience: settings.Positive = setting(3, "Steps to wait.")
+
+    assert More().patience == 3
+    assert More.wrong_values({"patience": 0}, YAML) == [("patience", "expected a value >= 1, got 0")]
+    assert "| `patience` | `3` | Steps to wait. |" in recipe_tables.table(More)
+
+
+def test_settings_of_rows_and_of_training_are_those_of_the_trainer():
+    """With their defaults: what a script leaves out is what a recipe leaves out."""
+    ours = {f.name: f.default for f in fields(InfoPOConfig)}
+    for section in (*config.SECTIONS.values(), settings.TrainSettings):
+        for name, argument in settings.arguments_of(section).items():
+            assert ours[argument] == section.defaults()[name]
 
 
 def test_page_on_recipes_has_every_top_level_key():
@@ -65,7 +66,7 @@ def test_page_on_recipes_names_every_objective_with_its_parameters_and_defaults(
 
 
 def test_page_on_recipes_names_every_choice():
-    choices = (*config.DTYPES, *catalog.ON_BAD_ROW, *catalog.REFERENCE_MODES, *catalog.REFERENCE_SIDES)
+    choices = (*settings.DTYPES, *catalog.ON_BAD_ROW, *catalog.REFERENCE_MODES, *catalog.REFERENCE_SIDES)
     assert [choice for choice in choices if f"`{choice}`" not in RECIPES] == []
 
 

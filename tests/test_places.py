@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from infopo import catalog, config
+from infopo import catalog, config, settings
 from infopo.build import train_fields
 from infopo.errors import RecipeError
 from infopo.places import SYNONYMS
@@ -52,8 +52,8 @@ def test_every_synonym_leads_to_a_place_that_there_is() -> None:
         "model.adapter",
     }
     sections = {
-        "model": config.ModelSection, "model.adapter": config.AdapterSection, "data": config.DataSection,
-        "reference": config.ReferenceSection, "objective": config.ObjectiveSection,
+        "model": settings.ModelSettings, "model.adapter": settings.AdapterSettings, "data": settings.DataSettings,
+        "reference": settings.ReferenceSettings, "objective": settings.ObjectiveSettings,
     }  # fmt: skip
     names |= {
         f"{name}.{field}" for name, section in sections.items() for field in section.__dataclass_fields__

@@ -20,7 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from infopo import models
 from infopo.arguments import InfoPOConfig
-from infopo.config import DataSection, Recipe, TrainField
+from infopo.config import Recipe, TrainField
 from infopo.data.counts import DataCounts
 from infopo.data.encode import encode_rows
 from infopo.data.examples import ExampleDataset
@@ -31,7 +31,8 @@ from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
 from infopo.secrets import MASK, masked
-from infopo.train_table import SET_ELSEWHERE, train_field
+from infopo.settings import DataSettings, arguments_of
+from infopo.train_table import SET_ELSEWHERE, own_fields, train_field
 from infopo.trainer import InfoPOTrainer
 
 
@@ -48,7 +49,7 @@ def train_fields() -> Mapping[str, TrainField]:
             choices = tuple(backend.value.lower() for backend in DynamoBackend)
         choices = choices or tuple(f.metadata.get("choices") or ())
         table[f.name] = train_field(f.name, kinds, choices)
-    return table
+    return table | own_fields()
 
 
 def _kinds(hint: Any, default: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
@@ -81,26 +82,17 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     # A secret that was masked when the recipe was written comes from the environment (HF_TOKEN).
     train = {k: v for k, v in recipe.train.items() if k != "resume_from_checkpoint" and v != MASK}
     train.setdefault("report_to", "none")
-    data, reference = recipe.data, recipe.reference
+    given = {
+        argument: getattr(section, name)
+        for section in (recipe.model, recipe.data, recipe.reference)
+        for name, argument in arguments_of(type(section)).items()
+    }
     try:
         args = InfoPOConfig(
             output_dir=recipe.output_dir,
             objective=recipe.objective.name,
             objective_parameters=dict(recipe.objective.parameters),
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            on_too_long=data.on_too_long,
-            chat_template_kwargs=data.chat_template_kwargs,
-            as_chat=data.as_chat,
-            on_bad_row=data.on_bad_row,
-            score_rule=data.score_rule,
-            score_threshold=data.score_threshold,
-            columns=data.columns,
-            dataset_num_proc=data.num_proc,
-            reference=reference.source,
-            reference_sides=reference.sides,
-            reference_store=reference.store,
-            trust_remote_code=recipe.model.trust_remote_code,
+            **given,
             **train,
         )
     except ConfigError as error:
@@ -265,7 +257,7 @@ def _model_named(recipe: Recipe) -> Iterator[None]:
 
 
 def build_examples(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
 ) -> tuple[ExampleDataset, DataCounts]:
     """Rows of the training or evaluation data as examples, and the account of what happened to them.
 
@@ -274,7 +266,7 @@ def build_examples(
     """
     path = (data.eval_path or data.path) if evaluation else data.path
     split = (data.eval_split or data.split) if evaluation else data.split
-    named = data.eval_split if evaluation else data.split if data.split != DataSection.split else None
+    named = data.eval_split if evaluation else data.split if data.split != DataSettings.split else None
     counts = DataCounts(on_bad_row=data.on_bad_row, source=masked(" + ".join(_names(path))))
     rows = islice(_open_rows(data, path, split, counts), data.limit)
     examples = encode_rows(rows, encoder_of(data, tokenizer), counts, num_proc=data.num_proc)
@@ -291,7 +283,7 @@ def build_examples(
     return examples, counts
 
 
-def build_stream(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> ExampleStream:
+def build_stream(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> ExampleStream:
     """The training data, read and encoded while they are trained on; its ledger is `counts`.
 
     Raises:
@@ -310,7 +302,7 @@ def _names(path: str | list[str] | dict[str, float]) -> list[str]:
 
 
 def _open_rows(
-    data: DataSection, path: str | list[str] | dict[str, float], split: str, counts: DataCounts
+    data: DataSettings, path: str | list[str] | dict[str, float], split: str, counts: DataCounts
 ) -> Iterator[PreferenceRow]:
     """Rows of one source, or of several as `data.path` says."""
     rule = rule_of(data)

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from infopo import startup
 from infopo.arguments import InfoPOConfig
-from infopo.config import DataSection
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
@@ -23,25 +22,26 @@ from infopo.errors import ConfigError, DataError
 from infopo.losses.catalog import OBJECTIVES, UNPAIRED, Objective, mixture_in_words
 from infopo.output import get_logger
 from infopo.records import PreferenceExample, PreferenceRow, Role
+from infopo.settings import RowSettings
 
 logger = get_logger(__name__)
 
 RawDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]] | ExampleDataset
 
 
-def encoder_of(settings: InfoPOConfig | DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def encoder_of(settings: RowSettings, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Returns what turns rows into tokens under these limits."""
     return Encoder(
         tokenizer,
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         on_too_long=settings.on_too_long,
-        chat_template_kwargs=settings.chat_template_kwargs,  # type: ignore[arg-type]  # a dict: __post_init__
+        chat_template_kwargs=settings.chat_template_kwargs,
         as_chat=settings.as_chat,
     )
 
 
-def rule_of(settings: InfoPOConfig | DataSection) -> ScoreRule:
+def rule_of(settings: RowSettings) -> ScoreRule:
     """Returns how responses with scores are split into chosen and rejected ones."""
     return ScoreRule(settings.score_rule, settings.score_threshold)
 

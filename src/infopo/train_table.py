@@ -8,21 +8,21 @@ import ast
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_type_hints
 
-from infopo.catalog import LOGPS_PATHS
 from infopo.config import TrainField
+from infopo.settings import DataSettings, ModelSettings, ReferenceSettings, TrainSettings, arguments_of
+from infopo.trl_names import LossSettings
+from infopo.validation import YAML, choices_of, parts_of
 from infopo.yaml_tree import shown
 
 SET_ELSEWHERE = {
-    "output_dir", "objective", "loss_type", "loss_weights", "beta", "objective_parameters", "label_smoothing",
-    "max_length", "max_prompt_length", "on_bad_row", "reference", "reference_sides", "reference_store",
-    "precompute_ref_log_probs", "dataset_num_proc", "on_too_long", "score_rule", "score_threshold", "columns",
-    "chat_template_kwargs", "as_chat", "model_init_kwargs", "trust_remote_code", "desirable_weight",
-    "undesirable_weight", "simpo_gamma", "cpo_alpha", "f_divergence_type", "f_alpha_divergence_coef",
+    "output_dir", "model_init_kwargs", "precompute_ref_log_probs", *(f.name for f in fields(LossSettings)),
+    *arguments_of(ModelSettings).values(), *arguments_of(DataSettings).values(),
+    *arguments_of(ReferenceSettings).values(),
 }  # fmt: skip
 """Arguments that have a place of their own in a recipe, outside `train`."""
 
@@ -43,8 +43,7 @@ DOMAINS: Mapping[str, Domain] = {
     **dict.fromkeys(
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "precompute_ref_batch_size", "max_tokens_per_forward", "torch_empty_cache_steps",
-            "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
+            "torch_empty_cache_steps", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
         ),
         _at_least(1),
     ),
@@ -60,10 +59,7 @@ DOMAINS: Mapping[str, Domain] = {
 }  # fmt: skip
 """Numbers that transformers takes without a look, and fails on, or trains nothing with, once the data are read."""
 
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
-    "logps_path": LOGPS_PATHS,
-}
+CHOICES: Mapping[str, tuple[str, ...]] = {"include_num_input_tokens_seen": ("no", "all", "non_padding")}
 """Texts that are accepted where transformers declares no list of its own."""
 
 
@@ -79,6 +75,22 @@ class NumberField(TrainField):
             return problem
         words, admits = self.domain
         return None if admits(value) else f"expected a value {words}, got {shown(value)}"
+
+
+class OwnField(TrainField):
+    """A setting of `TrainSettings`, which judges it."""
+
+    def problem(self, value: Any) -> str | None:
+        return dict(TrainSettings.wrong_values({self.name: value}, YAML)).get(self.name)
+
+
+def own_fields() -> dict[str, TrainField]:
+    """Returns the fields of this package's own settings of training."""
+    table: dict[str, TrainField] = {}
+    for name, hint in get_type_hints(TrainSettings, include_extras=True).items():
+        kinds, constraints = parts_of(hint)
+        table[name] = OwnField(name, tuple(kinds), choices_of(constraints))
+    return table
 
 
 def train_field(name: str, kinds: tuple[type, ...], choices: tuple[str, ...]) -> TrainField:
@@ -120,7 +132,7 @@ def quick_train_fields() -> Mapping[str, TrainField]:
             if kinds and isinstance(default, ast.Constant) and default.value is None:
                 kinds = tuple(dict.fromkeys((*kinds, NoneType)))
             table[target] = train_field(target, kinds, choices)
-    return {name: each for name, each in table.items() if name not in SET_ELSEWHERE}
+    return {name: each for name, each in table.items() if name not in SET_ELSEWHERE} | own_fields()
 
 
 def _values(node: ast.ClassDef) -> tuple[str, ...]:
@@ -142,7 +154,7 @@ def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr, ast.expr | None
         default = each.value
         if isinstance(default, ast.Call):
             settings = {keyword.arg: keyword.value for keyword in default.keywords}
-            default = settings.get("default")
+            default = default.args[0] if default.args else settings.get("default")
         init = settings.get("init")
         if not (isinstance(init, ast.Constant) and init.value is False):
             yield each.target.id, each.annotation, default

@@ -261,7 +261,10 @@ def shown(value: Any) -> str:
     """
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    return shorten(repr(value))
+
+
+def shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

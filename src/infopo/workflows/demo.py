@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils.logging import disable_progress_bar
 
 from infopo.build import build_examples, build_trainer_on
-from infopo.config import DataSection, ModelSection, ObjectiveSection, Recipe, ReferenceSection, to_yaml
+from infopo.config import Recipe, to_yaml
 from infopo.data.examples import ExampleDataset
 from infopo.errors import TrainingError
 from infopo.generate import sample
@@ -44,6 +44,7 @@ from infopo.runs import (
     write_json_atomic,
     write_text_atomic,
 )
+from infopo.settings import DataSettings, ModelSettings, ObjectiveSettings, ReferenceSettings
 from infopo.workers import WorkerPool
 from infopo.workflows.train import MetricsFile
 
@@ -229,8 +230,8 @@ def _sample_pairs(setting: Setting) -> str:
 @cache
 def _world(setting: Setting) -> World:
     reference, tokenizer = load_policy(LAB_POLICY), load_tokenizer(LAB_POLICY)
-    train, _ = build_examples(DataSection(path=str(setting.pairs_path("train"))), tokenizer)
-    held_out, _ = build_examples(DataSection(path=str(setting.pairs_path("held_out"))), tokenizer)
+    train, _ = build_examples(DataSettings(path=str(setting.pairs_path("train"))), tokenizer)
+    held_out, _ = build_examples(DataSettings(path=str(setting.pairs_path("held_out"))), tokenizer)
     problems = make_problems(EVALUATION_PROBLEMS, setting.seed, "evaluation")
     logps = _logps(held_out, reference)
     return World(tokenizer, reference, setting.pairs_path("train"), train, held_out, logps, problems)
@@ -281,11 +282,11 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     objective, parameters = METHODS[method]
     run_dir = setting.run_dir(method, learning_rate)
     recipe = Recipe(
-        model=ModelSection(LAB_POLICY),
-        data=DataSection(path=str(world.train_path)),
-        objective=ObjectiveSection(objective, parameters),
+        model=ModelSettings(LAB_POLICY),
+        data=DataSettings(path=str(world.train_path)),
+        objective=ObjectiveSettings(objective, parameters),
         # Fifteen runs, one reference: whichever comes to a batch first computes it for all.
-        reference=ReferenceSection(sides="both", store=str(setting.directory / "reference")),
+        reference=ReferenceSettings(sides="both", store=str(setting.directory / "reference")),
         train={
             "learning_rate": learning_rate,
             "num_train_epochs": EPOCHS,
