@@ -15,6 +15,7 @@ BLUE, GREEN = assistant("Blue."), assistant("Green.")
 PAIR = ([ASKED], [[BLUE]], [[GREEN]])
 PAIR_WITH_SYSTEM = ([SYSTEM, ASKED], [[BLUE]], [[GREEN]])
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALLS = [{"name": "look", "arguments": {"at": place}} for place in ("sky", "sea")]
 SHAREGPT_PROMPT = [{"from": "human", "value": ASKED["content"]}]
 
 
@@ -34,6 +35,18 @@ PUBLIC: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
              {"model": "a", "response": "Green.", "overall_score": 2.0, "custom_system_prompt": "Be helpful."},
              {"model": "b", "response": "Blue.", "overall_score": 8.5, "custom_system_prompt": "Be helpful."},
              {"model": "c", "response": "Grey.", "overall_score": 5.0, "custom_system_prompt": "Be helpful."}]},
+        PAIR,
+    ),
+    "UltraFeedback, without a total": (
+        {"instruction": ASKED["content"], "completions": [
+            {"response": "Green.", "annotations": {"helpfulness": {"Rating": "5"}, "honesty": {"Rating": "2"}}},
+            {"response": "Blue.", "annotations": {"helpfulness": {"Rating": "4"}, "honesty": {"Rating": "N/A"}}}]},
+        PAIR,
+    ),
+    "UltraFeedback, a total for some": (
+        {"instruction": ASKED["content"], "completions": [
+            {"response": "Green.", "overall_score": 6.0, "fine-grained_score": 2.5},
+            {"response": "Blue.", "overall_score": None, "fine-grained_score": 4.5}]},
         PAIR,
     ),
     "Nectar": (
@@ -65,6 +78,21 @@ PUBLIC: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
          "response_a": json.dumps(["Green."]), "response_b": json.dumps(["Blue."]),
          "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
         PAIR,
+    ),
+    "Chatbot Arena, several rounds": (
+        {"model_a": "x", "model_b": "y", "winner": "model_b", "turn": 2,
+         "conversation_a": [ASKED, GREEN, user("Sure?"), GREEN], "conversation_b": [ASKED, BLUE, user("Sure?"), BLUE]},
+        ([ASKED], [[BLUE, user("Sure?"), BLUE]], [[GREEN, user("Sure?"), GREEN]]),
+    ),
+    "LMSYS on Kaggle, several rounds": (
+        {"id": 1, "model_a": "x", "model_b": "y", "prompt": json.dumps([ASKED["content"], "Sure?"]),
+         "response_a": json.dumps(["Green.", "Green."]), "response_b": json.dumps(["Blue.", "Blue."]),
+         "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
+        ([ASKED], [[BLUE, user("Sure?"), BLUE]], [[GREEN, user("Sure?"), GREEN]]),
+    ),
+    "WSDM on Kaggle, a text that looks like a list": (
+        {"id": "1", "prompt": '["a", "b"]', "response_a": "Blue.", "response_b": "Green.", "winner": "model_a"},
+        ([user('["a", "b"]')], [[BLUE]], [[GREEN]]),
     ),
     "WSDM on Kaggle": (
         {"id": "1", "prompt": ASKED["content"], "response_a": "Blue.", "response_b": "Green.", "winner": "model_a",
@@ -108,6 +136,14 @@ PUBLIC: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "ms-swift, whole conversations": (
         {"messages": [ASKED, BLUE], "rejected_messages": [ASKED, GREEN]},
         PAIR,
+    ),
+    "ms-swift, tool calls": (
+        {"messages": [ASKED, assistant("I look."), {"role": "tool_call", "content": json.dumps(CALLS[0])},
+                      {"role": "tool_call", "content": json.dumps(CALLS[1])},
+                      {"role": "tool_response", "content": "[]"}, {"role": "tool", "content": "{}"}, BLUE],
+         "rejected_response": "Green."},
+        ([ASKED, {**assistant("I look."), "tool_calls": [{"type": "function", "function": call} for call in CALLS]},
+          {"role": "tool", "content": "[]"}, {"role": "tool", "content": "{}"}], [[BLUE]], [[GREEN]]),
     ),
     "ms-swift 2": (
         {"system": "Be brief.", "query": ASKED["content"], "response": "Blue.", "rejected_response": "Green.",
@@ -205,7 +241,18 @@ def test_a_tie_is_left_out_and_counted(tmp_path: Path, name: str, change: dict[s
         ("PKU-SafeRLHF", {"better_response_id": 2}, "expected 0 or 1, got int 2"),
         ("Chatbot Arena", {"winner": "gpt-4"}, "expected model_a, model_b or tie, got text 'gpt-4'"),
         ("LMSYS on Kaggle", {"winner_model_a": 1}, "expected model_a, model_b or tie"),
-        ("LMSYS on Kaggle", {"prompt": '["a", "b"]'}, "expected one round, got 2"),
+        ("LMSYS on Kaggle", {"prompt": '["a", "b"]'}, "as many rounds in each column, got 2 in prompt, 1 in"),
+        ("LMSYS on Kaggle", {"response_a": "[null]"}, "response_a, round 1.*null"),
+        (
+            "UltraFeedback, without a total",
+            {"completions": [{"response": "a", "annotations": {"honesty": {"Rating": "N/A"}}}]},
+            "or annotations with ratings",
+        ),
+        (
+            "ms-swift, tool calls",
+            {"messages": [ASKED, {"role": "tool_call", "content": "look()"}, BLUE]},
+            "turn 2: expected a function call as JSON, got text 'look",
+        ),
         ("WebGPT comparisons", {"score_1": "high"}, "'score_1': expected a finite number"),
         ("UltraFeedback", {"completions": [{"response": "a"}]}, "expected overall_score, score, rating"),
         ("summarize-from-feedback", {"summaries": [{"text": "a"}]}, "expected two objects"),

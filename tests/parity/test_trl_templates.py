@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import _tokenize, common_prefix_length
 
+from infopo.data.conversation import USERS_BETWEEN
 from infopo.data.encode import EncodedRow, Encoder
 from infopo.data.templates import TODAY
 from infopo.errors import DataError
@@ -303,13 +304,26 @@ def test_every_template_gives_the_tokens_of_trl_but_for_the_differences_of_the_t
     assert found == dict.fromkeys(CONVERSATIONS, SAME) | expected
 
 
+@pytest.mark.parametrize("within", ["a tool", "a user"])
 @pytest.mark.parametrize("tokenizer", TEMPLATES, indirect=True)
-def test_what_a_tool_answers_is_context_and_what_the_policy_writes_is_scored(
-    tokenizer: PreTrainedTokenizerFast,
+def test_what_others_answer_is_context_and_what_the_policy_writes_is_scored(
+    tokenizer: PreTrainedTokenizerFast, within: str, request: pytest.FixtureRequest
 ):
-    encoded, _ = by_us(tokenizer, "tools")
-    if encoded is None:
-        return
+    if within == "a tool":
+        encoded, _ = by_us(tokenizer, "tools")
+        if encoded is None:
+            return
+    else:
+        rounds = [*said("two"), {"role": "user", "content": "SECRET"}, *said("good")]
+        row = PreferenceRow([USER], [rounds], [said("bad")], "row")
+        encoder = Encoder(tokenizer, max_length=None)
+        if request.node.callspec.params["tokenizer"] == "qwen3_5_nothink":
+            # Its generation prompt closes the reasoning, and its earlier turns have none.
+            with pytest.raises(DataError, match="closes it in a later turn only"):
+                encoder.encode(row)
+            return
+        encoded = encoder.encode(row)
+        assert USERS_BETWEEN in encoded.notes
     ids, (spans, none) = encoded.example.chosen_ids[0], encoded.example.spans
     context = "".join(tokenizer.decode(ids[begin:end]) for begin, end in spans)
     scored = tokenizer.decode([t for i, t in enumerate(ids) if not any(a <= i < b for a, b in spans)])

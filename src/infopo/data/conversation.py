@@ -25,6 +25,7 @@ NOT_A_PREFIX = "prompt rendering is not a prefix"
 MERGED_TOKENS = "tokens merge across the boundary"
 WRITTEN_AS_DATA = "reasoning that the template drops, kept: the response is written as the data have it"
 REASONING_DROPPED = "reasoning of an earlier turn dropped by the template"
+USERS_BETWEEN = "a response with turns of users between the policy's: they are context, and not scored"
 PROMPT_NOT_WRITTEN = "a turn of the prompt, or a tool, that the chat template does not write"
 
 
@@ -118,6 +119,8 @@ class Conversation:
         spans = []
         if len(turns) > 1:
             spans = context_spans(self._render, self._prompt, turns, full_text, self._row.row_id)
+            if any(turn["role"] == "user" for turn in turns):
+                notes.append(USERS_BETWEEN)
         written = self._with_dropped_reasoning(turns, full_text[start:], notes)
         text = full_text[start:] if written is None else written
         return _Draft(text, tuple((begin - start, end - start) for begin, end in spans))
@@ -156,9 +159,9 @@ class Conversation:
         )
         if closing is not None:
             raise DataError(
-                f"the generation prompt closes the reasoning ({closing}), and the response holds some; set the "
-                "template's variable for it (chat_template_kwargs, such as enable_thinking: true), or take the "
-                "reasoning out of the data",
+                f"the generation prompt closes the reasoning ({closing}), and the rendered response holds some, or "
+                "closes it in a later turn only; set the template's variable for it (chat_template_kwargs, such as "
+                "enable_thinking: true), or take the reasoning, or further rounds, out of the data",
                 self._row.row_id,
                 "generation prompt closes reasoning",
             )

@@ -16,7 +16,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 for a system."""
 
 SYSTEM_ROLES = ("system", "developer")
-TOOL_ROLES = ("tool", "ipython")
+OTHERS_ROLES = ("tool", "ipython", "user")
+"""Roles of those who answer the policy within a response."""
 
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of parts that hold text: those of transformers, and of OpenAI's interfaces."""
@@ -28,8 +29,13 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "observation": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool_response": "tool",
 } | {role: role for role in ROLES}
-"""Roles by the names that turns of {from, value} bear."""
+"""Roles by the names that turns of {from, value} bear, and messages of ms-swift (the last two)."""
+
+_CALLS = ("function_call", "tool_call")
+"""Names of turns whose text is a tool call, as JSON."""
 
 
 def messages_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Message]:
@@ -38,8 +44,7 @@ def messages_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Messag
     Raises:
         DataError: As `value_of`; `wrong type`, `wrong role`, `message without content`, `images`, `invalid UTF-8`.
     """
-    items = list_of(row, column, row_id, "messages")
-    return [_turn(item, f"column {column!r}, message {i}", row_id) for i, item in enumerate(items, 1)]
+    return _turns(list_of(row, column, row_id, "messages"), f"column {column!r}, message", row_id)
 
 
 def answer_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Message]:
@@ -71,7 +76,7 @@ def sharegpt_of(row: Mapping[str, Any], column: str, row_id: str) -> list[Messag
     """
     value = value_of(row, column, row_id)
     items = [value] if isinstance(value, Mapping) else list_of(row, column, row_id, "turns")
-    return [_turn(item, f"column {column!r}, turn {i}", row_id) for i, item in enumerate(items, 1)]
+    return _turns(items, f"column {column!r}, turn", row_id)
 
 
 def prompt_of(row: Mapping[str, Any], row_id: str) -> Text:
@@ -163,16 +168,37 @@ def _part(part: object, where: str, row_id: str) -> str:
     return as_text(text, f"{where}: 'text'", row_id)
 
 
+def _turns(items: list[Any], where: str, row_id: str) -> list[Message]:
+    """Turns as messages. A call with the role `tool_call` joins the assistant's message before it, as in ms-swift."""
+    messages: list[Message] = []
+    for i, item in enumerate(items, 1):
+        message = _turn(item, f"{where} {i}", row_id)
+        is_call = isinstance(item, Mapping) and "tool_call" in (item.get("role"), item.get("from"))
+        if is_call and messages and messages[-1]["role"] == "assistant":
+            before = messages.pop()
+            message = {**before, "tool_calls": [*before.get("tool_calls", []), *message["tool_calls"]]}
+        messages.append(message)
+    return messages
+
+
 def _turn(item: object, where: str, row_id: str) -> Message:
-    """A turn of ShareGPT as a message; one that is a message already is judged as such."""
+    """A turn of ShareGPT or ms-swift as a message; one that is a message already is judged as such."""
+    if isinstance(item, Mapping) and item.get("role") in ("tool_call", "tool_response"):
+        item = {
+            **{key: value for key, value in item.items() if key not in ("role", "content")},
+            "from": item["role"],
+            "value": item.get("content"),
+        }
     if not isinstance(item, Mapping) or not has_value(item, "from"):
         return _message(item, where, row_id)
     speaker = item["from"]
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise DataError(f"{where}: expected 'from' to be {known}, got {shown(speaker)}", row_id, "wrong role")
-    if speaker == "function_call":
-        call = parsed(item.get("value"), f"{where}: expected a function call as JSON", row_id)
+    if speaker in _CALLS:
+        value = item.get("value")
+        expected = f"{where}: expected a function call as JSON"
+        call = value if isinstance(value, Mapping | list) else parsed(value, expected, row_id)
         calls = [
             {"type": "function", "function": each} for each in (call if isinstance(call, list) else [call])
         ]

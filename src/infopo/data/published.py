@@ -7,11 +7,12 @@ data sets; to read another of a kind, `VERDICTS` gets a line.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from infopo.data.columns import has_value, list_of, number_of, parsed, shown, text_of, value_of
+from infopo.data.columns import has_value, list_of, number_of, shown, text_of, value_of
 from infopo.data.counts import TIE
 from infopo.data.messages import answer_of, asked, messages_of, said, sharegpt_of
 from infopo.data.responses import ScoreRule, common_prefix, refuse_no_common_prompt
@@ -56,16 +57,18 @@ def compared(row: Mapping[str, Any], row_id: str) -> Parts:
     columns = (verdict.first, verdict.second) if winner == 0 else (verdict.second, verdict.first)
     if verdict.prompt is None:
         return _parted(sharegpt_of(row, columns[0], row_id), sharegpt_of(row, columns[1], row_id), row_id)
-    prompt = verdict.prompt(row, row_id)
-    chosen, rejected = (_answers(row, column, row_id) for column in columns)
-    return prompt, [chosen], [rejected]
+    if verdict.column == "response_a":
+        prompt, *both = _rounds(row, row_id)
+        return prompt, [both[winner]], [both[1 - winner]]
+    chosen, rejected = (answer_of(row, column, row_id) for column in columns)
+    return verdict.prompt(row, row_id), [chosen], [rejected]
 
 
 def rated(row: Mapping[str, Any], row_id: str, rule: ScoreRule) -> Parts:
     """Responses that are split by their ratings, as those of `scored` rows are."""
     column = "completions" if has_value(row, "completions") else "answers"
     items = list_of(row, column, row_id, "responses with ratings")
-    responses, ratings = [], []
+    responses = []
     for i, item in enumerate(items, 1):
         where = f"column {column!r}, response {i}"
         if not isinstance(item, Mapping):
@@ -79,8 +82,7 @@ def rated(row: Mapping[str, Any], row_id: str, rule: ScoreRule) -> Parts:
         responses.append(
             said(text_of({f"{column}, response {i}": item.get(key)}, f"{column}, response {i}", row_id))
         )
-        ratings.append(_rating(item, where, row_id))
-    return _question(row, row_id), *split(responses, ratings, rule, row_id)
+    return _question(row, row_id), *split(responses, _ratings(items, column, row_id), rule, row_id)
 
 
 def split(
@@ -185,33 +187,47 @@ def _not_blank(text: str, column: str, row_id: str) -> str:
     return text
 
 
-def _round(row: Mapping[str, Any], column: str, row_id: str) -> str:
-    """The one round of a column that holds a JSON list of rounds (LMSYS's Kaggle files), or its text."""
-    text = text_of(row, column, row_id)
-    if not text.lstrip().startswith('["'):
-        return text
-    try:
-        rounds = parsed(text, f"column {column!r}: expected a JSON list of texts", row_id)
-    except DataError:  # text that begins so
-        return text
-    if len(rounds) != 1:
-        problem = (
-            f"column {column!r}: expected one round, got {len(rounds)}: the answers before the last differ"
+def _rounds(row: Mapping[str, Any], row_id: str) -> tuple[Text, list[Message], list[Message]]:
+    """Prompt and both answers of LMSYS's and WSDM's Kaggle files: texts, or lists (of JSON) with a text per round.
+
+    Both models got the same questions. Of several rounds, what follows the first question is the response.
+    """
+    columns = ("prompt", "response_a", "response_b")
+    texts = [_texts_of(row, column, row_id) for column in columns]
+    if any(each is None for each in texts):
+        first, second = (answer_of(row, column, row_id) for column in columns[1:])
+        return _question(row, row_id), first, second
+    questions, *answers = [each for each in texts if each is not None]
+    if not questions or any(len(each) != len(questions) for each in answers):
+        numbers = zip((questions, *answers), columns, strict=True)
+        counts = ", ".join(f"{len(each)} in {column}" for each, column in numbers)
+        raise DataError(
+            f"expected as many rounds in each column, got {counts}", row_id, "rounds do not match"
         )
-        raise DataError(problem, row_id, "several rounds")
-    return text_of({column: rounds[0]}, column, row_id)
+    _not_blank(questions[0], "prompt", row_id)
+    first, second = (
+        [
+            turn
+            for round_ in zip(questions, each, strict=True)
+            for turn in (*asked(round_[0]), *said(round_[1]))
+        ]
+        for each in answers
+    )
+    return first[:1], first[1:], second[1:]
 
 
-def _one_round(row: Mapping[str, Any], row_id: str) -> Text:
-    if isinstance(row.get("prompt"), str):
-        return asked(_not_blank(_round(row, "prompt", row_id), "prompt", row_id))
-    return _question(row, row_id)
-
-
-def _answers(row: Mapping[str, Any], column: str, row_id: str) -> list[Message]:
-    if column in ("response_a", "response_b") and isinstance(row.get(column), str):
-        return said(_round(row, column, row_id))
-    return answer_of(row, column, row_id)
+def _texts_of(row: Mapping[str, Any], column: str, row_id: str) -> list[str] | None:
+    """The texts of a column that holds a list of them, or JSON text of one; None: it holds something else."""
+    rounds = row.get(column)
+    if isinstance(rounds, str) and rounds.lstrip().startswith("["):
+        try:
+            rounds = json.loads(rounds)
+        except (ValueError, RecursionError):  # text that begins so
+            return None
+    if not isinstance(rounds, list) or any(isinstance(each, Mapping) for each in rounds):
+        return None
+    names = [f"{column}, round {i}" for i in range(1, len(rounds) + 1)]
+    return [text_of({name: each}, name, row_id) for name, each in zip(names, rounds, strict=True)]
 
 
 def _summaries(row: Mapping[str, Any], row_id: str) -> Parts:
@@ -291,7 +307,7 @@ def _by_strength(column: str) -> Callable[[Mapping[str, Any], str], int]:
 VERDICTS = (
     Verdict("better_response_id", _question, "response_0", "response_1", _by_id, "PKU-SafeRLHF"),
     Verdict("conversation_a", None, "conversation_a", "conversation_b", _by_winner, "Chatbot Arena"),
-    Verdict("response_a", _one_round, "response_a", "response_b", _by_winner, "LMSYS and WSDM (Kaggle)"),
+    Verdict("response_a", _question, "response_a", "response_b", _by_winner, "LMSYS and WSDM (Kaggle)"),
     Verdict("score_0", _question, "answer_0", "answer_1", _by_scores, "WebGPT comparisons"),
     Verdict("choice", _question, "summaries", "summaries", _by_id, "summarize-from-feedback"),
     Verdict(
@@ -306,14 +322,42 @@ VERDICTS = (
 """The `compared` sets, each told by its first column."""
 
 
-def _rating(item: Mapping[str, Any], where: str, row_id: str) -> float:
-    """UltraFeedback's overall score, Nectar's rank (1 is best), StackExchange's votes, or a score of such a name."""
-    for key in ("overall_score", "fine-grained_score", "score", "rating", "reward", "pm_score"):
-        if item.get(key) is not None:
-            return number_of(item[key], f"{where}: {key!r}", row_id)
-    if item.get("rank") is not None:
-        return -number_of(item["rank"], f"{where}: 'rank'", row_id)
-    problem = (
-        f"{where}: expected overall_score, score, rating, reward or rank, got {', '.join(map(str, item))}"
-    )
-    raise DataError(problem, row_id, "scores do not match")
+_SCORES = ("overall_score", "fine-grained_score", "score", "rating", "reward", "pm_score")
+"""Names of a response's score in `rated` sets, the first of which that all responses of a row have is taken."""
+
+
+def _ratings(items: Sequence[Mapping[str, Any]], column: str, row_id: str) -> list[float]:
+    """A score of each response: a total, a rank (1 is best), or the mean rating of UltraFeedback's aspects."""
+    places = [f"column {column!r}, response {i}" for i in range(1, len(items) + 1)]
+    for key in (*_SCORES, "rank"):
+        if items and all(item.get(key) is not None for item in items):
+            sign = -1 if key == "rank" else 1
+            pairs = zip(items, places, strict=True)
+            return [sign * number_of(item[key], f"{where}: {key!r}", row_id) for item, where in pairs]
+    means = [_mean_rating(item.get("annotations")) for item in items]
+    for where, item, mean in zip(places, items, means, strict=True):
+        if mean is None:
+            problem = (
+                f"{where}: expected overall_score, score, rating, reward or rank, the same in all responses, or "
+                f"annotations with ratings, got {', '.join(map(str, item))}"
+            )
+            raise DataError(problem, row_id, "scores do not match")
+    return [mean for mean in means if mean is not None]
+
+
+def _mean_rating(annotations: object) -> float | None:
+    """The mean of an UltraFeedback response's ratings, as its authors' `fine-grained_score`; None: there is none.
+
+    Each aspect (helpfulness, honesty, ...) has an object with a `Rating`, or a list of them. "N/A" is left out.
+
+    >>> _mean_rating({"helpfulness": {"Rating": "4"}, "honesty": {"Rating": "N/A"}, "truthfulness": {"Rating": "5"}})
+    4.5
+    """
+    aspects = annotations.values() if isinstance(annotations, Mapping) else ()
+    given = [each for aspect in aspects for each in (aspect if isinstance(aspect, list) else [aspect])]
+    ratings = [each.get("Rating") for each in given if isinstance(each, Mapping)]
+    numbers = [float(str(each)) for each in ratings if _RATING.fullmatch(str(each))]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+_RATING = re.compile(r"\d{1,3}(\.\d{1,6})?")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infopo.catalog import SCORE_RULES, suggestion
 from infopo.data.columns import shown, value_of
 from infopo.data.counts import TIE
-from infopo.data.messages import TOOL_ROLES
+from infopo.data.messages import OTHERS_ROLES
 from infopo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -142,14 +142,15 @@ def _refuse_repeated_prompt(prompt: Text, response: Text, name: str, row_id: str
 
 
 def _check_response_roles(response: Text, name: str, row_id: str) -> None:
-    """Refuses a response that is not the assistant's. Answers of tools may be between its turns."""
+    """Refuses a response that is not the assistant's. What tools and users answer may be between its turns."""
     roles = [message["role"] for message in response if isinstance(message, dict)]
     if (
         roles[0] != "assistant"
         or roles[-1] != "assistant"
-        or not {"assistant", *TOOL_ROLES}.issuperset(roles)
+        or not {"assistant", *OTHERS_ROLES}.issuperset(roles)
     ):
-        problem = f"{name}: expected assistant turns (with tool turns between them), got {', '.join(roles)}"
+        expected = "expected assistant turns (with turns of tools or users between them)"
+        problem = f"{name}: {expected}, got {', '.join(roles)}"
         raise DataError(problem, row_id, "wrong role")
 
 

@@ -1,8 +1,8 @@
 """What a rendered response consists of: what the policy writes, what stands between its turns, and what is missing.
 
-A response may hold several turns of the policy with the answers of tools between them. The policy writes an assistant
+A response may hold several turns of the policy, between which tools or users answer. The policy writes an assistant
 turn from the end of its generation prompt to the end of the turn, white space behind it included: what it writes when
-the turn stands alone as a response. Everything else (answers of tools, headers of turns) is context.
+the turn stands alone as a response. Everything else (what others answer, headers of turns) is context.
 """
 
 import json
@@ -63,7 +63,7 @@ def context_spans(
         if span is None:
             problem = (
                 "the chat template writes the turns of this response so that what the policy says cannot be told from "
-                "what tools answer; use a template that writes the content of each turn, or responses of one turn"
+                "what others answer; use a template that writes the content of each turn, or responses of one turn"
             )
             raise DataError(problem, row_id, "turns cannot be told apart")
         spans.append(span)
