@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from infopo import catalog, config
 from infopo.config import Recipe, TrainField, load_recipe, parse_recipe, to_yaml
-from infopo.errors import RecipeError
+from infopo.errors import ConfigError, RecipeError
 from infopo.losses.catalog import OBJECTIVES
 from infopo.settings import (
     DTYPES,
@@ -23,6 +23,7 @@ from infopo.settings import (
     ObjectiveSettings,
     ReferenceSettings,
 )
+from infopo.validation import PYTHON
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
 
@@ -220,6 +221,7 @@ def test_limits_themselves_are_admitted(override: str):
         ),
         (["train.learning_rate=fast"], "train.learning_rate (override): expected a number, got 'fast'"),
         (["train.learning_rate=.nan"], "train.learning_rate (override): NaN is no setting"),
+        (["train.learning_rate=!!float nan"], "train.learning_rate (override): NaN is no setting"),
         (["train.max_steps=1.5"], "train.max_steps (override): expected an integer, got 1.5"),
         (
             ["train.eval_strategy=step", "data.eval_split=test"],
@@ -389,6 +391,31 @@ output_dir: run
 def test_a_wrong_section_does_not_hide_a_wrong_combination():
     problems = problems_of(MINIMAL, "model.dtype=half", "reference=adapter-off")
     assert len(problems) == 2
+
+
+def test_settings_judge_themselves_wherever_they_are_made():
+    with pytest.raises(ConfigError) as caught:
+        DataSettings("p", max_length=5, max_prompt_length=9, on_bad_row="drop")
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "on_bad_row", "max_prompt_length",
+    ]  # fmt: skip
+    assert DataSettings.wrong_values({"path": "p", "as_chat": 1, "limit": None}, PYTHON) == [
+        ("as_chat", "expected True or False, got 1")
+    ]
+    assert RecipeError is ConfigError
+
+
+def test_settings_are_frozen():
+    for settings_of_a_subject in (
+        DataSettings("p"),
+        ModelSettings("m"),
+        ReferenceSettings(),
+        AdapterSettings(),
+    ):
+        name = dataclasses.fields(settings_of_a_subject)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(settings_of_a_subject, name, "other")
+    assert dataclasses.replace(DataSettings("p"), limit=3) == DataSettings("p", limit=3)
 
 
 # --- files ---

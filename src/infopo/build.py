@@ -3,11 +3,8 @@
 import contextlib
 import importlib.util
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields
-from enum import Enum
+from dataclasses import fields, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -20,7 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from infopo import models
 from infopo.arguments import InfoPOConfig
-from infopo.config import Recipe, TrainField
+from infopo.config import SECTIONS, Recipe, TrainField
 from infopo.data.counts import DataCounts
 from infopo.data.encode import encode_rows
 from infopo.data.examples import ExampleDataset
@@ -32,45 +29,25 @@ from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
 from infopo.secrets import MASK, masked
 from infopo.settings import DataSettings, arguments_of
-from infopo.train_table import SET_ELSEWHERE, own_fields, train_field
+from infopo.train_table import SET_ELSEWHERE, quick_train_fields
 from infopo.trainer import InfoPOTrainer
 
 
 @cache
 def train_fields() -> Mapping[str, TrainField]:
-    """What a recipe's `train` section accepts: every trainer argument without another place in the recipe."""
-    hints = typing.get_type_hints(InfoPOConfig)
-    table: dict[str, TrainField] = {}
+    """Returns what a recipe's `train` section accepts: every trainer argument without another place in the recipe.
+
+    The sources of the classes tell types (`quick_train_fields`), and the classes which arguments and choices there are.
+    """
+    quick = quick_train_fields()
+    choices = {f.name: f.metadata.get("choices") for f in fields(InfoPOConfig)}
+    choices["torch_compile_backend"] = [backend.value.lower() for backend in DynamoBackend]
+    table = {}
     for f in fields(InfoPOConfig):
-        if not f.init or f.name in SET_ELSEWHERE:
-            continue
-        kinds, choices = _kinds(hints[f.name], f.default)
-        if f.name == "torch_compile_backend":
-            choices = tuple(backend.value.lower() for backend in DynamoBackend)
-        choices = choices or tuple(f.metadata.get("choices") or ())
-        table[f.name] = train_field(f.name, kinds, choices)
-    return table | own_fields()
-
-
-def _kinds(hint: Any, default: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
-    """Accepted types, and accepted texts where the type is an enumeration."""
-    members = (
-        typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
-    )
-    if typing.get_origin(hint) in (list, dict):
-        members = (typing.get_origin(hint),)
-    kinds: list[type] = []
-    choices: list[str] = []
-    for member in members:
-        member = typing.get_origin(member) or member
-        if isinstance(member, type) and issubclass(member, Enum):
-            kinds.append(str)
-            choices += [str(choice.value) for choice in member]
-        elif isinstance(member, type):
-            kinds.append(member)
-    if default is None and default is not MISSING:
-        kinds.append(types.NoneType)
-    return tuple(dict.fromkeys(kinds)), tuple(choices)
+        if f.init and f.name not in SET_ELSEWHERE:
+            known = quick.get(f.name, TrainField(f.name))
+            table[f.name] = replace(known, choices=tuple(known.choices or choices[f.name] or ()))
+    return table
 
 
 def build_arguments(recipe: Recipe) -> InfoPOConfig:
@@ -96,9 +73,7 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             **train,
         )
     except ConfigError as error:
-        places = ["data" if p.startswith("chat_template_kwargs") else "train" for p in error.problems]
-        problems = [f"{place}.{p}" for place, p in zip(places, error.problems, strict=True)]
-        raise type(error)(problems) from error
+        raise type(error)([_in_recipe(problem) for problem in error.problems]) from error
     except _REFUSALS as error:
         raise ConfigError(f"train: transformers refuses these settings: {error}") from error
     if problems := [*_tracker_problems(args), *_schedule_problems(args), *_combination_problems(args)]:
@@ -106,10 +81,12 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     return args
 
 
-def _under_train(problem: str) -> str:
-    """A problem of the trainer, with the setting that it begins with under the name that recipes have for it."""
-    name = re.match(r"\w*", problem)
-    return f"train.{problem}" if name and name.group() in train_fields() else problem
+def _in_recipe(problem: str) -> str:
+    """Returns a problem of the trainer, in which the first word is the setting, under the name that recipes have."""
+    places = {name: f"train.{name}" for name in train_fields()}
+    for name, section in SECTIONS.items():
+        places |= {argument: f"{name}.{setting}" for setting, argument in arguments_of(section).items()}
+    return re.sub(r"^\w+", lambda name: places.get(name[0], name[0]), problem)
 
 
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError)
@@ -372,7 +349,7 @@ def build_trainer_on(
             peft_config=adapter,
         )
     except ConfigError as error:
-        raise type(error)([_under_train(problem) for problem in error.problems], error.source) from error
+        raise type(error)([_in_recipe(problem) for problem in error.problems], error.source) from error
     except InfoPOError:
         raise
     except (OSError, ImportError, ValueError) as error:

@@ -1,7 +1,7 @@
 """What a recipe's `train` section accepts, known without loading torch or transformers.
 
-The truth is `build.train_fields`, which asks the classes. This module reads their source text, so that a typing error
-costs no start-up: what it refuses, the truth refuses too, and what it does not understand, it leaves to the truth.
+This module reads the source text of the classes, so that a typing error costs no start-up. `build.train_fields` adds
+what only the classes tell. What this module does not understand, it leaves to transformers.
 """
 
 import ast
@@ -105,7 +105,7 @@ def train_field(name: str, kinds: tuple[type, ...], choices: tuple[str, ...]) ->
 
 
 def quick_train_fields() -> Mapping[str, TrainField]:
-    """`build.train_fields`, as far as the sources of the classes tell; empty if they do not."""
+    """Returns what the sources of the classes tell of `build.train_fields`, which is nothing if they cannot be read."""
     spec = importlib.util.find_spec("transformers")  # finds the package without loading it
     if spec is None or spec.origin is None:
         return {}

@@ -164,7 +164,7 @@ def _inspect(
     seen.add(node)
     if node.tag not in _CORE_TAGS:
         problems.add(path or "recipe", f"tag {node.tag} has no meaning in a recipe; remove it")
-    elif node.tag == _FLOAT and node.value.lower() == ".nan":
+    elif node.tag == _FLOAT and node.value.lower().lstrip(".") == "nan":
         problems.add(path, "NaN is no setting")
     open_nodes.append(node)
     if isinstance(node, yaml.MappingNode):
