@@ -107,6 +107,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     reference_sides: str = argument(ReferenceSettings, "sides")
     precompute_ref_log_probs: bool = setting(False, "Same as reference=precompute.")
     dataset_num_proc: int | None = argument(SourceSettings, "num_proc")
+    dataset_cache: str | None = argument(SourceSettings, "cache")
     model_init_kwargs: dict[str, Any] | str | None = setting(None, "For from_pretrained.")
     trust_remote_code: bool = argument(ModelSettings, "trust_remote_code")
 

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from itertools import islice
@@ -21,8 +21,9 @@ from infopo.config import SECTIONS, Recipe, TrainField
 from infopo.data.counts import DataCounts
 from infopo.data.encode import encode_rows
 from infopo.data.examples import ExampleDataset
-from infopo.data.sources import read_mixture, read_rows
+from infopo.data.sources import Located, located, read_mixture, read_rows
 from infopo.data.streaming import ExampleStream
+from infopo.encoding import encode_once
 from infopo.errors import ConfigError, DataError, InfoPOError, ModelError
 from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
@@ -245,8 +246,15 @@ def build_examples(
     split = (data.eval_split or data.split) if evaluation else data.split
     named = data.eval_split if evaluation else data.split if data.split != DataSettings.split else None
     counts = DataCounts(on_bad_row=data.on_bad_row, source=masked(" + ".join(_names(path))))
-    rows = islice(_open_rows(data, path, split, counts), data.limit)
-    examples = encode_rows(rows, encoder_of(data, tokenizer), counts, num_proc=data.num_proc)
+    encoder, sources = encoder_of(data, tokenizer), _located(data, path, split)
+
+    def encode(counts: DataCounts) -> ExampleDataset:
+        rows = islice(_open_rows(data, path, sources, counts), data.limit)
+        return encode_rows(rows, encoder, counts, num_proc=data.num_proc)
+
+    names = ("shape", "columns", "score_rule", "score_threshold", "limit")
+    reading = {"path": path, "split": split, **{name: getattr(data, name) for name in names}}
+    examples = encode_once(sources, encoder, counts, encode, reading=reading, cache=data.cache)
     if all(Path(name).expanduser().is_file() for name in _names(path)):
         if named is not None:
             counts.notes[f"read although the split {named!r} was asked for: a file has no splits"] = len(
@@ -269,7 +277,8 @@ def build_stream(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Exam
     counts = DataCounts(on_bad_row=data.on_bad_row, source=masked(" + ".join(_names(data.path))))
 
     def open_rows(counts: DataCounts) -> Iterator[PreferenceRow]:
-        return islice(_open_rows(data, data.path, data.split, counts), data.limit)
+        sources = _located(data, data.path, data.split)
+        return islice(_open_rows(data, data.path, sources, counts), data.limit)
 
     return ExampleStream(open_rows, encoder_of(data, tokenizer), counts)
 
@@ -278,8 +287,23 @@ def _names(path: str | list[str] | dict[str, float]) -> list[str]:
     return [path] if isinstance(path, str) else list(path)
 
 
+def _located(data: DataSettings, path: str | list[str] | dict[str, float], split: str) -> list[Located]:
+    """The sources that `data.path` names, found and not yet read.
+
+    Raises:
+        DataError: One of them is not there.
+    """
+    return [
+        lab_dataset(name, split) if is_lab_source(name) else located(name, name, split, data.streaming)
+        for name in _names(path)
+    ]
+
+
 def _open_rows(
-    data: DataSettings, path: str | list[str] | dict[str, float], split: str, counts: DataCounts
+    data: DataSettings,
+    path: str | list[str] | dict[str, float],
+    found: Sequence[Located],
+    counts: DataCounts,
 ) -> Iterator[PreferenceRow]:
     """Rows of one source, or of several as `data.path` says."""
     rule = rule_of(data)
@@ -287,17 +311,15 @@ def _open_rows(
         (
             name,
             read_rows(
-                lab_dataset(name, split) if is_lab_source(name) else name,
+                source,
                 counts,
-                split=split,
                 shape=data.shape,
                 rule=rule,
-                streaming=data.streaming,
                 name=name,
                 columns=None if is_lab_source(name) else data.columns,
             ),
         )
-        for name in _names(path)
+        for name, source in zip(_names(path), found, strict=True)
     ]
     if isinstance(path, str):
         return sources[0][1]

@@ -16,8 +16,9 @@ from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.examples import ExampleDataset
 from infopo.data.responses import ScoreRule
-from infopo.data.sources import read_rows
+from infopo.data.sources import located, read_rows
 from infopo.data.streaming import ExampleStream
+from infopo.encoding import encode_once
 from infopo.errors import ConfigError, DataError
 from infopo.losses.catalog import OBJECTIVES, UNPAIRED, Objective, mixture_in_words
 from infopo.output import get_logger
@@ -114,8 +115,16 @@ class Intake:
         if isinstance(dataset, ExampleDataset):
             return self._judged(dataset, source)
         counts = self.counts[name] = DataCounts(on_bad_row=self.args.on_bad_row, source=source)
-        examples = encode_rows(
-            self._opened(dataset)(counts), self.encoder, counts, num_proc=self.args.dataset_num_proc
+        args = self.args
+        examples = encode_once(
+            [located(dataset, str(dataset) if isinstance(dataset, str) else source)],
+            self.encoder,
+            counts,
+            lambda counts: encode_rows(
+                self._opened(dataset)(counts), self.encoder, counts, num_proc=args.dataset_num_proc
+            ),
+            reading={"rule": [args.score_rule, args.score_threshold], "columns": args.column_names()},
+            cache=args.dataset_cache,
         )
         if self.args.process_index == 0:
             level = logging.WARNING if counts.has_findings else logging.INFO

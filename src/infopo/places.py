@@ -21,6 +21,7 @@ SYNONYMS: Mapping[str, str] = {
     "dataset_test_split": "data.eval_split",
     "dataset_streaming": "data.streaming",
     "dataset_num_proc": "data.num_proc",
+    "dataset_cache": "data.cache",
     "max_samples": "data.limit",
     "cutoff_len": "data.max_length",
     "max_completion_length": "data.max_length",

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -14,6 +16,8 @@ from infopo.errors import ConfigError, InfoPOError
 from infopo.records import Role
 
 T = TypeVar("T")
+
+_AS_LONG_AS_IT_TAKES = timedelta(days=30)
 
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
@@ -84,6 +88,55 @@ def from_first(function: Callable[[], T], args: TrainingArguments) -> T:
     if isinstance(outcome[0], InfoPOError):
         raise outcome[0]
     return cast(T, outcome[0])
+
+
+def number() -> int:
+    """Number of processes that have found each other."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def from_first_of_machine(function: Callable[[], T]) -> T:
+    """Returns what `function` gives on the first process of this machine, on all of its processes.
+
+    The others wait for as long as it takes. If any of the first processes raises an `InfoPOError`, all raise it.
+    """
+    if number() == 1:
+        return function()
+    state = PartialState()
+    outcome: Any = None
+    if state.is_local_main_process:
+        try:
+            outcome = function()
+        except InfoPOError as error:
+            outcome = error
+    outcomes = _exchanged(outcome)
+    for each in outcomes:
+        if isinstance(each, InfoPOError):
+            raise each
+    # Launchers number the processes of one machine after each other.
+    return cast(T, outcomes[state.process_index - state.local_process_index])
+
+
+def wait_for_each_other() -> None:
+    """Returns when all processes have called this."""
+    if number() > 1:
+        _exchanged(None)
+
+
+def _exchanged(value: Any) -> list[Any]:
+    """Returns the value of each process, in the order of their ranks.
+
+    The processes meet in a group of their own, which never gives up waiting: the limit of the run's own group is made
+    for steps of training, and ends the run.
+    """
+    group = None
+    if dist.is_gloo_available():
+        group = dist.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
+    return values
 
 
 class StartLine(TrainerCallback):

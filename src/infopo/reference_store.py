@@ -34,6 +34,7 @@ import safetensors.numpy
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from infopo import caches
 from infopo.errors import ReferenceStoreError
 from infopo.output import get_logger
 from infopo.runs import environment, fsync_path, write_json_atomic
@@ -115,22 +116,12 @@ def response_key(
 
 def default_folder() -> Path:
     """Returns `$INFOPO_CACHE/reference`, or else `infopo/reference` in the user's cache."""
-    if cache := os.environ.get("INFOPO_CACHE"):
-        return Path(cache).expanduser() / "reference"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "infopo" / "reference"
+    return caches.default_folder("reference")
 
 
 def folder_of(setting: str | None) -> Path | None:
-    """Returns the folder that a setting names. `auto` is the default one, and `off` and None are no folder.
-
-    Example:
-        >>> folder_of("off"), folder_of("/tmp/store")
-        (None, PosixPath('/tmp/store'))
-    """
-    if setting is None or setting == "off":
-        return None
-    return default_folder() if setting == "auto" else Path(setting).expanduser()
+    """Returns the folder that a setting names. `auto` is the default one, and `off` and None are no folder."""
+    return caches.folder_of(setting, "reference")
 
 
 def check_folder(folder: Path) -> str | None:

@@ -119,6 +119,14 @@ class SourceSettings(Settings):
         "Number of processes that encode rows. If it is null, this one does.",
         argument="dataset_num_proc",
     )
+    cache: Text | None = setting(
+        "auto",
+        "Folder in which encoded rows are kept for later runs, by content. `auto` is `$INFOPO_CACHE/examples`, else "
+        "`~/.cache/infopo/examples`. `off` or null keeps none.",
+        argument="dataset_cache",
+        expects="a folder, auto or off",
+        see="data.md#rows-are-encoded-once",
+    )
     limit: Positive | None = setting(None, "Number of rows to read, from the start. null reads all.")
 
     @property

@@ -158,6 +158,16 @@ class Encoder:
         self._endings = Endings(self.tokens)
         self._writes_a_date = bool(tokenizer.chat_template) and self.template.writes_a_date()
 
+    def settings(self) -> dict[str, Any]:
+        """Returns all but the tokenizer that decides what becomes of a row."""
+        return {
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "on_too_long": self.on_too_long,
+            "chat_template_kwargs": self.template.variables,
+            "as_chat": self.as_chat,
+        }
+
     def encode(self, row: PreferenceRow) -> EncodedRow:
         """Returns the token ids of one row.
 

@@ -7,11 +7,11 @@ import copy
 import hashlib
 import operator
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +109,40 @@ class ExampleDataset(Dataset[PreferenceExample]):
             row_ids,
             np.array(reference, dtype=np.float64) if has_reference else None,
             np.array(context, dtype=np.int64).reshape(-1, 3) if context else None,
+        )
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Returns all that the examples consist of, without reference log-probs, as arrays by name."""
+        names = [row_id.encode("utf-8", "surrogatepass") for row_id in self.row_ids]
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "prompt_tokens": self._prompt_tokens,
+            "prompt_offsets": self._prompt_offsets,
+            "response_tokens": self._response_tokens,
+            "token_offsets": self._token_offsets,
+            "response_offsets": self.response_offsets,
+            "roles": self.roles,
+            "names": np.frombuffer(b"".join(names), dtype=np.uint8),
+            "name_offsets": np.cumsum([0, *map(len, names)], dtype=np.int64),
+        }
+        return arrays if self.context is None else {**arrays, "context": self.context}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> "ExampleDataset":
+        """Returns the examples that `arrays` describes, which are not copied.
+
+        Raises:
+            KeyError: An array is missing.
+        """
+        names, offsets = arrays["names"].tobytes(), arrays["name_offsets"].tolist()
+        return cls(
+            arrays["prompt_tokens"],
+            arrays["prompt_offsets"],
+            arrays["response_tokens"],
+            arrays["token_offsets"],
+            arrays["response_offsets"],
+            arrays["roles"],
+            [names[begin:end].decode("utf-8", "surrogatepass") for begin, end in pairwise(offsets)],
+            context=arrays.get("context"),
         )
 
     def __len__(self) -> int:

@@ -9,9 +9,10 @@ true of hub datasets, too.
 import glob
 import os.path
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from infopo.catalog import DATA_SHAPES, suggestion
 from infopo.data.columns import names
@@ -28,7 +29,7 @@ from infopo.vocabulary import check_columns
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["SUFFIXES", "detect_shape", "read_mixture", "read_rows"]
+__all__ = ["SUFFIXES", "Files", "Located", "detect_shape", "located", "read_mixture", "read_rows"]
 
 _SAVED = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes. One of them tells such a folder from a folder of data files."""
@@ -38,7 +39,7 @@ NamedRow = tuple[str, object]
 
 
 def read_rows(
-    source: "str | Path | list[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset",
+    source: "str | Path | Located",
     counts: DataCounts,
     *,
     split: str = "train",
@@ -54,13 +55,15 @@ def read_rows(
 
     Args:
         source: A file (see `SUFFIXES`), a glob of files, a folder of them or one written by `Dataset.save_to_disk`, a
-            `datasets.Dataset` or `IterableDataset`, a list of rows, or a name on the Hugging Face hub.
+            `datasets.Dataset` or `IterableDataset`, a list of rows, a name on the Hugging Face hub, or any of these as
+            `located` has found it.
         counts: Ledger, which decides what happens to bad rows, and records the shape.
         split: Split of a hub dataset, of a folder whose files are named by split, or of a saved `DatasetDict`.
         shape: A name of `DATA_SHAPES`, or None to detect it.
         rule: Rule by which scored responses are split, or None for the default rule.
         streaming: Whether a hub dataset is read row by row, and not downloaded and prepared first.
-        name: Name of a `datasets` object in the names of its rows, or None for the source of `counts`.
+        name: Name of a source that is neither a text nor a path in the names of its rows, or None for the source of
+            `counts`.
         columns: Columns of the source, by the names that shapes know (see `infopo.vocabulary.check_columns`).
 
     Raises:
@@ -83,7 +86,7 @@ def read_rows(
         raise RecipeError([f"data.columns.{problem}" for problem in problems])
     default = name or counts.source or "dataset"
     door = Door(str(source) if isinstance(source, str | Path) else default, shape, columns, counts)
-    raw_rows = _open_source(source, door, split, streaming)
+    raw_rows = _open_source(located(source, door.name, split, streaming), door)
     counts.source = counts.source or door.name
     return _judged_rows(raw_rows, door, rule)
 
@@ -219,13 +222,40 @@ def _own_shape(row: Mapping[str, Any], row_id: str) -> str | None:
         return None
 
 
-def _open_source(source: Any, door: Door, split: str, streaming: bool) -> Iterator[NamedRow]:
-    """Returns the rows of the source, before they are judged."""
-    name = door.name
-    if isinstance(source, list | tuple):
-        return _named(name, enumerate(source, 1))
+@dataclass(frozen=True)
+class Files:
+    """Data files, which are read one after the other.
+
+    Attributes:
+        files: Path of each file, and its name in the names of rows.
+        are_found: Whether the user named a folder or pattern, in which they were found.
+    """
+
+    files: tuple[tuple[Path, str], ...]
+    are_found: bool
+
+
+Located: TypeAlias = "list[Any] | tuple[Any, ...] | Files | datasets.Dataset | datasets.IterableDataset"
+"""Rows whose place is known: files are there but not open, and a data set of the hub is loaded."""
+
+
+def located(source: Any, name: str, split: str = "train", streaming: bool = False) -> "Located":
+    """Finds the rows of a source, and reads none.
+
+    Args:
+        source: See `read_rows`.
+        name: Name of the source in errors.
+        split: See `read_rows`.
+        streaming: See `read_rows`.
+
+    Raises:
+        DataError: There is no such file, or the data set cannot be loaded.
+        RecipeError: The source is of another kind.
+    """
+    if isinstance(source, list | tuple | Files):
+        return source
     if not isinstance(source, str | Path):
-        return _named(name, _dataset_rows(_check_dataset(source, name), door))
+        return _check_dataset(source, name)
     path = Path(source).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
@@ -233,26 +263,31 @@ def _open_source(source: Any, door: Door, split: str, streaming: bool) -> Iterat
         # The name is too long for a file or has a null character, or the folder may not be read.
         raise unreadable(name, error) from error
     if is_folder and any((path / mark).exists() for mark in _SAVED):
-        return _named(name, _dataset_rows(_load_saved(path, name, split), door))
+        return _load_saved(path, name, split)
     if is_folder:
-        return _rows_of_files(_files_in(path, name, split), door)
+        return Files(tuple((file, str(file)) for file in _files_in(path, name, split)), True)
     if exists:
-        return _named(name, file_rows(path, name, door))
+        return Files(((path, name),), False)
     if glob.has_magic(name):
-        return _rows_of_files(_matches(path, name), door)
+        return Files(tuple((file, str(file)) for file in _matches(path, name)), True)
     if isinstance(source, Path) or name.endswith(SUFFIXES) or name.startswith(("./", "../", "/", "~")):
         raise DataError(f"no such file (looked in {Path.cwd()})", name, "no such file")
-    return _named(name, _dataset_rows(_load_from_hub(name, split, streaming), door))
+    return _load_from_hub(name, split, streaming)
+
+
+def _open_source(found: "Located", door: Door) -> Iterator[NamedRow]:
+    """Returns the rows of the source, before they are judged. Suffixes are checked at once, files are opened lazily."""
+    if isinstance(found, list | tuple):
+        return _named(door.name, enumerate(found, 1))
+    if not isinstance(found, Files):
+        return _named(door.name, _dataset_rows(found, door))
+    if found.are_found:
+        door.counts.files[door.name] = [str(path) for path, _ in found.files]
+    return chain.from_iterable([_named(name, file_rows(path, name, door)) for path, name in found.files])
 
 
 def _named(name: str, rows: Iterable[RawRow]) -> Iterator[NamedRow]:
     return ((f"{name}:{number}", row) for number, row in rows)
-
-
-def _rows_of_files(paths: Sequence[Path], door: Door) -> Iterator[NamedRow]:
-    """Yields the rows of the files, one after the other. Suffixes are checked at once, and files opened lazily."""
-    door.counts.files[door.name] = [str(path) for path in paths]
-    return chain.from_iterable([_named(str(path), file_rows(path, str(path), door)) for path in paths])
 
 
 def _matches(path: Path, name: str) -> list[Path]:

@@ -37,6 +37,9 @@ TODAY = "2024-07-26"
 SECONDS_PER_RENDERING = 10.0
 _time_limit = TimeLimit(SECONDS_PER_RENDERING)
 
+TAKES_TOO_LONG = "template takes too long"
+"""Reason of a row that the template has not rendered in `SECONDS_PER_RENDERING`."""
+
 _DIRECTIVES = "aAbBdHIjmMpSUwWxXyYcfGuVZz"
 
 _PIECE = re.compile(r"<[^<>\s]{1,80}>|\[[^\[\]\s]{1,80}\]|\w+|\s|.", re.DOTALL)
@@ -178,7 +181,7 @@ class ChatTemplate:
                 f"the tokenizer's chat template has not rendered it in {_time_limit.seconds:g} seconds; "
                 "it may loop for ever: use another template"
             )
-            raise DataError(problem, row_id, "template takes too long") from None
+            raise DataError(problem, row_id, TAKES_TOO_LONG) from None
         # Templates are programs: on data they were not written for they fail in any way.
         except Exception as error:
             problem = (

@@ -230,8 +230,10 @@ def _sample_pairs(setting: Setting) -> str:
 @cache
 def _world(setting: Setting) -> World:
     reference, tokenizer = load_policy(LAB_POLICY), load_tokenizer(LAB_POLICY)
-    train, _ = build_examples(DataSettings(path=str(setting.pairs_path("train"))), tokenizer)
-    held_out, _ = build_examples(DataSettings(path=str(setting.pairs_path("held_out"))), tokenizer)
+    train, _ = build_examples(DataSettings(path=str(setting.pairs_path("train")), cache="off"), tokenizer)
+    held_out, _ = build_examples(
+        DataSettings(path=str(setting.pairs_path("held_out")), cache="off"), tokenizer
+    )
     problems = make_problems(EVALUATION_PROBLEMS, setting.seed, "evaluation")
     logps = _logps(held_out, reference)
     return World(tokenizer, reference, setting.pairs_path("train"), train, held_out, logps, problems)
@@ -283,7 +285,7 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     run_dir = setting.run_dir(method, learning_rate)
     recipe = Recipe(
         model=ModelSettings(LAB_POLICY),
-        data=DataSettings(path=str(world.train_path)),
+        data=DataSettings(path=str(world.train_path), cache="off"),
         objective=ObjectiveSettings(objective, parameters),
         # Fifteen runs, one reference: whichever comes to a batch first computes it for all.
         reference=ReferenceSettings(sides="both", store=str(setting.directory / "reference")),
