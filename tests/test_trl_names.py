@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ def test_an_objective_is_found_by_name_and_title_in_any_case(name: str) -> None:
         ({"objective": "KT0"}, "did you mean 'kto'?"),
         ({"objective": "infop"}, "objective: no objective 'infop' (did you mean 'infopo'?)"),
         ({"beta": -1.0}, "beta: expected a value > 0"),
+        ({"max_length": 512, "max_prompt_length": 512}, "max_prompt_length: 512 leaves no room for a response"),
+        ({"max_length": 1}, "max_length: expected a value >= 2, got 1"),
+        ({"score_rule": "threshold"}, "score_threshold: goes with score_rule: threshold"),
+        ({"score_rule": "best-worse"}, "did you mean 'best-worst'?"),
+        ({"on_too_long": "keep"}, "on_too_long: expected one of cut, drop, got 'keep'"),
+        ({"reference": "precomputed"}, "write ./precomputed for a folder of that name"),
+        ({"dataset_num_proc": 0}, "dataset_num_proc: expected a value >= 1, got 0"),
+        ({"pad_token": ""}, "pad_token: is empty; expected text"),
         ({"objective_parameters": {"gamma": 1.0}}, "objective_parameters.gamma: infopo has no such parameter"),
     ],
     ids=repr,
@@ -217,6 +226,18 @@ def test_the_flag_that_trl_documents_is_parsed() -> None:
     parser = HfArgumentParser(InfoPOConfig)
     assert not parser.parse_args(["--no_remove_unused_columns"]).remove_unused_columns
     assert parser.parse_args(["--loss_type", "sigmoid", "sft"]).loss_type == ["sigmoid", "sft"]
+
+
+def test_a_configuration_can_be_changed_extended_and_documented() -> None:
+    @dataclass
+    class Mine(InfoPOConfig):
+        patience: int = 3
+
+    config = Mine("unused", use_cpu=True, patience=4, reference=Path("models") / "sft")  # type: ignore[arg-type]
+    config.max_length = 77  # recipes' settings are frozen, and these are not
+    assert (config.patience, config.max_length, config.reference) == (4, 77, "models/sft")
+    for name in ("max_length", "reference_store", "logps_path", "beta"):
+        assert f"        {name}: " in (InfoPOConfig.__doc__ or "")
 
 
 def test_everything_that_is_not_honoured_is_refused_at_once_and_by_name() -> None:

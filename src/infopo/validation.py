@@ -53,8 +53,8 @@ class Language:
         """
         names = {
             str: "text", int: "an integer", float: "a number", bool: self.switch, NoneType: self.null,
-            list: "a list", list[str]: "a list of texts", dict: self.mapping, dict[str, Any]: self.mapping,
-            dict[str, float]: f"{self.mapping} to numbers",
+            list: "a list", list[str]: "a list of texts", dict: self.mapping,
+            dict[str, Any]: f"{self.mapping} of named values", dict[str, float]: f"{self.mapping} to numbers",
             dict[str, str | None]: f"{self.mapping} of a shape's columns to those of the data",
         }  # fmt: skip
         return " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
@@ -158,8 +158,12 @@ def _sentence(cls: type[Settings], name: str, value: Any, types: set[str], langu
     kinds, constraints = parts_of(get_type_hints(cls, include_extras=True)[name])
     if "string_too_short" in types:
         return "is empty; expected text"
-    if "literal_error" in types and isinstance(value, str):
-        return not_a_choice(value, choices_of(constraints))
+    if "literal_error" in types:
+        choices = choices_of(constraints)
+        if isinstance(value, str):
+            return not_a_choice(value, choices)
+        null = f" or {language.null}" if NoneType in kinds else ""
+        return f"expected one of {', '.join(choices)}{null}, got {got}"
     if types & {"greater_than_equal", "less_than"}:
         return f"expected a value {_domain(constraints)}, got {got}"
     return f"expected {language.kinds(kinds)}, got {got}"

@@ -1,7 +1,8 @@
 """Reads YAML text and `key=value` overrides into one tree of settings that knows where each key came from.
 
 It knows nothing of recipes. YAML is read by the 1.2 core schema, in which `no` and `on` are text (as in
-`eval_strategy: no`) and `1e-6` is a number. PyYAML's own 1.1 rules would read a boolean and a text.
+`eval_strategy: no`) and `1e-6` is a number. PyYAML's own 1.1 rules would read a boolean and a text. ruamel.yaml has
+rules of its own for dates, `=`, `1_000` and `0b11` in version 1.2 too, and loses line separators in text it writes.
 """
 
 import re
