@@ -71,7 +71,7 @@ class Meaning(str):
 
     Attributes:
         argument: Its name in `InfoPOConfig`, if that is no name of a field there already.
-        expects: A description of good values for messages. If it is empty, their types are described.
+        expects: A description of good texts, for messages about an empty one.
         see: Page of the documentation.
     """
 
@@ -153,11 +153,10 @@ def _sentence(cls: type[Settings], name: str, value: Any, types: set[str], langu
     if "missing" in types:
         return "is required"
     got = language.write(value)
-    if expects := cls.__dataclass_fields__[name].metadata["help"].expects:
-        return f"expected {expects}, got {got}"
     kinds, constraints = parts_of(get_type_hints(cls, include_extras=True)[name])
     if "string_too_short" in types:
-        return "is empty; expected text"
+        expects = cls.__dataclass_fields__[name].metadata["help"].expects
+        return f"expected {expects}, got {got}" if expects else "is empty; expected text"
     if "literal_error" in types:
         choices = choices_of(constraints)
         if isinstance(value, str):
