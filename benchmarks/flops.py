@@ -111,13 +111,10 @@ def padded_work(pairs: Sequence[PreferenceExample], responses_only: bool, unpadd
     )
 
 
-def our_head_matmuls(config: Any, work: Work) -> float:
-    """Returns the number of products of our head, which keeps the logits that fit a fixed budget.
-
-    The number is right on a CPU, whose tiles are smaller than the budget. On an accelerator a full tile is larger than
-    the budget, so that the head keeps none and has 4 products.
-    """
-    return HEAD_MATMULS - min(1.0, KEPT_LOGITS / (work.scored * config.vocab_size))
+def our_head_matmuls(config: Any, work: Work, cuda: bool = False) -> float:
+    """Returns the number of products of our head, which keeps the logits that fit a fixed budget."""
+    kept = KEPT_LOGITS.get("cuda" if cuda else "cpu", 0)
+    return HEAD_MATMULS - min(1.0, kept / (work.scored * config.vocab_size))
 
 
 def variant_flops(
@@ -135,7 +132,7 @@ def variant_flops(
             compact = cuda or variant in COMPACT
             works = [padded_work(batch, responses_only=compact, unpadded=cuda) for batch in batches]
         for work in works:
-            head = our_head_matmuls(config, work) if variant.startswith("infopo") else HEAD_MATMULS
+            head = our_head_matmuls(config, work, cuda) if variant.startswith("infopo") else HEAD_MATMULS
             total += step_flops(config, work, head, with_reference=variant == "trl", checkpointing=cuda)
             tokens += work.tokens
     return total, tokens

@@ -20,7 +20,7 @@ SHAPES = ((1_123, 4_096), (4_346, 4_096), (2_201, 32_000))
 """Numbers of scored tokens and of the vocabulary's tokens."""
 TILES = (2**18, 2**20, 2**22)
 COLUMNS = (1_024, 4_096, 32_000)
-KEPT = lm_head.KEPT_LOGITS
+KEPT = lm_head.KEPT_LOGITS["cpu"]
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -29,7 +29,8 @@ def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def tiled(tile: int, columns: int, kept: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        lm_head.TILE_LOGITS["cpu"], lm_head.TILE_COLUMNS["cpu"], lm_head.KEPT_LOGITS = tile, columns, kept
+        lm_head.TILE_LOGITS["cpu"], lm_head.TILE_COLUMNS["cpu"] = tile, columns
+        lm_head.KEPT_LOGITS["cpu"] = kept
         return lm_head.token_logps(hidden, weight, None, targets)
 
     return run

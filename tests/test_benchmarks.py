@@ -207,14 +207,11 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 
 
 def test_variants_that_compute_another_loss_stop_the_run() -> None:
-    def answers(loss: float) -> list[dict[str, list[float]]]:
-        return [{"losses": [loss]}]
-
-    ours = {"infopo": answers(0.7), "infopo_objective": answers(300.0)}
-    assert speed.loss_difference({**ours, "trl": answers(0.7001)}, "cpu") == pytest.approx(1e-4)
+    ours = {"infopo": 0.7, "infopo_objective": 300.0}
+    assert speed.loss_difference({**ours, "trl": 0.7001}, "cpu") == pytest.approx(1e-4)
     for wrong in (0.71, float("nan")):
         with pytest.raises(RuntimeError, match="do not compute the same loss"):
-            speed.loss_difference({**ours, "trl": answers(wrong)}, "cpu")
+            speed.loss_difference({**ours, "trl": wrong}, "cpu")
 
 
 def test_the_table_shows_what_was_measured_and_what_was_not() -> None:

@@ -55,6 +55,8 @@ def packed_batch() -> PackedBatch:
         counts=torch.tensor([1, 2, 1, 4, 3]),
         reference=torch.tensor([-1.0, -2.0, float("nan")]),
         row_ids=("a.jsonl:1", "a.jsonl:2"),
+        roles=[CHOSEN, REJECTED, CHOSEN],
+        owners=[0, 0, 1],
     )
 
 

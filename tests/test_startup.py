@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DogeConfig, MixtralConfig, OPTConfig, Phi3Config, PhimoeConfig
+from transformers import DogeConfig, MixtralConfig, OPTConfig, Phi3Config, PhimoeConfig, TrainerCallback
 
 from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.data.examples import ExampleDataset
@@ -302,11 +302,29 @@ def test_the_longest_row_is_found_wherever_it_is() -> None:
     assert response in [list(ids) for ids in example.response_ids]
 
 
-def test_the_path_of_a_model_does_not_change_by_its_tests(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, tiny_llama())
-    before = path_of(trainer.model)
-    trainer.train()
-    assert path_of(trainer.model) == before == "forest"
+class Paths(TrainerCallback):
+    """Notes on which path each step of training and of evaluation ran."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.seen.append(path_of(model))
+
+    on_prediction_step = on_step_end
+
+
+def test_models_have_their_own_attention_after_training_and_after_evaluation(tmp_path: Path) -> None:
+    data, paths, model, reference = random_dataset(8), Paths(), tiny_llama(), tiny_llama()
+    trainer = InfoPOTrainer(
+        model, reference, InfoPOConfig(str(tmp_path), reference="live", **PLAIN_SGD | {"max_steps": 2}),
+        train_dataset=data, processing_class=build_tokenizer(), callbacks=[paths],
+    )  # fmt: skip
+    for run in (trainer.train, lambda: trainer.evaluate(random_dataset(4)), trainer.train):
+        run()
+        assert {m.config._attn_implementation for m in (model, reference)} == {"sdpa"}
+        assert set(paths.seen) == {"forest"}
+        paths.seen.clear()
 
 
 def test_an_adapter_that_is_0_at_first_is_tested_as_it_will_be(tmp_path: Path) -> None:
@@ -356,5 +374,5 @@ def test_a_compiled_policy_trains_as_one_that_is_not(tmp_path: Path, backend: st
 
     _, expected = trained(logps_path="naive")
     path, values = trained(torch_compile=True, torch_compile_backend=backend)
-    assert path == "one padded row a response (torch_compile is on)"
+    assert path == "each prompt once, without padding (the parts of its layers compiled)"
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)

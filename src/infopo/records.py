@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -131,6 +131,20 @@ def cut_response(
 EMPTY_EXAMPLE = PreferenceExample(prompt_ids=(), chosen_ids=(), rejected_ids=(), row_id="")
 
 
+@runtime_checkable
+class Plan(Protocol):
+    """Index tensors that a path of log-probs makes from a batch's layout, on the host and ahead of the model."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, int64, which move with the batch."""
+        ...
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Plan":
+        """Returns the same plan with these tensors, in the order of `tensors`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
 class PackedBatch:
     """Token segments as a forest, in which a response is the path from a root to its leaf.
@@ -156,6 +170,9 @@ class PackedBatch:
             rejected responses together (order: `PER`).
         reference: log π_ref of each response (nats), NaN if it was not computed.
         row_ids: Name of each example's row.
+        roles: The entries of `role`, on the host.
+        owners: The entries of `example`, on the host.
+        plan: What the path of log-probs has prepared (see `PreferenceCollator`), or None.
     """
 
     input_ids: Int[Tensor, " tokens"]
@@ -173,6 +190,9 @@ class PackedBatch:
     counts: Int[Tensor, " denominators"]
     reference: Float[Tensor, " responses"]
     row_ids: tuple[str, ...]
+    roles: list[int]
+    owners: list[int]
+    plan: Plan | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -190,18 +210,37 @@ class PackedBatch:
             segment = self.segment_parent[segment]
         return path[::-1]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
-        """Returns the same batch with its tensors on `device`. The lists that describe the layout stay on the CPU."""
-        moved = {n: getattr(self, n) for n in self.__slots__ if isinstance(getattr(self, n), Tensor)}
-        moved["reference"] = moved["reference"].to(sum_dtype(device))
-        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in moved.items()})
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
+        """Returns the same batch with its tensors on `device`. The lists that describe the layout stay on the CPU.
+
+        A GPU gets them in one copy, for which the host does not wait, whatever `non_blocking` is.
+        """
+        names = [name for name in self.__slots__ if isinstance(getattr(self, name), Tensor)]
+        plan = self.plan.tensors if self.plan is not None else ()
+        moved = to_device([*(getattr(self, name) for name in names), *plan], device)
+        fields: dict[str, Any] = dict(zip(names, moved, strict=False))
+        if self.plan is not None:
+            fields["plan"] = self.plan.with_tensors(moved[len(names) :])
+        return replace(self, **fields)
 
     def pin_memory(self) -> "PackedBatch":
-        """Returns the same batch in page-locked memory. `DataLoader(pin_memory=True)` calls this."""
-        pinned = {
-            n: getattr(self, n).pin_memory() for n in self.__slots__ if isinstance(getattr(self, n), Tensor)
-        }
-        return replace(self, **pinned)
+        """Returns the batch itself, because `to` copies it to page-locked memory on its way to a GPU."""
+        return self
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Moves int64 and float64 tensors to a device, to a GPU in one copy for which the host does not wait.
+
+    A device without float64 gets float32 (see `sum_dtype`).
+    """
+    if torch.device(device).type != "cuda" or not tensors or tensors[0].is_cuda:
+        return [t.to(device, sum_dtype(device) if t.is_floating_point() else None) for t in tensors]
+    # Both types have eight bytes an element, so that one buffer holds them.
+    sizes = [t.numel() for t in tensors]
+    flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
+    torch.cat([t.reshape(-1).view(torch.int64) for t in tensors], out=flat)
+    parts = flat.to(device, non_blocking=True).split(sizes)
+    return [part.view(t.dtype).reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value

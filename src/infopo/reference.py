@@ -28,7 +28,7 @@ from infopo.logps.forward import path_of, response_lengths, response_logps, toke
 from infopo.losses.catalog import OBJECTIVES
 from infopo.noise import evaluating
 from infopo.output import get_logger
-from infopo.records import PackedBatch, PreferenceExample, Role, Spans, sum_dtype
+from infopo.records import PackedBatch, PreferenceExample, Role, Spans, sum_dtype, to_device
 from infopo.reference_store import ReferenceIdentity, ReferenceStore, Tokens, response_key, summed
 
 logger = get_logger(__name__)
@@ -94,12 +94,13 @@ class LiveReference:
 
     def __call__(self, batch: PackedBatch) -> Float[Tensor, " responses"]:
         roles = {_ROLE_OF[side] for side in self.sides}
-        wanted = [i for i, role in enumerate(batch.role.tolist()) if role in roles]
+        wanted = [i for i, role in enumerate(batch.roles) if role in roles]
         # The model may be the policy, whose dropout must not change the reference.
         with torch.no_grad(), evaluating(self.model), self.context():
             values = response_logps(self.model, select(batch, wanted))
+        [places] = to_device([torch.tensor(wanted, dtype=torch.int64)], values.device)
         result = torch.full_like(batch.reference, float("nan"), dtype=values.dtype)
-        result[wanted] = values
+        result[places] = values
         return result
 
 

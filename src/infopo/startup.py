@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 from infopo import models, ranks
@@ -27,7 +28,8 @@ from infopo.errors import (
     ReferenceMismatchError,
     UnsupportedArgumentError,
 )
-from infopo.logps import lm_head, rope
+from infopo.logps import forest, lm_head, rope
+from infopo.logps.compiling import compile_layers
 from infopo.logps.forward import (
     DISAGREEMENT,
     path_of,
@@ -63,7 +65,16 @@ def choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConf
     """Prepares the models for the fastest path that `logps_path` and the models allow, and returns its description."""
     both = [model for model in (policy, ref_model) if model is not None]
     path, reason = prepare(both, args.logps_path, is_compiled=args.torch_compile)
+    if path == "forest" and args.torch_compile:
+        compile_layers(policy, args.torch_compile_backend or "inductor", args.torch_compile_mode)
+        reason = "the parts of its layers compiled"
     return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
+
+
+def leave_compiling_to_layers(accelerator: Accelerator, policy: nn.Module) -> None:
+    """Keeps accelerate from compiling the whole policy where `choose_path` has compiled the parts of its layers."""
+    if path_of(policy) == "forest":
+        accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
 
 def collator(policy: nn.Module, args: InfoPOConfig, router_coef: float = 0.0) -> PreferenceCollator:
@@ -74,7 +85,9 @@ def collator(policy: nn.Module, args: InfoPOConfig, router_coef: float = 0.0) ->
     limit = args.max_tokens_per_forward
     if limit is None and args.device.type == "cpu" and not router_coef:
         limit = CPU_TOKENS_PER_FORWARD
-    return PreferenceCollator(limit, shared=path_of(policy) == "forest")
+    if path_of(policy) != "forest":
+        return PreferenceCollator(limit)
+    return PreferenceCollator(limit, shared=True, plan=forest.Plan.of)
 
 
 def check_fit(model: nn.Module, *data: Any) -> None:

@@ -6,6 +6,7 @@ reference (`reference`), and loss terms (`losses`). Each term is divided by its 
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,8 +44,9 @@ from infopo.errors import (
     NonFiniteLossError,
     UnsupportedArgumentError,
 )
+from infopo.finite import FiniteWatch
 from infopo.intake import Intake, RawDataset
-from infopo.logps import router
+from infopo.logps import attention, router
 from infopo.logps.forward import response_logps, with_layout
 from infopo.losses.catalog import mixture_in_words
 from infopo.losses.coupling import StepCoupling
@@ -59,7 +61,7 @@ from infopo.metrics import (
 from infopo.model_card import Card, render, tags_of
 from infopo.output import get_logger, shown
 from infopo.policy_setup import name_of, set_up_policy
-from infopo.records import PER, LossTerms, PackedBatch, ResponseLogps, Role
+from infopo.records import PER, LossTerms, PackedBatch, ResponseLogps, Role, to_device
 from infopo.reference import (
     StoredReference,
     is_exact,
@@ -158,6 +160,7 @@ class InfoPOTrainer(SavingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        startup.leave_compiling_to_layers(self.accelerator, policy.model)
         self.add_callback(ranks.StartLine(logger.info))
         startup.refuse_processes(self.args, policy.model, train_examples, self.accelerator)
         if ranks.is_sharded(self.accelerator):
@@ -184,6 +187,11 @@ class InfoPOTrainer(SavingTrainer):
         self._setup, self.train_dataset, self.eval_dataset = self._references.build(
             ref_model, train_examples, eval_examples
         )
+        self._sharing = [
+            weakref.ref(each)
+            for each in (policy.model, ref_model, self.ref_model)
+            if each is not None and attention.is_enabled(each)
+        ]
         self._log_description()
 
     def _start_records(self) -> None:
@@ -196,8 +204,10 @@ class InfoPOTrainer(SavingTrainer):
         self._coupling = StepCoupling(statistics, self.args.device, self._gather)
         self._aux_loss: Tensor | None = None
         self._aux_share = 1.0
+        self._finite = FiniteWatch()
         self._is_checked = False
         self._has_trained = False
+        self._is_running = False
 
     def description(self) -> list[str]:
         """Returns what was set up, in lines: objective, reference, store, path of log-probs, dropout, absent metrics.
@@ -274,6 +284,19 @@ class InfoPOTrainer(SavingTrainer):
         """The model that runs beside the policy as its reference, or None."""
         return self._setup.model
 
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Lets the models share prefixes within the block, after which they have the attention they came with."""
+        if self._is_running:  # an evaluation during training
+            yield
+            return
+        self._is_running = True
+        try:
+            with attention.lent([model for each in self._sharing if (model := each()) is not None]):
+                yield
+        finally:
+            self._is_running = False
+
     def _take_path(self, description: str) -> None:
         """Collates batches for the path on which the policy's log-probs are now computed, which counts tokens."""
         self.logps_in_words = description
@@ -347,12 +370,9 @@ class InfoPOTrainer(SavingTrainer):
             self.control.should_training_stop = True
             num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = (
-            torch.stack([b.counts for batch in batches for b in batch]).sum(0)
-            if batches
-            else torch.zeros(len(PER))
-        )
-        counts = counts.to(device)
+        each = [b.counts for batch in batches for b in batch]
+        counts = torch.stack(each).sum(0) if each else torch.zeros(len(PER), dtype=torch.int64)
+        [counts] = to_device([counts], device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         self._unseen_step = batches
@@ -375,8 +395,9 @@ class InfoPOTrainer(SavingTrainer):
             self._has_trained = True
             if self._coupling.keeps_averages:
                 self._coupling.reset(checkpoints.read_averages(Path(resume_from_checkpoint)))
-        self._metric_sums["train"], self._step_record = MetricSums(), []
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._metric_sums["train"], self._step_record, self._finite = MetricSums(), [], FiniteWatch()
+        with self._running():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | None = None
@@ -401,7 +422,7 @@ class InfoPOTrainer(SavingTrainer):
                 self._aux_share = _row_tokens(batch) / max(1, sum(map(_row_tokens, inputs)))
                 loss = loss + super().training_step(model, batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._check_finite(loss)
+            self._check_finite()
         return loss
 
     def _look_ahead(self, model: nn.Module) -> None:
@@ -453,6 +474,7 @@ class InfoPOTrainer(SavingTrainer):
         if self._aux_loss is not None:  # a mean over device batches and ranks, as in TRL
             steps = getattr(self, "current_gradient_accumulation_steps", 1)
             loss = loss + self._router_coef * self._aux_share / steps * self._aux_loss
+        self._finite.note([loss, *(term.values.sum() for term in detached)])
         return loss
 
     def _logps(self, model: nn.Module, batch: PackedBatch, mode: str = "train") -> ResponseLogps:
@@ -474,15 +496,10 @@ class InfoPOTrainer(SavingTrainer):
             for term in function(replace(logps, statistic=value))
         ]
 
-    def _check_finite(self, loss: Tensor) -> None:
-        """Refuses an optimizer step whose loss is not finite, before it is taken.
-
-        Reading the loss synchronises with the GPU.
-        """
+    def _check_finite(self) -> None:
+        """Refuses an optimizer step whose loss is not finite, before it is taken."""
         record, self._step_record = self._step_record, []
-        # The loss of the last piece alone would hide a NaN of an earlier one.
-        values = [term.values.sum() for _, _, terms in record for term in terms]
-        if torch.stack([loss.detach(), *values]).isfinite().all().item():
+        if self._finite.answer():
             return
         rows = [row for batch, logps, terms in record for row in non_finite_rows(batch, logps, terms)]
         raise NonFiniteLossError(
@@ -534,14 +551,19 @@ class InfoPOTrainer(SavingTrainer):
         Raises:
             RecipeError: The reference was computed before training, and its model cannot be had any more.
         """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._intake.evaluation(eval_dataset)
-            startup.check_fit(self.model, eval_dataset)
-            if isinstance(self._setup.evaluation, StoredReference) and self.eval_reference_sides:
-                eval_dataset = self._references.with_late_values(
-                    self._setup, eval_dataset, self.model, self.train_dataset, has_trained=self._has_trained
-                )
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self._running():
+            if eval_dataset is not None and not isinstance(eval_dataset, str):
+                eval_dataset = self._intake.evaluation(eval_dataset)
+                startup.check_fit(self.model, eval_dataset)
+                if isinstance(self._setup.evaluation, StoredReference) and self.eval_reference_sides:
+                    eval_dataset = self._references.with_late_values(
+                        self._setup,
+                        eval_dataset,
+                        self.model,
+                        self.train_dataset,
+                        has_trained=self._has_trained,
+                    )
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused.
@@ -679,7 +701,7 @@ def _length(dataset: ExampleDataset | ExampleStream) -> int | None:
 
 def _only(batch: PackedBatch, roles: set[Role]) -> PackedBatch:
     """The batch with its responses of these roles. Waits for the device."""
-    return select(batch, [i for i, role in enumerate(batch.role.tolist()) if role in roles])
+    return select(batch, [i for i, role in enumerate(batch.roles) if role in roles])
 
 
 def _row_tokens(batch: PackedBatch) -> int:

@@ -1,6 +1,7 @@
 """Shared prefixes: log-probs and gradients of the naive path, on every family; a model that cannot share says why."""
 
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
@@ -41,7 +44,7 @@ from infopo.lab.tokenizer import build_tokenizer
 from infopo.logps import attention, kernels
 from infopo.logps.forward import path_of, prepare, response_logps, self_test
 from infopo.logps.layout import ForestLayout
-from infopo.logps.registration import forest_attention
+from infopo.logps.registration import forest_attention, replacement_name
 from infopo.models import disable_dropout
 from infopo.records import PackedBatch, PreferenceExample
 from infopo.trainer import InfoPOTrainer
@@ -197,6 +200,37 @@ def test_one_call_for_all_runs_gives_the_same(
     assert_agree(model, pack([PreferenceExample([5, 6, 7], [[3]], [[4, 5, 6]], "most keys, fewest queries")]))
 
 
+def named(name: str) -> kernels.Kernel:
+    (kernel,) = (k for k in kernels.KERNELS if k.name == name)
+    return kernel
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Any = None, deterministic: bool = False, return_attn_probs: bool = False, block_table: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    """The signature of FlashAttention 2, and what it is documented to do with the arguments that are used."""
+    assert causal
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert softcap == 0.0
+    return varlen_attn(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=softmax_scale,
+        window_size=(window_size[0], 0), enable_gqa=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2, sliding window"])
+def test_one_call_of_flash_attention_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None], family: str
+) -> None:
+    monkeypatch.setattr(kernels, "flash_varlen", flash_attn_varlen_func)
+    model = prepared(family)
+    only_kernel("flash")
+    assert_agree(model, pack(EXAMPLES))
+
+
 ON_A_GPU = kernels.Call(torch.device("cuda", 0), (9, 0), torch.bfloat16, 4, 2, 64, 64)
 
 
@@ -227,14 +261,22 @@ def test_a_call_gets_the_first_kernel_that_takes_it(
     monkeypatch.setattr(kernels, "varlen_attn", varlen_attn)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(kernels, "failure", lambda kernel, call: None)  # what a trial says needs the machine
-    assert refused in (kernels.KERNELS[0].obstacle(call) or "")
+    assert refused in (named("varlen").obstacle(call) or "")
     assert kernels.choose(call).name == taken
+    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels, "flash_varlen", flash_attn_varlen_func)
+    takes_caps = call == replace(ON_A_GPU, has_softcap=True)
+    assert kernels.choose(call).name == ("flash" if taken == "varlen" or takes_caps else taken)
+    without_caps = lambda q, k, v, softmax_scale, causal, window_size: q  # noqa: E731 - an old version
+    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels, "flash_varlen", without_caps)
+    assert kernels.choose(call).name == ("flash" if taken == "varlen" else taken)
 
 
 def test_a_torch_without_the_kernels_windows_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in (None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: query):
         monkeypatch.setattr(kernels, "varlen_attn", kernel)
-        assert "this torch has none" in (kernels.KERNELS[0].obstacle(ON_A_GPU) or "")
+        assert "this torch has none" in (named("varlen").obstacle(ON_A_GPU) or "")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2, sliding window", "olmo2"])
@@ -339,7 +381,7 @@ def test_a_kernel_that_cannot_be_made_is_said_once_and_done_without(
     monkeypatch.setattr(kernels, "_chosen", {})
     calls = compiled_on_a_cpu(monkeypatch)
     assert chosen() == "flex"
-    assert len(calls) == 1
+    assert len(calls) == 2  # a long row and a short one
 
 
 def test_a_kernel_that_is_wrong_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -587,3 +629,115 @@ def test_a_saved_model_does_not_name_an_attention_that_only_this_package_knows(t
     assert attention.enable(model) is None
     model.save_pretrained(tmp_path)
     assert "infopo" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft cap", "gpt-oss, sinks"])
+@pytest.mark.parametrize("length", [64, 400])
+def test_the_self_test_takes_rounding_of_long_responses_for_what_it_is(family: str, length: int) -> None:
+    """In half precision a response's log-prob moves with the order of sums, and padding does not show by how much."""
+    model = prepared(family).to(torch.bfloat16)
+    prompt, response = [5 + i % 50 for i in range(200)], [7 + i % 40 for i in range(length)]
+    batch = pack([PreferenceExample(prompt, [response], [response[1:], response[:9]], "long")])
+    alone = [select(batch, [r]) for r in range(batch.num_responses)]
+    self_test(model, batch, alone, exact=False)
+
+
+FORESTS = {
+    "pairs": pack(random_examples(5, chosen=(1, 1), rejected=(1, 2))),
+    "lists and a tree": pack(EXAMPLES),
+    "long": pack([
+        PreferenceExample([5] * n, [[7] * 90 + [8] * a, [7] * 90 + [9]], [[9] * b, [9] * b + [4], [3]], "long")
+        for n, a, b in ((300, 1, 200), (128, 128, 128), (1, 500, 3), (257, 40, 129))
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORESTS)
+def test_each_run_is_given_the_keys_that_it_sees_and_each_token_all_its_gradients(name: str) -> None:
+    batch = FORESTS[name]
+    layout = ForestLayout(batch.segment_start, batch.segment_parent)
+    index = layout.key_index()
+    begins = [0, *itertools.accumulate(layout.sizes)]
+    expected = []
+    for run, context in enumerate(layout.context):
+        for other, tokens in context:
+            expected += range(begins[other], begins[other] + tokens)
+        expected += range(begins[run], begins[run + 1])
+    assert index.source.tolist() == expected
+    assert index.ends_of_keys.tolist() == [
+        0, *itertools.accumulate(layout.keys_of(run) for run in range(len(layout.sizes)))
+    ]  # fmt: skip
+    tokens = torch.randn(len(batch.input_ids), 2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(expected), 2, 3, dtype=torch.float64)
+    (kernels._SeenByRuns.apply(tokens, index) * weight).sum().backward()
+    torch.testing.assert_close(
+        tokens.grad, torch.zeros_like(tokens).index_add(0, index.source, weight).detach()
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 700])
+@pytest.mark.parametrize("name", FORESTS)
+def test_blocks_listed_from_the_runs_are_those_of_the_predicate(name: str, window: int | None) -> None:
+    """Peer: torch's own listing, which asks for every pair of tokens."""
+    batch = FORESTS[name]
+    layout = ForestLayout(batch.segment_start, batch.segment_parent)
+    partial, full = layout.blocks(window)
+    ours = layout.block_mask(window, torch.device("cpu"))
+    size = len(batch.input_ids)
+    seen = kernels.flex.create_mask(ours.mask_mod, None, None, size, size, "cpu")[0, 0]
+    assert seen.diagonal().all()
+    count = len(partial)
+    padded = F.pad(seen, (0, count * 128 - size, 0, count * 128 - size))
+    blocks = padded.reshape(count, 128, count, 128).permute(0, 2, 1, 3).flatten(2)
+    some, all_ = blocks.any(2).numpy(), blocks.all(2).numpy()
+    assert ((partial | full) == some).all()
+    assert not (full & ~all_).any()
+    assert not (partial & full).any()
+    if name == "long" and window is None:
+        assert (
+            full == all_
+        ).mean() > 0.95  # a block that is seen as a whole is cheaper, so nearly all should be listed
+    dense = ours.to_dense()[0, 0].bool().numpy()
+    assert (dense == some).all()
+
+
+@pytest.mark.parametrize(
+    "original", ["flash_attention_2", "flash_attention_3", "kernels-community/vllm-flash-attn3"]
+)
+def test_a_model_loaded_with_flash_attention_shares_prompts_and_has_it_back(
+    monkeypatch: pytest.MonkeyPatch, original: str
+) -> None:
+    """No flash attention runs on a CPU: what is tested is the name that shared prefixes go by, and what goes past."""
+    model, batch = tiny_llama(), pack(EXAMPLES)
+    expected = response_logps(model, batch, "naive")
+    seen = []
+
+    def flash(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module.config._attn_implementation)  # what transformers chooses its kernel by
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, original, flash)
+    monkeypatch.setitem(
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, original, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    )
+    monkeypatch.setattr(
+        type(model), "_check_and_adjust_attn_implementation", lambda self, name, **kwargs: name
+    )
+    model.set_attn_implementation(original)
+    assert attention.enable(model) is None
+    assert path_of(model) == "forest"
+    assert attention.implementation_of(model) == original
+    torch.testing.assert_close(response_logps(model, batch), expected, rtol=0, atol=1e-4)
+    assert seen == []
+    torch.testing.assert_close(response_logps(model, batch, "padded"), expected, rtol=0, atol=1e-4)
+    assert set(seen) == {original}
+    assert attention.is_enabled(model)
+    attention.disable(model)
+    assert model.config._attn_implementation == original
+
+
+def test_an_attention_of_unknown_kind_is_not_replaced() -> None:
+    """It may compute something else."""
+    assert replacement_name("my_attention") is None
+    assert replacement_name("flex_attention") is None
+    assert replacement_name("paged|sdpa") is None

@@ -1,17 +1,24 @@
 """What runs on a GPU only: its kernels against the naive path, in the precision that models are trained in."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from infopo.arguments import InfoPOConfig
-from infopo.data.packing import pack, select
+from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.logps import attention, lm_head
+from infopo.logps import attention, forest, kernels, lm_head
+from infopo.logps.compiling import compile_layers
 from infopo.logps.forward import response_logps, self_test
 from infopo.models import disable_dropout
+from infopo.records import PackedBatch, PreferenceExample
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, random_examples, tiny_llama, tiny_of
 
@@ -35,27 +42,137 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "compiled, sinks": lambda: tiny_of(GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)),
 }  # fmt: skip
 EXAMPLES = random_examples(6, chosen=(1, 0, 2), rejected=(1, 2))
+LONG = [
+    PreferenceExample(
+        [5 + i % 50 for i in range(300)],
+        [[7 + i % 40 for i in range(n)]],
+        [[9 + i % 40 for i in range(200)]],
+        "long",
+    )
+    for n in (1, 150, 400)
+]
+"""Rows of several blocks of 128 keys."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
-def test_both_paths_agree_as_far_as_the_precision_goes(name: str, dtype: torch.dtype) -> None:
-    model = MODELS[name]().to("cuda", dtype)
+@pytest.fixture(autouse=True)
+def chosen() -> dict[kernels.Call, kernels.Kernel]:
+    """The kernels that a test has chosen."""
+    kernels._chosen.clear()
+    return kernels._chosen
+
+
+def names(chosen: dict[kernels.Call, kernels.Kernel]) -> set[str]:
+    return {kernel.name for kernel in chosen.values()}
+
+
+def gradients(model: torch.nn.Module, batch: PackedBatch, path: str | None = None) -> list[torch.Tensor]:
+    model.zero_grad()
+    response_logps(model, batch, path).sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def assert_same_direction(ours: list[torch.Tensor], expected: list[torch.Tensor], *, exact: bool) -> None:
+    """bfloat16 rounds each entry by up to 1 %, and float32 on a GPU sums in another order."""
+    flat = [torch.cat([g.flatten().float() for g in each]) for each in (ours, expected)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > (1 - 1e-6 if exact else 0.99)
+
+
+def assert_agree(model: torch.nn.Module, examples: list[PreferenceExample], *, exact: bool) -> None:
     disable_dropout(model)
     assert attention.enable(model) is None
-    batch = pack(EXAMPLES).to("cuda")
+    batch = pack(examples).to("cuda")
     alone = [select(batch, [r]) for r in range(batch.num_responses)]
-    self_test(model, batch, alone, exact=dtype == torch.float32, path="forest")
-    gradients = []
-    for path in ("forest", "naive"):
-        model.zero_grad()
-        response_logps(model, batch, path).sum().backward()
-        gradients.append(
-            torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
-        )
-    # A direction, since bfloat16 rounds each entry by up to 1 %; float32 on a GPU sums in another order.
-    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
-    assert cosine > (1 - 1e-6 if dtype == torch.float32 else 0.99)
+    self_test(model, batch, alone, exact=exact, path="forest")
+    assert_same_direction(gradients(model, batch, "forest"), gradients(model, batch, "naive"), exact=exact)
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_both_paths_agree_as_far_as_the_precision_goes(
+    chosen: dict[kernels.Call, kernels.Kernel],
+    name: str,
+    dtype: torch.dtype,
+    examples: list[PreferenceExample],
+) -> None:
+    exact = dtype == torch.float32
+    assert_agree(MODELS[name]().to("cuda", dtype), examples, exact=exact)
+    assert names(chosen) == {"flex" if "compiled" in name else "sdpa" if exact else "varlen"}
+
+
+@pytest.mark.parametrize(("width", "kernel"), [(256, "varlen"), (100, "sdpa"), (512, "sdpa")])
+def test_heads_that_a_kernel_does_not_take_go_to_the_next(
+    chosen: dict[kernels.Call, kernels.Kernel], width: int, kernel: str
+) -> None:
+    assert_agree(
+        tiny_of(LlamaConfig(**SHAPE | {"head_dim": width})).to("cuda", torch.bfloat16), LONG, exact=False
+    )
+    assert names(chosen) == {kernel}
+
+
+def test_float32_weights_under_autocast_take_the_kernel_for_halves(
+    chosen: dict[kernels.Call, kernels.Kernel],
+) -> None:
+    model = MODELS["one call"]().cuda()
+    assert attention.enable(model) is None
+    with torch.autocast("cuda", torch.bfloat16):
+        gradients(model, pack(LONG).to("cuda"))
+    assert names(chosen) == {"varlen"}
+
+
+def test_an_adapter_gets_the_gradients_of_the_naive_path() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(MODELS["one call"]().to("cuda", torch.bfloat16), lora)
+    assert_agree(model, EXAMPLES, exact=False)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", [n for n in MODELS if "sinks" not in n])  # its experts wait, in transformers
+def test_the_host_never_waits_within_a_micro_batch(name: str, autocast: bool) -> None:
+    model = MODELS[name]().to("cuda", torch.float32 if autocast else torch.bfloat16)
+    assert attention.enable(model) is None
+    collate = PreferenceCollator(shared=True, plan=forest.Plan.of)
+
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
+            [batch] = collate(EXAMPLES)
+            batch = batch.to("cuda")
+            values = response_logps(model, batch)
+            with torch.no_grad():
+                response_logps(model, select(batch, [0, 2]))
+        values.sum().backward()
+
+    run()  # the kernel is tried, and compiled, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_row_of_16k_tokens_fits_a_compiled_kernel() -> None:
+    """A mask of each pair of tokens would take 256 MiB, and to make it ten times as much."""
+    model = MODELS["compiled, soft caps"]().to("cuda", torch.bfloat16)
+    assert attention.enable(model) is None
+    ids = [5 + i % 50 for i in range(16_000)]
+    batch = pack([PreferenceExample(ids, [[7, 8]], [[9]], "long")]).to("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    gradients(model, batch)
+    assert torch.cuda.max_memory_allocated() < 2**30
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_compiled_layers_give_the_same(checkpointing: bool) -> None:
+    model = MODELS["one call"]().to("cuda", torch.bfloat16)
+    assert attention.enable(model) is None
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    expected = gradients(model, pack(EXAMPLES).to("cuda"))
+    compile_layers(model, "inductor")
+    assert_same_direction(gradients(model, pack(EXAMPLES).to("cuda")), expected, exact=False)
+    gradients(model, pack(LONG).to("cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,15 +191,32 @@ def test_the_head_has_float32_logits(dtype: torch.dtype) -> None:
     assert hidden.grad is not None
 
 
-def test_a_step_repeats_bit_for_bit() -> None:
-    model, batch = tiny_llama(dtype=torch.bfloat16).cuda(), pack(EXAMPLES).to("cuda")
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_gradient_of_the_heads_weight_does_not_depend_on_tiles(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, device="cuda").bfloat16().requires_grad_() for n in (500, 970))
+    targets = torch.randint(970, (500,), device="cuda")
+    monkeypatch.setattr(lm_head, "LEAST_COLUMNS", 128)
+    monkeypatch.setattr(lm_head, "DEFAULT_TILE_LOGITS", 128 * 500 // rows)
+    got = torch.autograd.grad(lm_head.token_logps(hidden, weight, None, targets).sum(), (hidden, weight))
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logps = (exact[0] @ exact[1].T).log_softmax(1).gather(1, targets[:, None])
+    for ours, expected in zip(got, torch.autograd.grad(logps.sum(), exact), strict=True):
+        assert (ours.double() - expected).norm() / expected.norm() < 4e-3
+
+
+def test_a_step_repeats_bit_for_bit_where_torch_is_asked_to() -> None:
+    """The kernels add up over blocks of keys in any order unless torch is asked for one."""
+    model, batch = tiny_llama(dtype=torch.bfloat16).cuda(), pack(LONG).to("cuda")
     assert attention.enable(model) is None
-    runs = []
-    for _ in range(2):
-        model.zero_grad()
-        response_logps(model, batch).sum().backward()
-        runs.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = [gradients(model, batch) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
 def test_the_trainer_runs_in_bfloat16(tmp_path: object) -> None:
@@ -92,3 +226,24 @@ def test_the_trainer_runs_in_bfloat16(tmp_path: object) -> None:
         model=tiny_llama(), args=args, train_dataset=random_dataset(12), processing_class=build_tokenizer()
     )
     assert trainer.train().training_loss > 0
+
+
+def test_one_rank_of_several_trains_as_one_process(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from infopo.arguments import InfoPOConfig\n"
+        "from infopo.lab.tokenizer import build_tokenizer\n"
+        "from infopo.trainer import InfoPOTrainer\n"
+        "from worlds import PLAIN_SGD, random_dataset, tiny_llama\n"
+        "settings = PLAIN_SGD | {'use_cpu': False, 'bf16': True, 'max_steps': 2}\n"
+        "trainer = InfoPOTrainer(model=tiny_llama(), args=InfoPOConfig(output_dir=sys.argv[1], **settings),\n"
+        "    train_dataset=random_dataset(8), processing_class=build_tokenizer())\n"
+        "assert trainer.train().training_loss > 0\n"
+        "assert trainer.accelerator.distributed_type.value == 'MULTI_GPU', trainer.accelerator.distributed_type\n",
+        encoding="utf-8",
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    tests = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    subprocess.run([*launcher, str(script), str(tmp_path)], check=True, timeout=180, env=environment)

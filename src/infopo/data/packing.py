@@ -5,12 +5,13 @@ responses branch where their tokens first differ, or where one is scored and the
 are in segments of their own, one after the other.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, groupby
 
 import torch
 
-from infopo.records import PackedBatch, PreferenceExample, Role, Spans, response_indices
+from infopo.records import PackedBatch, Plan, PreferenceExample, Role, Spans, response_indices, to_device
 
 
 def pack(examples: Sequence[PreferenceExample]) -> PackedBatch:
@@ -165,27 +166,34 @@ def split_by_tokens(
 def select(batch: PackedBatch, responses: Sequence[int]) -> PackedBatch:
     """Returns the same batch with these responses only, without segments that are in no remaining path.
 
-    Examples keep their indices and names. This synchronises with the GPU.
+    Examples keep their indices and names. The host does not wait for the device.
     """
     kept = sorted({segment for response in responses for segment in batch.path(response)})
     number = {segment: new for new, segment in enumerate(kept)}
-    token_index = [t for s in kept for t in range(batch.segment_start[s], batch.segment_start[s + 1])]
-    start = [0]
-    for s in kept:
-        start.append(start[-1] + batch.segment_start[s + 1] - batch.segment_start[s])
-    role, example, reference = batch.role.tolist(), batch.example.tolist(), batch.reference.tolist()
-    return _build(
-        batch.input_ids[token_index].tolist(),
-        batch.position_ids[token_index].tolist(),
-        start,
+    spans = [(batch.segment_start[s], batch.segment_start[s + 1]) for s in kept]
+    tokens = [place for span in spans for place in range(*span)]
+    device = batch.input_ids.device
+    places, chosen = to_device(
+        [torch.tensor(tokens, dtype=torch.int64), torch.tensor(list(responses), dtype=torch.int64)], device
+    )
+    part = _build(
+        tokens,
+        tokens,
+        [0, *accumulate(end - begin for begin, end in spans)],
         [number.get(batch.segment_parent[s], -1) for s in kept],
         [batch.segment_scored[s] for s in kept],
         [number[batch.leaf[r]] for r in responses],
-        [role[r] for r in responses],
-        [example[r] for r in responses],
-        [reference[r] for r in responses],
+        [batch.roles[r] for r in responses],
+        [batch.owners[r] for r in responses],
+        [float("nan")] * len(responses),
         batch.row_ids,
-    ).to(batch.input_ids.device)
+    ).to(device)
+    return replace(
+        part,
+        input_ids=batch.input_ids[places],
+        position_ids=batch.position_ids[places],
+        reference=batch.reference[chosen],
+    )
 
 
 class PreferenceCollator:
@@ -195,14 +203,22 @@ class PreferenceCollator:
         max_tokens: Largest number of tokens that go through the model at once. A larger device batch is run in several
             pieces, with the same loss and gradient. None for one piece.
         shared: Whether responses share their prompt in the model (see `split_by_tokens`).
+        plan: Makes the `plan` of a batch, so that the host makes it ahead of the step.
     """
 
-    def __init__(self, max_tokens: int | None = None, shared: bool = False) -> None:
+    def __init__(
+        self,
+        max_tokens: int | None = None,
+        shared: bool = False,
+        plan: Callable[[PackedBatch], Plan] | None = None,
+    ) -> None:
         self.max_tokens = max_tokens
         self.shared = shared
+        self.plan = plan
 
     def __call__(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
-        return [pack(run) for run in split_by_tokens(examples, self.max_tokens, self.shared)]
+        pieces = [pack(run) for run in split_by_tokens(examples, self.max_tokens, self.shared)]
+        return pieces if self.plan is None else [replace(b, plan=self.plan(b)) for b in pieces]
 
 
 def _build(
@@ -245,4 +261,6 @@ def _build(
         ),
         reference=torch.tensor(list(reference), dtype=torch.float64),
         row_ids=tuple(row_ids),
+        roles=[int(r) for r in role],
+        owners=example,
     )

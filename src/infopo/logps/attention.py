@@ -1,9 +1,12 @@
 """Switches shared-prefix attention on and off in a model."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 from torch import nn
 
 from infopo.logps.eligibility import obstacle
-from infopo.logps.registration import NAMES
+from infopo.logps.registration import NAMES, replacement_name
 from infopo.logps.wrappers import base_of
 
 
@@ -30,11 +33,28 @@ def enable(model: nn.Module) -> str | None:
     reason = obstacle(model)
     if reason is None:
         base = base_of(model)
-        name = NAMES[base.config._attn_implementation]
+        name = replacement_name(base.config._attn_implementation)
         base.set_attn_implementation(name)
         if base.config._attn_implementation != name:
             return "its attention cannot be exchanged"
     return reason
+
+
+@contextlib.contextmanager
+def lent(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Has models that `enable` could switch run forest attention within the block, and their own attention after it.
+
+    Args:
+        models: Models that can share prefixes.
+    """
+    for model in models:
+        if not is_enabled(model):
+            base_of(model).set_attn_implementation(replacement_name(implementation_of(model)))
+    try:
+        yield
+    finally:
+        for model in models:
+            disable(model)
 
 
 def disable(model: nn.Module) -> None:

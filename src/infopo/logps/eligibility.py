@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from infopo.errors import LogpsError
 from infopo.logps.layout import ForestLayout
-from infopo.logps.registration import NAMES, WAY_OUT, layout_given
+from infopo.logps.registration import WAY_OUT, layout_given, replacement_name
 from infopo.logps.wrappers import acts_from_a_token_on, base_of, has_virtual_tokens
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -33,8 +33,10 @@ def obstacle(model: nn.Module) -> str | None:
     if not isinstance(base, PreTrainedModel):
         return "it is not a model of transformers"
     implementation = base.config._attn_implementation
-    if implementation not in NAMES:
-        return f"its attention is {implementation!r}; prefixes are shared with {' and '.join(NAMES)}"
+    if replacement_name(implementation) is None:
+        return (
+            f"its attention is {implementation!r}; prefixes are shared with sdpa, eager and flash attention"
+        )
     if not base._supports_attention_backend or base.config.is_encoder_decoder:
         return "its attention cannot be exchanged"
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
@@ -63,13 +65,13 @@ def _refusal(base: PreTrainedModel) -> str | None:
     inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "forest": layout}
     try:
         config = copy.deepcopy(base.config)
+        config._attn_implementation = replacement_name(base.config._attn_implementation)
         text = config.get_text_config()
         text.num_hidden_layers = 1
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:1]
         with torch.device("meta"):
             layer = type(base)(config)
-        layer.set_attn_implementation(NAMES[base.config._attn_implementation])
         with layout_given(), torch.no_grad():
             layer(**inputs, use_cache=False, logits_to_keep=1)
     except LogpsError as error:

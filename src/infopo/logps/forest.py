@@ -4,16 +4,58 @@ Only positions before scored tokens go through the head. The model must be one t
 forest attention.
 """
 
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from infopo.logps import lm_head, naive, router
-from infopo.logps.layout import ForestLayout
+from infopo.logps.layout import ForestLayout, KeyIndex
 from infopo.logps.registration import layout_given
-from infopo.records import PackedBatch
+from infopo.records import PackedBatch, to_device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the path knows of a batch before the model runs. `PreferenceCollator` makes it on the host.
+
+    Attributes:
+        layout: Which tokens attend to which.
+        tensors: Position that predicts each scored token; its own position; for each token of each response, response
+            after response, its place among the scored ones (empty if that is the same); and then those of the layout's
+            `KeyIndex`.
+
+    Example:
+        >>> from infopo.data.packing import pack
+        >>> from infopo.records import PreferenceExample
+        >>> plan = Plan.of(pack([PreferenceExample([5, 6], [[7, 8]], [[9]], "pairs.jsonl:1")]))
+        >>> plan.tensors[0].tolist(), plan.tensors[1].tolist()
+        ([1, 2, 1], [2, 3, 4])
+    """
+
+    layout: ForestLayout
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> "Plan":
+        """Makes the plan of a batch, with its tensors on the host."""
+        layout = ForestLayout(batch.segment_start, batch.segment_parent)
+        before, target, first_target = _scored(batch)
+        start, order = batch.segment_start, list[int]()
+        # Where each scored segment is one whole response, they are in order already.
+        if list(first_target) != batch.leaf:
+            for response in range(batch.num_responses):
+                for s in batch.path(response):
+                    if batch.segment_scored[s]:
+                        order += range(first_target[s], first_target[s] + start[s + 1] - start[s])
+        scored = tuple(torch.tensor(each, dtype=torch.int64) for each in (before, target, order))
+        return cls(layout, (*scored, *layout.key_index().tensors))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Plan":
+        self.layout.place(KeyIndex.of_tensors(tensors[3:]))
+        return Plan(self.layout, tuple(tensors))
 
 
 def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " response_tokens"]:
@@ -28,17 +70,19 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
     """
     if batch.num_responses == 0:
         return naive.token_logps(model, batch)
-    before, target, first_target = _scored(batch)
     device = batch.input_ids.device
-    positions = torch.tensor(before, device=device)
-    targets = batch.input_ids[torch.tensor(target, device=device)]
+    plan = batch.plan if isinstance(batch.plan, Plan) else Plan.of(batch)
+    if plan.tensors[0].device != device:
+        plan = plan.with_tensors(to_device(plan.tensors, device))
+    positions, places, order = plan.tensors[:3]
+    targets = batch.input_ids[places]
     mask = _mask(batch)
     inputs = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
         "attention_mask": mask,
         "use_cache": False,
-        "forest": ForestLayout(batch.segment_start, batch.segment_parent),
+        "forest": plan.layout,
     }
     with layout_given():
         if lm_head.plain_head(model) is not None:
@@ -48,17 +92,7 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
             output = model(**inputs, **router.keywords(model), logits_to_keep=positions)
             router.note(output, mask)
             scored = naive.logps_from(output.logits[0], targets)
-    if list(first_target) == batch.leaf:
-        # Each scored segment is one whole response, and they are in order already.
-        return scored
-    start = batch.segment_start
-    order = chain.from_iterable(
-        range(first_target[s], first_target[s] + start[s + 1] - start[s])
-        for response in range(batch.num_responses)
-        for s in batch.path(response)
-        if batch.segment_scored[s]
-    )
-    return scored[torch.tensor(list(order), device=device)]
+    return scored[order] if len(order) else scored
 
 
 def _mask(batch: PackedBatch) -> Tensor:

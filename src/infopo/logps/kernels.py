@@ -8,6 +8,7 @@ torch or a head that is too wide then makes training slower, but neither stops i
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from infopo.logps.layout import ForestLayout
+from infopo.logps.layout import ForestLayout, KeyIndex
 from infopo.output import get_logger
 
 logger = get_logger(__name__)
+
+flash_varlen: Any = None
+"""`flash_attn_varlen_func` of FlashAttention 3 where it is installed, else of FlashAttention 2, else None."""
+for _package in ("flash_attn_interface", "flash_attn"):
+    if flash_varlen is None and importlib.util.find_spec(_package) is not None:
+        # A build for another torch or GPU raises what it likes.
+        with contextlib.suppress(Exception):
+            flash_varlen = importlib.import_module(_package).flash_attn_varlen_func
 
 varlen_attn: Any = None
 with contextlib.suppress(ImportError):
@@ -131,7 +140,7 @@ def attend(query: Query, key: Key, value: Value, layout: ForestLayout, options: 
         The attended values, (1, tokens, heads, value_width), as transformers' attention functions return them.
 
     Example:
-        >>> from infopo.logps.layout import ForestLayout
+        >>> from infopo.logps.layout import ForestLayout, KeyIndex
         >>> row = torch.zeros(1, 2, 7, 8)  # 2 heads, 7 tokens, width 8
         >>> attend(row, row, row, ForestLayout([0, 3, 5, 7], [-1, 0, 0]), Options()).shape
         torch.Size([1, 7, 2, 8])
@@ -199,25 +208,76 @@ def failure(kernel: Kernel, call: Call) -> str | None:
     return str(error)
 
 
+_TRIED = (
+    ForestLayout([0, 130, 140, 150], [-1, 0, 0]),
+    ForestLayout([0, 5, 7, 8, 11, 14], [-1, 0, 0, 2, -1]),
+)
+"""Rows that a kernel is tried on: some kernels are other ones for rows of less than a block."""
+
+
 def _try(kernel: Kernel, call: Call) -> None:
-    """Runs a prompt with two responses forward and backward, and raises if the kernel fails or is wrong."""
-    layout = ForestLayout([0, 130, 140, 150], [-1, 0, 0])
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((call.heads, call.width), (call.kv_heads, call.width), (call.kv_heads, call.value_width))
-    values = [torch.randn(1, heads, 150, width, generator=generator) for heads, width in shapes]
-    sinks = torch.zeros(call.heads, device=call.device, requires_grad=True) if call.has_sinks else None
-    options = Options(None, 64 if call.has_window else None, 1.0 if call.has_softcap else None, sinks)
-    results = []
+    """Runs responses to a prompt forward and backward, in a long and in a short row, and raises if the kernel fails or
+    is wrong.
+    """
     with torch.cuda.device(call.device) if call.device.type == "cuda" else contextlib.nullcontext():
-        for run, dtype in ((kernel.run, call.dtype), (_written_out, torch.float32)):
-            q, k, v = (t.to(call.device, call.dtype).to(dtype).requires_grad_() for t in values)
-            output = run(q, k, v, layout, options)
-            output.sum().backward()
-            results.append([output.detach(), *(t.grad for t in (q, k, v) if t.grad is not None)])
+        for layout in _TRIED:
+            _compare(kernel, call, layout)
+
+
+def _compare(kernel: Kernel, call: Call, layout: ForestLayout) -> None:
+    generator, size = torch.Generator().manual_seed(0), sum(layout.sizes)
+    shapes = ((call.heads, call.width), (call.kv_heads, call.width), (call.kv_heads, call.value_width))
+    values = [torch.randn(1, heads, size, width, generator=generator) for heads, width in shapes]
+    sinks = torch.zeros(call.heads, device=call.device, requires_grad=True) if call.has_sinks else None
+    options = Options(None, size // 2 if call.has_window else None, 1.0 if call.has_softcap else None, sinks)
+    results = []
+    for run, dtype in ((kernel.run, call.dtype), (_written_out, torch.float32)):
+        q, k, v = (t.to(call.device, call.dtype).to(dtype).requires_grad_() for t in values)
+        output = run(q, k, v, layout, options)
+        output.sum().backward()
+        results.append([output.detach(), *(t.grad for t in (q, k, v) if t.grad is not None)])
     for ours, expected in zip(*results, strict=True):
         error = float((ours.float() - expected).abs().max() / expected.abs().max())
         if not error < _TOLERANCE.get(call.dtype, 1e-2):
             raise ArithmeticError(f"its results are off by {error:.2g} of the largest value")
+
+
+# ---- the package flash-attn ------------------------------------------------------------------------------------
+
+
+def _flash_obstacle(call: Call) -> str | None:
+    if flash_varlen is None:
+        return "flash-attn is not installed"
+    if call.has_sinks:
+        return "it has no sinks"
+    needed = {"softmax_scale", "causal", "window_size", *(["softcap"] if call.has_softcap else [])}
+    if missing := needed - _arguments(flash_varlen):
+        return f"this version has no {', '.join(sorted(missing))}"
+    return _fused_obstacle(call)
+
+
+def _by_flash(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
+    """Computes all runs in one call, as `_by_varlen`."""
+    index = layout.key_index(query.device)
+    wanted = {
+        "softmax_scale": options.scaling,
+        "causal": True,
+        "window_size": (-1 if options.window is None else options.window - 1, 0),
+        "softcap": options.softcap or 0.0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    output = flash_varlen(
+        query[0].transpose(0, 1),
+        _SeenByRuns.apply(key[0].transpose(0, 1), index),
+        _SeenByRuns.apply(value[0].transpose(0, 1), index),
+        index.ends_of_queries.to(torch.int32),
+        index.ends_of_keys.to(torch.int32),
+        max(layout.sizes),
+        max(layout.keys_of(run) for run in range(len(layout.sizes))),
+        **{name: value for name, value in wanted.items() if name in _arguments(flash_varlen)},
+    )
+    # Some versions return the sums of the softmax, too.
+    return (output[0] if isinstance(output, tuple) else output)[None]
 
 
 # ---- torch's varlen_attn ---------------------------------------------------------------------------------------
@@ -228,6 +288,11 @@ def _varlen_obstacle(call: Call) -> str | None:
         return "it has no soft caps and no sinks"
     if varlen_attn is None or not {"scale", "window_size"} <= _arguments(varlen_attn):
         return "this torch has none, or one without windows"
+    return _fused_obstacle(call)
+
+
+def _fused_obstacle(call: Call) -> str | None:
+    """Returns what kernels of the flash-attn family do not take."""
     if call.capability is None or call.capability < (8, 0):
         return "it needs a GPU of the Ampere generation or later"
     if call.dtype not in (torch.float16, torch.bfloat16):
@@ -246,30 +311,49 @@ def _arguments(function: Any) -> frozenset[str]:
 
 def _by_varlen(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
     """Computes all runs in one call, in which the queries of a run are aligned with the last of its keys."""
-    runs = range(len(layout.sizes))
-    # The parts are concatenated, because the gradient of a gather (indexing) adds up in no fixed order on a GPU.
-    k, v = (
-        torch.cat([part for run in runs for part in _seen(parts, layout, run)], dim=2)[0].transpose(0, 1)
-        for parts in (_by_run(key, layout), _by_run(value, layout))
-    )
-    ends_of_queries, ends_of_keys = layout.ends(query.device)
+    index = layout.key_index(query.device)
     # torch 2.11 takes grouped heads as they are and has no such argument. Later versions refuse them without it.
     is_grouped = (
         {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _arguments(varlen_attn) else {}
     )
     output = varlen_attn(
         query[0].transpose(0, 1),
-        k,
-        v,
-        ends_of_queries,
-        ends_of_keys,
+        _SeenByRuns.apply(key[0].transpose(0, 1), index),
+        _SeenByRuns.apply(value[0].transpose(0, 1), index),
+        index.ends_of_queries.to(torch.int32),
+        index.ends_of_keys.to(torch.int32),
         max(layout.sizes),
-        max(layout.keys_of(run) for run in runs),
+        max(layout.keys_of(run) for run in range(len(layout.sizes))),
         scale=options.scaling,
         window_size=(-1 if options.window is None else options.window - 1, 0),
         **is_grouped,
     )
     return output[None]
+
+
+class _SeenByRuns(torch.autograd.Function):
+    """Copies keys (or values), (tokens, heads, width), to the place of each run that sees them.
+
+    The gradient of a gather would add up copies in no fixed order on a GPU. Here each token's copies are added one
+    after the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: KeyIndex) -> Tensor:
+        ctx.index = index
+        return tokens.index_select(0, index.source)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        index: KeyIndex = ctx.index
+        total = grad.index_select(0, index.own)
+        if len(index.copies) > 1:
+            total = total.to(torch.promote_types(total.dtype, torch.float32))
+        for tokens, places in index.copies:
+            more = total.index_select(0, tokens).add_(grad.index_select(0, places))
+            total.index_copy_(0, tokens, more)
+        return total.to(grad.dtype), None
 
 
 # ---- flex_attention: soft caps and sinks -----------------------------------------------------------------------
@@ -316,6 +400,8 @@ def _by_flex(query: Query, key: Key, value: Value, layout: ForestLayout, options
         scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         return_lse=True,
+        # For short rows the compiler would look for a kernel for decoding, of which torch 2.11 finds none.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     if options.sinks is not None:
         remaining = torch.sigmoid(log_total - options.sinks.to(log_total.dtype)[None, :, None])
@@ -397,10 +483,11 @@ def _seen(parts: Sequence[Tensor], layout: ForestLayout, run: int) -> list[Tenso
     return [*(parts[other][:, :, :tokens] for other, tokens in layout.context[run]), parts[run]]
 
 
-# The fastest come first. Varlen and flex compute the whole row in one call, and their obstacles exclude each other:
-# flex is for soft caps and sinks, which varlen lacks. SDPA needs a call, and often a dense mask, per run, but works on
-# every device. The last one forms the scores as they are defined, and therefore takes every call.
+# The fastest come first. Flash, varlen and flex compute the whole row in one call; flex is for soft caps and sinks,
+# which the others lack. SDPA needs a call, and often a dense mask, per run, but works on every device. The last one
+# forms the scores as they are defined, and therefore takes every call.
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("flash", _flash_obstacle, _by_flash, is_tried=True),
     Kernel("varlen", _varlen_obstacle, _by_varlen, is_tried=True),
     Kernel("flex", _flex_obstacle, _by_flex, is_tried=True),
     Kernel("sdpa", _sdpa_obstacle, _by_sdpa),

@@ -19,14 +19,16 @@ from infopo.logps.wrappers import base_of
 
 TILE_LOGITS = {"cpu": 2**20}
 """Logits that are computed at a time, by device type. A CPU is fastest if they stay in its cache."""
-DEFAULT_TILE_LOGITS = 2**26
-"""Logits at a time on devices that `TILE_LOGITS` does not list."""
+DEFAULT_TILE_LOGITS = 2**27
+"""Logits at a time on devices that `TILE_LOGITS` does not list, 512 MiB in float32."""
 TILE_COLUMNS = {"cpu": 1024}
-"""Tokens of the vocabulary in a tile, by device type. Other devices take the whole vocabulary."""
+"""Tokens of the vocabulary in a tile, by device type. Other devices take as many as fit beside all rows."""
+LEAST_COLUMNS = 4096
+"""Least number of columns on devices that `TILE_COLUMNS` does not list. Products of fewer are slow."""
 
-KEPT_LOGITS = 2**24
-"""Largest number of logits (64 MiB in float32) that are kept for the backward pass, which computes the others again.
-A tile is kept whole or not at all."""
+KEPT_LOGITS = {"cpu": 2**24}
+"""Largest number of logits that are kept for the backward pass, which computes the others again, by device type. A tile
+is kept whole or not at all. Other devices keep none, for the reason that benchmarks/LOG.md gives."""
 
 
 _OUT_OF_GRAPHS = "_infopo_out_of_graphs"
@@ -107,15 +109,16 @@ class _TokenLogps(torch.autograd.Function):
         target_logit = hidden.new_zeros(len(hidden), dtype=exact)
         lse = hidden.new_full((len(hidden),), -torch.inf, dtype=exact)
         kept: dict[tuple[int, int], Tensor] = {}
-        room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
-        for rows, columns in _tiles(hidden, weight):
-            logits = logit_map.apply_(_logits(hidden[rows], weight[columns], bias, columns))
-            is_inside, column = _targets_in(targets[rows], columns)
-            target_logit[rows] += logits.gather(1, column)[:, 0].where(is_inside, 0.0)
-            lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=1))
-            if logits.numel() <= room:
-                room -= logits.numel()
-                kept[rows.start, columns.start] = logits
+        room = KEPT_LOGITS.get(hidden.device.type, 0) if any(ctx.needs_input_grad) else 0
+        for columns, tiles in _tiles(hidden, weight):
+            for rows in tiles:
+                logits = logit_map.apply_(_logits(hidden[rows], weight[columns], bias, columns))
+                is_inside, column = _targets_in(targets[rows], columns)
+                target_logit[rows] += logits.gather(1, column)[:, 0].where(is_inside, 0.0)
+                lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=1))
+                if logits.numel() <= room:
+                    room -= logits.numel()
+                    kept[rows.start, columns.start] = logits
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.logit_map, ctx.kept = logit_map, kept
         return target_logit - lse
@@ -126,45 +129,63 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         logit_map: LogitMap = ctx.logit_map
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        # d_hidden is a sum over column tiles, and adds up in float32 at least. d_weight is a sum over row tiles, and
-        # adds up in the weight's own type, because it is as large as the weight.
+        # Both gradients are sums over tiles. They add up in float32 at least, and are rounded once.
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if to_hidden else None
         d_weight = torch.zeros_like(weight) if to_weight else None
         d_bias = torch.zeros_like(bias) if to_bias else None
-        for rows, columns in _tiles(hidden, weight):
-            # A kept tile is removed, because it is changed in place below. A second backward pass computes it again.
-            u = ctx.kept.pop((rows.start, columns.start), None)
-            if u is None:
-                u = logit_map.apply_(_logits(hidden[rows], weight[columns], bias, columns))
-            slope = None if logit_map.softcap is None else 1 - (u / logit_map.softcap).square_()
-            is_inside, column = _targets_in(targets[rows], columns)
-            g = grad[rows, None]
-            # ∂L/∂u = g (onehot(y) − softmax(u))
-            d_logits = u.sub_(lse[rows, None]).exp_().mul_(-g)
-            # There is one target per row, so nothing adds up in an order that could change.
-            d_logits.scatter_add_(1, column, g.where(is_inside[:, None], 0.0))
-            if slope is not None:
-                d_logits.mul_(slope)
-            if logit_map.scale != 1.0:
-                d_logits.mul_(logit_map.scale)
-            if d_bias is not None:
-                d_bias[columns] += d_logits.sum(0).to(d_bias.dtype)
-            d_logits = d_logits.to(hidden.dtype)
-            if d_hidden is not None:
-                _add_product(d_hidden[rows], d_logits, weight[columns])
-            if d_weight is not None:
-                _add_product(d_weight[columns], d_logits.T, hidden[rows])
+        for columns, tiles in _tiles(hidden, weight):
+            d_columns = None if d_weight is None else d_weight[columns]
+            if d_columns is not None and d_columns.dtype != lse.dtype and len(tiles) > 1:
+                d_columns = torch.zeros_like(d_columns, dtype=lse.dtype)
+            for rows in tiles:
+                # A kept tile is removed, because it is changed in place. A second backward pass computes it again.
+                u = ctx.kept.pop((rows.start, columns.start), None)
+                if u is None:
+                    u = logit_map.apply_(_logits(hidden[rows], weight[columns], bias, columns))
+                d_logits = _logit_gradient(u, grad[rows], lse[rows], targets[rows], columns, logit_map)
+                if d_bias is not None:
+                    d_bias[columns] += d_logits.sum(0).to(d_bias.dtype)
+                d_logits = d_logits.to(hidden.dtype)
+                if d_hidden is not None:
+                    _add_product(d_hidden[rows], d_logits, weight[columns])
+                if d_columns is not None:
+                    _add_product(d_columns, d_logits.T, hidden[rows])
+            if d_weight is not None and d_columns is not None and d_columns.dtype != d_weight.dtype:
+                d_weight[columns] = d_columns
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
 
 
-def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields the rows (scored tokens) and columns (vocabulary) of each tile of logits."""
-    vocabulary = len(weight)
-    width = min(TILE_COLUMNS.get(hidden.device.type, vocabulary), vocabulary)
-    height = max(1, TILE_LOGITS.get(hidden.device.type, DEFAULT_TILE_LOGITS) // width)
+def _logit_gradient(
+    u: Tensor, grad: Tensor, lse: Tensor, targets: Tensor, columns: slice, logit_map: LogitMap
+) -> Tensor:
+    """Returns ∂L/∂z of a tile, in the memory of u: ∂L/∂u = g (onehot(y) − softmax(u)), times ∂u/∂z."""
+    slope = None if logit_map.softcap is None else 1 - (u / logit_map.softcap).square_()
+    is_inside, column = _targets_in(targets, columns)
+    g = grad[:, None]
+    d_logits = u.sub_(lse[:, None]).exp_().mul_(-g)
+    # There is one target per row, so nothing adds up in an order that could change.
+    d_logits.scatter_add_(1, column, g.where(is_inside[:, None], 0.0))
+    if slope is not None:
+        d_logits.mul_(slope)
+    if logit_map.scale != 1.0:
+        d_logits.mul_(logit_map.scale)
+    return d_logits
+
+
+def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Yields blocks of columns (vocabulary), each with the rows (scored tokens) of its tiles of logits.
+
+    A block has all rows in one tile where they fit, so that its part of the weight's gradient is one product.
+    """
+    vocabulary, device = len(weight), hidden.device.type
+    room = TILE_LOGITS.get(device, DEFAULT_TILE_LOGITS)
+    # A multiple of 128 is what products on a GPU are fastest with.
+    fitting = max(LEAST_COLUMNS, room // max(1, len(hidden)) // 128 * 128)
+    width = min(TILE_COLUMNS.get(device, fitting), vocabulary)
+    height = max(1, room // width)
+    rows = [slice(row, min(row + height, len(hidden))) for row in range(0, len(hidden), height)]
     for column in range(0, vocabulary, width):
-        for row in range(0, len(hidden), height):
-            yield slice(row, min(row + height, len(hidden))), slice(column, min(column + width, vocabulary))
+        yield slice(column, min(column + width, vocabulary)), rows
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
@@ -191,8 +212,10 @@ def _targets_in(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif left.is_cuda:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
     else:
-        total.add_(left @ right)
+        total.add_(left.to(total.dtype) @ right.to(total.dtype))
 
 
 # ---- inside a model ----------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ argument of the model, which checkpointing, adapters and wrappers pass through.
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -20,9 +22,11 @@ from infopo.errors import LogpsError
 from infopo.logps.kernels import Key, Options, Output, Query, Value, attend
 from infopo.logps.layout import ForestLayout
 
-# The names must not contain "sdpa", "eager" or "flash": transformers tests for these substrings.
-NAMES = {"sdpa": "infopo_forest", "eager": "infopo_forest_plain"}
+NAMES: dict[str, str] = {}
 """Attention implementation that a model was loaded with -> name of the implementation that replaces it."""
+
+_FLASH = re.compile(r"flash_attention_\d|kernels-community/.*flash.*")
+"""Names of implementations that compute what sdpa computes, with kernels of the flash-attn family."""
 
 _WITHOUT_EFFECT = {
     "position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "output_hidden_states",
@@ -119,17 +123,49 @@ def _replacement_of(original: str) -> Any:
             )
         # Transformers' table has no entry for eager attention, which each modeling file defines for itself.
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(original, plain)(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        run = ALL_ATTENTION_FUNCTIONS.get_interface(original, plain)
+        with _named(module, original):
+            return run(module, query, key, value, attention_mask, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         return None if _has_layout.get() else ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
 
-    return attention, mask
+    # A layout is a Python object, for each of which compiled code would be made again.
+    return torch.compiler.disable(attention), mask
 
 
-for _original, _name in NAMES.items():
-    _attention, _mask = _replacement_of(_original)
-    AttentionInterface.register(_name, _attention)
-    AttentionMaskInterface.register(_name, _mask)
+@contextlib.contextmanager
+def _named(module: nn.Module, original: str) -> Iterator[None]:
+    """Lets an attention layer read in its config the implementation that runs, which flash attention is chosen by."""
+    config: Any = module.config
+    ours = config._attn_implementation
+    config._attn_implementation_internal = original
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = ours
+
+
+def replacement_name(original: str | None) -> str | None:
+    """Returns the name under which shared-prefix attention replaces an implementation, and registers it at first.
+
+    Returns:
+        None if it is not known what the implementation computes.
+
+    Example:
+        >>> replacement_name("sdpa"), replacement_name("my_attention")
+        ('infopo_forest', None)
+    """
+    if original is None or not (original in ("sdpa", "eager") or _FLASH.fullmatch(original)):
+        return None
+    if original not in NAMES:
+        # The name must not contain "sdpa", "eager" or "flash": transformers tests for these substrings.
+        NAMES[original] = name = "infopo_forest" + (f"_{len(NAMES)}" if NAMES else "")
+        attention, mask = _replacement_of(original)
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
+    return NAMES[original]
+
+
+for _original in ("sdpa", "eager"):
+    replacement_name(_original)

@@ -1,0 +1,38 @@
+"""Compiles the parts of a model's layers, around an attention that stays as it is.
+
+A compiled whole model would be compiled again for the layout of each batch. The parts of a layer (norms, projections
+with their rotary embedding, the feed-forward network) know nothing of the layout, and their elementwise work is what a
+compiler has to win.
+"""
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from infopo.logps.wrappers import base_of
+
+
+def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> int:
+    """Makes each part of each layer compile itself when it first runs, for rows of any length.
+
+    The parts keep their names and their weights, so that saving and loading change nothing. They are compiled one by
+    one, because torch leaves to Python what runs within activation checkpointing of a layer.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+        backend: Backend of `torch.compile`.
+        mode: Mode of `torch.compile`, or None for its default.
+
+    Returns:
+        Number of parts.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+        >>> compile_layers(LlamaForCausalLM(LlamaConfig(vocab_size=8, **tiny)), "eager")  # 2 norms, attention, MLP
+        8
+    """
+    layers = [m for m in base_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
+    parts = [part for layer in layers for part in layer.children()]
+    for part in parts:
+        part.compile(backend=backend, mode=mode, dynamic=True)
+    return len(parts)
