@@ -43,7 +43,7 @@ def build_model(job: dict[str, Any], seed: int) -> LlamaForCausalLM:
     with torch.device(job["device"]):
         model = LlamaForCausalLM._from_config(
             config,
-            dtype=torch.bfloat16 if cuda else torch.float32,
+            dtype=torch.bfloat16 if cuda and not job.get("autocast") else torch.float32,
             attn_implementation="flash_attention_2"
             if cuda and is_flash_attn_2_available() and not job["variant"].startswith("infopo")
             else "sdpa",

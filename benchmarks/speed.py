@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,8 +29,8 @@ from shapes import SHAPES, build_model, build_tokenizer, model_config
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("infopo", "trl", "trl_precomputed", "trl_best")
-EXTRA = ("trl_accumulated", "infopo_whole", "infopo_objective")
-PEERS = (*VARIANTS[1:], *EXTRA[:2])
+EXTRA = ("trl_accumulated", "infopo_whole", "infopo_compiled", "infopo_objective")
+PEERS = (*VARIANTS[1:], *EXTRA[:3])
 """Variants that compute the same loss as `infopo`, in another way."""
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -119,16 +120,22 @@ def interleaved(jobs: Sequence[Mapping[str, Any]], turns: int) -> list[list[dict
     """Returns the answers of each job's turns, (jobs, turns).
 
     The jobs take turns, one process at a time, and each round begins with another job. On a GPU the jobs run one after
-    the other, because their models do not fit beside each other, and because nobody else's load disturbs them there.
+    the other, unless `--together` says that their models fit beside each other.
     """
-    if jobs[0]["device"] == "cuda" and len(jobs) > 1:
+    if jobs[0]["device"] == "cuda" and not jobs[0]["together"] and len(jobs) > 1:
         return [answers for job in jobs for answers in interleaved([job], turns)]
     answers: list[list[dict[str, Any]]] = [[] for _ in jobs]
     with workers(jobs) as started:
         for turn in range(turns):
             for shift in range(len(jobs)):
                 number = (turn + shift) % len(jobs)
+                begin = time.perf_counter()
                 answers[number].append(started[number].turn())
+                # A run that is cut off leaves its turns here. The first turn includes the start of the process.
+                said = {k: jobs[number].get(k) for k in ("kind", "variant", "regime")}
+                said |= {"turn": turn, "waited": round(time.perf_counter() - begin, 2)}
+                said |= {"seconds": answers[number][-1].get("seconds")}
+                print(json.dumps(said), file=sys.stderr, flush=True)
     return answers
 
 
@@ -152,11 +159,7 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
 
 
 def measure_regime(name: str, job: Mapping[str, Any], variants: Sequence[str], rounds: int) -> Result:
-    """Measures seconds, memory and losses of one regime.
-
-    Raises:
-        RuntimeError: The variants do not compute the same loss.
-    """
+    """Measures seconds, memory and losses of one regime."""
     batch = job["batch"] or regimes.REGIMES[name].batch
     job = {**job, "kind": "train", "regime": name, "rounds": rounds, "batch": batch}
     turns = regimes.plan(name, rounds, job["steps"], batch, job["vocabulary"], job["seed"])
@@ -182,15 +185,19 @@ def measure_regime(name: str, job: Mapping[str, Any], variants: Sequence[str], r
         "flops_a_second": {
             v: work[v]["flops"] / sum(seconds[v]) for v in variants
         },
+        "mfu": {
+            v: _needed(job, turns[1:-1]) / sum(seconds[v]) / job["tflops"] / 1e12 for v in variants
+        } if job["tflops"] else None,
         "loss": answers["infopo"][0]["losses"][0],
-        "loss_difference": loss_difference(answers, job["device"]),
+        "losses": {v: answers[v][0]["losses"][0] for v in variants},
+        "loss_difference": None,
         "tokens": _tokens(turns[1:-1], work),
         "parts": {v: _parts(answers[v][1:-1]) for v in variants if v.startswith("infopo") and job["parts"]},
     }  # fmt: skip
     return result
 
 
-def loss_difference(answers: Mapping[str, Sequence[Mapping[str, Any]]], device: str) -> float:
+def loss_difference(losses: Mapping[str, float], device: str) -> float:
     """Returns the largest difference of DPO's loss from ours on the first step, which all variants share.
 
     They share its examples and weights. The reference has other weights than the policy, because otherwise the loss
@@ -199,7 +206,7 @@ def loss_difference(answers: Mapping[str, Sequence[Mapping[str, Any]]], device: 
     Raises:
         RuntimeError: The difference is more than rounding.
     """
-    losses = {v: a[0]["losses"][0] for v, a in answers.items() if v != "infopo_objective"}
+    losses = {v: loss for v, loss in losses.items() if v != "infopo_objective"}
     differences = [abs(loss - losses["infopo"]) for loss in losses.values()]
     # Written so that NaN fails, too.
     if not all(d <= ALLOWED_LOSS_DIFFERENCE[device] for d in differences):
@@ -222,6 +229,13 @@ def _work(variant: str, job: Mapping[str, Any], turns: Sequence[regimes.Turn]) -
         variant, config, [s for t in turns for s in t], job["device"] == "cuda"
     )
     return {"flops": total.total, "tokens": tokens}
+
+
+def _needed(job: Mapping[str, Any], turns: Sequence[regimes.Turn]) -> float:
+    """Returns the FLOPs that the rounds need, with each token once and nothing computed twice."""
+    config = model_config(job["model"], job["vocabulary"])
+    works = [flops.packed_work(step) for turn in turns for step in turn]
+    return sum(flops.step_flops(config, work, head_matmuls=3).total for work in works)
 
 
 def _tokens(turns: Sequence[regimes.Turn], work: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -375,6 +389,7 @@ SHOWN = {
     "trl_best": "TRL at its best",
     "trl_accumulated": "that, a pair a batch",
     "infopo_whole": "ours in one piece",
+    "infopo_compiled": "ours, compiled",
 }
 
 
@@ -426,6 +441,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps per round")
     parser.add_argument("--pairs-per-step", type=int, help="examples per step (default: each regime's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--autocast", action="store_true", help="on a GPU: float32 weights under bfloat16 autocast"
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="on a GPU: all variants at once, in turns, as on a CPU"
+    )
     parser.add_argument("--model", choices=tuple(SHAPES), help="default: a4k on a CPU, 1b on a GPU")
     parser.add_argument("--vocab", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -461,10 +482,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     job = {"model": args.model, "vocabulary": args.vocab, "device": args.device, "threads": args.threads,
-           "steps": args.steps, "batch": args.pairs_per_step, "seed": args.seed, "parts": args.overhead}  # fmt: skip
+           "steps": args.steps, "batch": args.pairs_per_step, "seed": args.seed, "parts": args.overhead,
+           "autocast": args.autocast, "together": args.together}  # fmt: skip
+    rates = None
+    if args.device == "cuda":
+        from card import ceilings
+
+        rates = ceilings()
+    job["tflops"] = rates and rates["tflops"]
     result: Result = {
         "schema": 1,
-        "hardware": hardware(args.device),
+        "hardware": {**hardware(args.device), **(rates or {})},
         "versions": versions(),
         "commit": commit(),
         "command": shlex.join(
@@ -472,7 +500,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         "settings": {
             "model": {"name": args.model, **SHAPES[args.model], "vocab_size": args.vocab},
-            "dtype": "bfloat16" if args.device == "cuda" else "float32",
+            "dtype": "float32 weights, bfloat16 autocast"
+            if args.autocast
+            else "bfloat16"
+            if args.device == "cuda"
+            else "float32",
             "gradient_checkpointing": args.device == "cuda",
             "device": args.device,
             "threads": args.threads,
@@ -493,6 +525,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.regimes:
         try:
             result["regimes"].append(measure_regime(name, job, args.variants, args.rounds))
+            # What was measured is kept, even if it turns out to be worth nothing.
+            write()
+            result["regimes"][-1]["loss_difference"] = loss_difference(
+                result["regimes"][-1]["losses"], args.device
+            )
         except FileNotFoundError as error:
             result["regimes"].append({"regime": name, "skipped": str(error)})
         write()

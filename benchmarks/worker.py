@@ -76,8 +76,8 @@ def settings(job: Job, folder: str) -> dict[str, Any]:
         "loss_type": "sigmoid",
         "max_length": None,
         "gradient_checkpointing": cuda,
-        # On a GPU the weights themselves are bfloat16.
-        "bf16": False,
+        # On a GPU the weights themselves are bfloat16, unless autocast is asked for.
+        "bf16": bool(job.get("autocast")),
         "use_cpu": not cuda,
         "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": False,
@@ -110,6 +110,8 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
     if job["variant"].startswith("infopo"):
         if job["variant"] == "infopo_objective":
             del common["loss_type"], common["beta"]
+        if job["variant"] == "infopo_compiled":
+            common["torch_compile"] = True
         if job["variant"] == "infopo_whole":
             common["max_tokens_per_forward"] = 10**9
         return _Watched(
