@@ -2,7 +2,8 @@
 
 Recipes have a section per subject (`config.py`), and `InfoPOConfig` inherits `RowSettings` and `TrainSettings`. A new
 setting is one edit here: the recipe and `InfoPOConfig` accept and judge it, and `make docs` writes its row of
-`docs/recipes.md`.
+`docs/recipes.md`. Only a setting of another subject that `InfoPOConfig` has too, under a longer name (`argument`), is
+declared there once more, by that name alone.
 """
 
 import math
