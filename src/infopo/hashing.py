@@ -9,12 +9,14 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
 from torch import nn
+from transformers import TrainingArguments
 
+from infopo import ranks
 from infopo.errors import ModelError
 from infopo.models import DROPOUT_NAMES, is_peft_model
 
@@ -66,6 +68,37 @@ def hash_weights(model: nn.Module) -> WeightsHash:
     }
     active = model.active_adapter  # of several, one runs
     return WeightsHash(whole, _joined(own), _joined(added | {"settings": _as_json([settings, active])}))
+
+
+def hash_over_ranks(model: nn.Module, args: TrainingArguments) -> WeightsHash:
+    """Returns `hash_weights` of a model that all ranks have loaded, or the first rank alone.
+
+    All ranks must call this, before the model is sharded.
+
+    Args:
+        model: The model. Its weights may be on the meta device on other ranks than the first.
+        args: Settings, which say how many ranks there are.
+
+    Raises:
+        ModelError: Ranks hold different weights, or no rank holds them as a whole.
+    """
+    is_elsewhere = any(weight.is_meta for weight in model.parameters())
+    mine: WeightsHash | ModelError | None = None
+    if not is_elsewhere or args.process_index == 0:
+        try:
+            mine = hash_weights(model)
+        except ModelError as error:
+            mine = error  # which is raised on all ranks, because the others would wait for this one
+    hashes = [found for found in ranks.gathered(mine, args) if found is not None]
+    for found in hashes:
+        if isinstance(found, ModelError):
+            raise found
+        if found != hashes[0]:
+            raise ModelError(
+                f"{type(model).__name__}: ranks hold different weights, expected the same on all. Load the same files "
+                "on all ranks, and set the same seed before anything is initialised at random"
+            )
+    return cast(WeightsHash, hashes[0])
 
 
 def config_hash(model: nn.Module) -> str:
@@ -129,8 +162,8 @@ def _tensor_digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
         for name, tensor in weights.items():
             if tensor.is_meta or hasattr(tensor, "ds_id") or hasattr(tensor, "to_local"):
                 raise ModelError(
-                    f"the weight {name!r} is not in this process as a whole (sharded, or offloaded), so it cannot "
-                    "be told apart from another; load the model before it is sharded"
+                    f"the weight {name!r} is not in this process as a whole, so it cannot be told apart from another: "
+                    + _where(tensor)
                 )
             place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
             if place not in done or not tensor.numel():
@@ -142,6 +175,18 @@ def _tensor_digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
             name: f"{tuple(t.shape)} {t.dtype} {b''.join(part.result() for part in pieces[name]).hex()}"
             for name, t in weights.items()
         }
+
+
+def _where(tensor: torch.Tensor) -> str:
+    """Returns where a weight is that is not in this process, and what to do."""
+    if hasattr(tensor, "ds_id"):
+        return (
+            "DeepSpeed ZeRO-3 has cut it up. Use FSDP (train.fsdp=true, or accelerate launch --use_fsdp), which this "
+            "library cuts up itself, or ZeRO-2"
+        )
+    if hasattr(tensor, "to_local"):
+        return "it is sharded already. Pass the model as from_pretrained gives it, and set fsdp to shard it"
+    return "it is offloaded or was never loaded (device_map, or the meta device). Load the model without device_map"
 
 
 def _digest(piece: torch.Tensor) -> bytes:

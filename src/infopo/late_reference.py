@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import TrainingArguments
 
-from infopo import hashing, models
+from infopo import hashing, models, ranks
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.errors import InfoPOError, RecipeError
@@ -28,12 +29,16 @@ class LateReference:
         lent: The model that the caller passed as `ref_model`, as long as the caller keeps it.
         load: Loads the reference anew, if it was given by name.
         is_policy: Whether the reference is the policy as it was at the start.
+        args: Settings of the run if its models are sharded, else None. Their weights cannot be hashed, so that whether
+            they have changed shows in their values, and ranks decide together: the last reference to a model may be
+            gone on one of them earlier than on another.
     """
 
     hash: str
     lent: "weakref.ref[nn.Module] | None"
     load: Callable[[], nn.Module] | None
     is_policy: bool
+    args: TrainingArguments | None = None
 
     def find(
         self,
@@ -59,7 +64,13 @@ class LateReference:
         if self.is_policy and not has_trained:
             return policy, nullcontext
         lent = self.lent() if self.lent is not None else None
-        if lent is not None and hashing.hash_weights(lent).whole == self.hash:
+        if self.args is not None and not all(ranks.gathered(lent is not None, self.args)):
+            lent = None
+        if lent is not None and (
+            hashing.hash_weights(lent).whole == self.hash
+            if self.args is None
+            else _agrees(lent, nullcontext, stored, values, is_exact)
+        ):
             return lent, nullcontext
         if self.is_policy and models.is_peft_model(policy):
             off: Context = policy.disable_adapter  # type: ignore[assignment]
@@ -81,17 +92,17 @@ class LateReference:
 
 
 def _agrees(
-    policy: nn.Module,
-    off: Context,
+    model: nn.Module,
+    context: Context,
     stored: object,
     values: Callable[[ExampleDataset, nn.Module, Context], ExampleDataset],
     is_exact: bool,
 ) -> bool:
-    """Whether stored values of training data are those of the policy without its adapter."""
+    """Whether stored values of training data are those of a model, e.g. the policy without its adapter."""
     if not isinstance(stored, ExampleDataset) or stored.reference is None:
         return False
     few = ExampleDataset.from_examples(stored[i] for i in range(min(PROBED, len(stored))))
-    now = values(few, policy, off)
+    now = values(few, model, context)
     assert few.reference is not None
     assert now.reference is not None
     lengths: Sequence[int] = pack(list(few)).length.tolist()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from infopo import models
+from infopo import models, sharding
 from infopo.arguments import InfoPOConfig
 from infopo.data.packing import pack
 from infopo.errors import ConfigError, InfoPOError, ModelError
@@ -135,6 +135,7 @@ def check_gradients(
     args: InfoPOConfig,
     context: Callable[[], AbstractContextManager[object]],
     quiet: Sequence[nn.Module] = (),
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """One row in both directions, in the mode of training: some parameter must get a gradient.
 
@@ -147,6 +148,8 @@ def check_gradients(
         args: Its `activation_checkpointing` may be switched off.
         context: Entered around the forward pass (autocast, say).
         quiet: Modules that stay in evaluation mode.
+        over_ranks: Adds a tensor up over the ranks that share the model's weights, which then decide alike. None if
+            this process holds the whole model.
 
     Raises:
         ModelError: The model does not run, or no parameter to train gets a gradient that is finite and not 0.
@@ -156,13 +159,15 @@ def check_gradients(
     tried = bool(args.activation_checkpointing)
 
     def problem_with(checkpointing: bool) -> str | None:
+        how = " with gradient_checkpointing" if checkpointing else ""
         try:
             with in_training(model, quiet), _checkpointed(model, args, checkpointing):
-                return _problem(
-                    model, batch, context, " with gradient_checkpointing" if checkpointing else ""
-                )
+                problem = _problem(model, batch, context, how, over_ranks)
         except _NoCheckpointing as error:
-            return str(error).removesuffix(".")
+            problem = str(error).removesuffix(".")
+        if over_ranks is None or not int(over_ranks(torch.tensor(int(problem is not None)))):
+            return problem
+        return problem or f"{type(base_of(model)).__name__}: another rank cannot train it{how}"
 
     problem = problem_with(tried)
     if problem is None:
@@ -183,7 +188,11 @@ def _probe(example: PreferenceExample) -> PreferenceExample:
 
 
 def _problem(
-    model: nn.Module, batch: PackedBatch, context: Callable[[], AbstractContextManager[object]], how: str
+    model: nn.Module,
+    batch: PackedBatch,
+    context: Callable[[], AbstractContextManager[object]],
+    how: str,
+    over_ranks: Callable[[Tensor], Tensor] | None,
 ) -> str | None:
     """Why no gradient reaches the policy, in a sentence, or None."""
     name = type(base_of(model)).__name__
@@ -198,7 +207,7 @@ def _problem(
         if not total.requires_grad:
             return f"{name}: {_UNREACHED}"
         total.backward()
-        return _judge(name, {n: p.grad for n, p in trained.items()})
+        return _judge(name, {n: p.grad for n, p in trained.items()}, over_ranks)
     except (InfoPOError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model of any class may raise
@@ -233,21 +242,39 @@ _UNREACHED = (
 _NAN = "its weights hold NaN or inf, or its adapter divides by 0 (DoRA on rows of zeros, say)"
 
 
-def _judge(name: str, gradients: dict[str, Tensor | None]) -> str | None:
-    reached = {n: g for n, g in gradients.items() if g is not None}
-    if not any(bool(g.any()) for g in reached.values()):
+def _judge(
+    name: str, gradients: dict[str, Tensor | None], over_ranks: Callable[[Tensor], Tensor] | None
+) -> str | None:
+    """Returns what is wrong with gradients, in a sentence, or None. Ranks that hold parts of them judge the whole."""
+    is_reached, is_moved, is_broken = _flags(gradients, over_ranks)
+    if not any(is_moved.values()):
         return f"{name}: {_UNREACHED}"
-    if not any(bool(g.isfinite().all()) for g in reached.values() if bool(g.any())):
+    if all(is_broken[n] for n in gradients if is_moved[n]):
         return f"{name}: gradients are not finite on a row of the data; expected finite ones"
-    left_out = [
-        n for n in gradients if n not in reached and "expert" not in n
-    ]  # of experts some run on a row
+    # Of experts, only some run on a row.
+    left_out = [n for n in gradients if not is_reached[n] and "expert" not in n]
     if left_out:
         logger.warning(
             "%d of %d trainable parameters get no gradient and stay as they are, e.g. %r",
             len(left_out), len(gradients), left_out[0],
         )  # fmt: skip
     return None
+
+
+def _flags(
+    gradients: dict[str, Tensor | None], over_ranks: Callable[[Tensor], Tensor] | None
+) -> tuple[dict[str, bool], dict[str, bool], dict[str, bool]]:
+    """Returns which parameters have a gradient, which have one that is not 0, and which one that is not finite."""
+    flags = []
+    for gradient in gradients.values():
+        part = None if gradient is None else sharding.local_part(gradient)
+        found = [] if part is None else [True, bool(part.any()), not bool(part.isfinite().all())]
+        flags.append(found or [False] * 3)
+    table = torch.tensor(flags, dtype=torch.int64)
+    if over_ranks is not None:
+        table = over_ranks(table).cpu()
+    reached, moved, broken = (dict(zip(gradients, column, strict=True)) for column in (table.T > 0).tolist())
+    return reached, moved, broken
 
 
 class _NoCheckpointing(Exception):  # noqa: N818 - no error of a run, which goes on without

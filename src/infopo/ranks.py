@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infopo.data.examples import ExampleDataset
@@ -137,6 +137,16 @@ def _exchanged(value: Any) -> list[Any]:
     if group is not None:
         dist.destroy_process_group(group)
     return values
+
+
+def gathered(value: T, args: TrainingArguments) -> list[T]:
+    """Returns what each rank passes, in the order of ranks. All ranks must call this."""
+    return cast(list[T], gather_object([value])) if args.world_size > 1 else [value]
+
+
+def largest(number: int, args: TrainingArguments) -> int:
+    """Returns the largest of the numbers that ranks pass. All ranks must call this."""
+    return max(gathered(number, args))
 
 
 class StartLine(TrainerCallback):

@@ -12,9 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from functools import partial
+from itertools import islice
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError, RecipeError, ReferenceMismatchError
 from infopo.hashing import WeightsHash, config_hash
+from infopo.lockstep import Lockstep
 from infopo.logps import attention
 from infopo.logps.forward import path_of, response_lengths, response_logps, token_logps
 from infopo.losses.catalog import OBJECTIVES
@@ -222,6 +226,7 @@ def precompute(
     store: ReferenceStore | None = None,
     rank: int = 0,
     world_size: int = 1,
+    is_sharded: bool = False,
     add_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = lambda batches: batches,
 ) -> ExampleDataset:
@@ -240,7 +245,10 @@ def precompute(
         store: Store in which values are looked up and kept, for all ranks and processes. None for memory only.
         rank: Index of this process.
         world_size: Number of processes.
-        add_over_ranks: Sums a (responses,) tensor over the processes. Not called with a store.
+        is_sharded: Whether each process holds a part of the model, so that all take part in each forward pass. The
+            first then decides what is computed and uses the store for all.
+        add_over_ranks: Sums a (responses,) tensor over the processes. Called for a model that each process holds as a
+            whole, without a store.
         progress: Wraps the list of batches.
 
     Raises:
@@ -249,24 +257,32 @@ def precompute(
         LogpsError: A value is not finite, and would be stored.
     """
     work = _plan(dataset, sides, batch_size)
+    passes = Lockstep(partial(_token_logps, dataset, model, device=device), rank, world_size)
+    width = world_size if is_sharded else 1
 
-    def score(responses: Sequence[int]) -> list[Tokens]:
-        return _token_logps(dataset, model, responses, device)
+    def values(score: Score) -> Values:
+        """Returns log π_ref of each response, 0 if it is not wanted or another rank computes it."""
+        if store is not None:
+            _through_store(work, score, progress, store, dataset, width)
+            return work.values({key: response.logp for key, response in store.found.items()})
+        batches = work.batches if is_sharded else work.batches[rank::world_size]
+        return work.values(_in_memory(work, batches, score, progress, width))
 
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), context():
-            if store is None:
-                logps = _in_memory(work, score, progress, rank, world_size, add_over_ranks, device)
-            else:
-                _through_store(work, score, progress, store, dataset)
-                logps = {key: response.logp for key, response in store.found.items()}
+            found = passes.lead(values) if is_sharded else values(passes.alone)
     finally:
         # In a notebook, the model is used further after an interruption.
         model.train(was_training)
-    values = [np.nan if key is None else logps[key] for key in work.keys]
-    return dataset.with_reference(np.array(values, dtype=np.float64))
+    if store is None and world_size > 1 and not is_sharded:
+        found = add_over_ranks(torch.from_numpy(found).to(device, sum_dtype(device))).double().cpu().numpy()
+    return dataset.with_reference(np.where(work.is_wanted, found, np.nan))
+
+
+Values: TypeAlias = npt.NDArray[np.float64]
+"""Log-probs, (responses,), in the order of a dataset's responses (nats)."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +299,18 @@ class _Work:
     first: dict[bytes, int]
     batches: list[list[int]]
 
+    @property
+    def is_wanted(self) -> npt.NDArray[np.bool_]:
+        """(responses,) whether a value is asked for."""
+        return np.array([key is not None for key in self.keys], dtype=bool)
 
-Score = Callable[[Sequence[int]], list[Tokens]]
+    def values(self, known: Mapping[bytes, float]) -> Values:
+        """Returns the value of each response by its content, 0 if it is not known."""
+        return np.array([0.0 if key is None else known.get(key, 0.0) for key in self.keys], dtype=np.float64)
+
+
+Score = Callable[[Sequence[Sequence[int]]], list[list[Tokens]]]
+"""Batches of responses -> log-probs of the tokens of each response of each batch."""
 
 
 def _plan(dataset: ExampleDataset, sides: frozenset[str], batch_size: int) -> _Work:
@@ -314,7 +340,7 @@ def _wanted(dataset: ExampleDataset, sides: frozenset[str]) -> np.ndarray:
 
 
 def _token_logps(
-    dataset: ExampleDataset, model: nn.Module, responses: Sequence[int], device: torch.device
+    dataset: ExampleDataset, model: nn.Module, responses: Sequence[int], *, device: torch.device
 ) -> list[Tokens]:
     """Returns log π_ref of each token of these responses of the dataset (nats), in their order.
 
@@ -347,20 +373,21 @@ def _token_logps(
 
 def _in_memory(
     work: _Work,
+    batches: Sequence[list[int]],
     score: Score,
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]],
-    rank: int,
-    world_size: int,
-    add_over_ranks: Callable[[Tensor], Tensor],
-    device: torch.device,
+    width: int,
 ) -> dict[bytes, float]:
-    """Returns log π_ref by content. Each rank computes its share of the batches."""
-    values = np.zeros(len(work.keys), dtype=np.float64)
-    for responses in progress(work.batches[rank::world_size]):
-        values[responses] = [summed(tokens) for tokens in score(responses)]
-    if world_size > 1:
-        values = add_over_ranks(torch.from_numpy(values).to(device, sum_dtype(device))).double().cpu().numpy()
-    return {key: float(values[response]) for key, response in work.first.items()}
+    """Returns log π_ref by content, of these batches, of which `width` are computed at once."""
+    values: dict[bytes, float] = {}
+    bar = iter(progress(batches))
+    while group := list(islice(bar, width)):
+        for responses, logps in zip(group, score(group), strict=True):
+            for response, tokens in zip(responses, logps, strict=True):
+                key = work.keys[response]
+                assert key is not None
+                values[key] = summed(tokens)
+    return values
 
 
 def _through_store(
@@ -369,12 +396,14 @@ def _through_store(
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]],
     store: ReferenceStore,
     dataset: ExampleDataset,
+    width: int,
 ) -> None:
     """Fills `store.found` with what is stored, what this process computes, and what others compute meanwhile.
 
     Values are written in shards of about `SECONDS_PER_SHARD`, beginning with one batch. `queue` contains the batches
     that are not known to be stored. It shrinks by what this process claims and by what others have stored, and keeps
-    what others have claimed, so that the values of a process that dies are computed by another.
+    what others have claimed, so that the values of a process that dies are computed by another. At least `width`
+    batches are claimed at a time, which is how many `score` computes at once.
     """
     store.want(work.first)
     _spot_check(work, score, store, dataset)
@@ -383,20 +412,20 @@ def _through_store(
     ]
     queue = deque(keys for keys in contents if not all(key in store.found for key in keys))
     bar = iter(progress(work.batches))
-    size, waited = 1, 0.0
+    size, waited = width, 0.0
     while queue:
         before = len(queue)
         with store.claim(queue, size) as claimed:
             begin = time.perf_counter()
             values = dict[bytes, Tokens]()
-            for keys in claimed:
-                responses = [work.first[key] for key in keys]
-                values |= zip(keys, score(responses), strict=True)
+            batches = [[work.first[key] for key in keys] for keys in claimed]
+            for keys, logps in zip(claimed, score(batches), strict=True):
+                values |= zip(keys, logps, strict=True)
             if values:
                 _refuse_non_finite(values, work, dataset)
                 store.add(values)
                 waited, seconds = 0.0, max(time.perf_counter() - begin, 1e-3)
-                size = max(1, min(2 * size, int(size * SECONDS_PER_SHARD / seconds)))
+                size = max(width, min(2 * size, int(size * SECONDS_PER_SHARD / seconds)))
         for _ in range(before - len(queue)):
             next(bar, None)
         if queue and not claimed:
@@ -440,8 +469,8 @@ def _spot_check(work: _Work, score: Score, store: ReferenceStore, dataset: Examp
     They are chosen at random, so that in time all are checked. The global random generators are not used.
     """
     stored = list(store.found)
-    for key in random.Random(time.time_ns()).sample(stored, min(SPOT_CHECKS, len(stored))):
-        (tokens,) = score([work.first[key]])
+    chosen = random.Random(time.time_ns()).sample(stored, min(SPOT_CHECKS, len(stored)))
+    for key, (tokens,) in zip(chosen, score([[work.first[key]] for key in chosen]), strict=True):
         there, here = store.found[key], summed(tokens)
         allowed = tolerance(len(tokens), is_exact=store.identity.is_exact)
         if not abs(there.logp - here) <= allowed:

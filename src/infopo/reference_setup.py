@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from infopo import hashing, models, ranks, startup
+from infopo import hashing, models, ranks, sharding, startup
 from infopo.arguments import InfoPOConfig, init_kwargs
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.examples import ExampleDataset
@@ -69,6 +69,27 @@ class ReferenceSetup:
 
 
 @dataclass(frozen=True)
+class ReferenceChoice:
+    """Which model is the reference.
+
+    Attributes:
+        source: `live`, `precompute`, `adapter-off`, or the name of a model.
+        is_named: Whether it was loaded by name.
+        is_own: Whether it is a model of its own, and not the policy or a copy of it.
+        model: The model that computes its values beside the policy, or None if the policy does.
+        policy_weights: Hashes of the policy's weights.
+        weights: Hashes of the reference's weights.
+    """
+
+    source: str
+    is_named: bool
+    is_own: bool
+    model: nn.Module | None
+    policy_weights: hashing.WeightsHash
+    weights: hashing.WeightsHash
+
+
+@dataclass(frozen=True)
 class ReferenceBuilder:
     """Builds the reference of a policy.
 
@@ -96,10 +117,11 @@ class ReferenceBuilder:
         """Returns the sides whose reference log-probs are computed for `train` or for `eval`."""
         return reference_sides(self.mixture, self.args.reference_sides, mode)
 
-    def build(
-        self, ref_model: nn.Module | None, train_data: Any, eval_data: Any
-    ) -> tuple[ReferenceSetup, Any, Any]:
-        """Returns the reference, and both datasets with precomputed values if the reference is one that is precomputed.
+    def choose(self, ref_model: nn.Module | None, train_data: Any, eval_data: Any) -> ReferenceChoice:
+        """Returns which model the reference is, and what its weights and the policy's are.
+
+        All ranks must call this, while they hold models as they were loaded: the weights of a sharded model cannot be
+        hashed, and it cannot be copied.
 
         Args:
             ref_model: The reference if it is given, else None.
@@ -108,7 +130,7 @@ class ReferenceBuilder:
 
         Raises:
             RecipeError: Settings contradict each other.
-            ReferenceStoreError: A folder that the user named cannot be written to.
+            ModelError: The reference cannot be loaded or does not fit the data.
         """
         source = "precompute" if self.args.precompute_ref_log_probs else self.args.reference
         source = resolve(source, train_data)
@@ -117,12 +139,32 @@ class ReferenceBuilder:
         if is_named:
             ref_model = self.load(source)
             startup.check_fit(ref_model, train_data, eval_data)
-        policy_weights = hashing.hash_weights(self.policy)
+        policy_weights = hashing.hash_over_ranks(self.policy, self.args)
+        weights = policy_weights if ref_model is None else hashing.hash_over_ranks(ref_model, self.args)
+        model, is_own = ref_model, ref_model is not None
+        if self.sides("train") and source == "live":
+            model = ref_model if ref_model is not None else copy.deepcopy(self.policy)
+        return ReferenceChoice(source, is_named, is_own, model, policy_weights, weights)
+
+    def build(
+        self, choice: ReferenceChoice, train_data: Any, eval_data: Any
+    ) -> tuple[ReferenceSetup, Any, Any]:
+        """Returns the reference, and both datasets with precomputed values if the reference is one that is precomputed.
+
+        Args:
+            choice: Which model the reference is.
+            train_data: The training data.
+            eval_data: A dataset, a dict of them, or None.
+
+        Raises:
+            ReferenceStoreError: A folder that the user named cannot be written to.
+        """
+        source, is_own = choice.source, choice.is_own
         # A new adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
         common: dict[str, Any] = {
-            "policy_hash": policy_weights.whole,
-            "policy_is_reference": ref_model is None and (source != "adapter-off" or self.adapter_is_fresh),
-            "description": "the policy as it is now" if ref_model is None else "a model of its own",
+            "policy_hash": choice.policy_weights.whole,
+            "policy_is_reference": not is_own and (source != "adapter-off" or self.adapter_is_fresh),
+            "description": "a model of its own" if is_own else "the policy as it is now",
         }
         stored = self._of_both(StoredReference)
         if not self.sides("train"):
@@ -142,16 +184,14 @@ class ReferenceBuilder:
                         exact=exact,
                     )
             live = self._live(self.policy, off)
-            return ReferenceSetup(**common, **live, hash=policy_weights.base), train_data, eval_data
-        weights = policy_weights if ref_model is None else hashing.hash_weights(ref_model)
-        common["hash"] = weights.whole
+            return ReferenceSetup(**common, **live, hash=choice.policy_weights.base), train_data, eval_data
+        common["hash"] = choice.weights.whole
+        model = self.policy if choice.model is None else self._frozen(choice.model, source)
         if source == "live":
-            model = self._frozen(ref_model if ref_model is not None else copy.deepcopy(self.policy))
             live = self._live(model, self.accelerator.autocast)
             return ReferenceSetup(**common, **live, model=model), train_data, eval_data
-        model = ref_model if ref_model is not None else self.policy
-        late = self._late(weights.whole, ref_model, source if is_named else None)
-        store = self._open_store(model, weights)
+        late = self._late(choice, model)
+        store = self._open_store(model, choice.weights)
         setup = ReferenceSetup(**common, **stored, store=store, late=late)
         # A stream has a live reference.
         if isinstance(train_data, ExampleDataset):
@@ -190,19 +230,27 @@ class ReferenceBuilder:
     def _of_both(self, make: Callable[[frozenset[str]], Reference]) -> dict[str, Any]:
         return {"train": make(self.sides("train")), "evaluation": make(self.sides("eval"))}
 
-    def _frozen(self, model: nn.Module) -> nn.Module:
+    def _frozen(self, model: nn.Module, source: str) -> nn.Module:
+        """Returns a reference beside the policy as it will run: distributed as the policy is, or on its device."""
+        if sharding.is_fsdp(self.accelerator):
+            return sharding.shard_reference(model.requires_grad_(False), self.accelerator)
+        if source == "precompute":  # it comes to its device for the pass, and is the caller's afterwards
+            return model
         model.requires_grad_(False).eval()
         if ranks.is_sharded(self.accelerator):
             return model.to(self.args.device)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
-    def _late(self, weights_hash: str, ref_model: nn.Module | None, named: str | None) -> LateReference:
-        name = named or (self.policy_name if ref_model is None else None)
+    def _late(self, choice: ReferenceChoice, model: nn.Module) -> LateReference:
+        is_sharded = sharding.is_fsdp(self.accelerator)
+        name = choice.source if choice.is_named else "" if choice.is_own else self.policy_name
         return LateReference(
-            weights_hash,
-            lend(None if named else ref_model),
-            partial(self.load, name) if name else None,
-            is_policy=ref_model is None,
+            choice.weights.whole,
+            lend(model if choice.is_own and not choice.is_named else None),
+            # A model that is loaded late could not be prepared without running the policy.
+            partial(self.load, name) if name and not is_sharded else None,
+            is_policy=not choice.is_own,
+            args=self.args if is_sharded else None,
         )
 
     def _open_store(self, model: nn.Module, weights: hashing.WeightsHash) -> ReferenceStore | None:
@@ -232,8 +280,9 @@ class ReferenceBuilder:
     ) -> ExampleDataset:
         """Returns the dataset with the log-probs of `sides` under `model`, which is back on its device afterwards."""
         home = next(model.parameters()).device
-        is_quantized = getattr(model, "quantization_method", None) is not None
-        if not is_quantized:
+        is_sharded = sharding.is_fsdp(self.accelerator)
+        is_fixed = is_sharded or getattr(model, "quantization_method", None) is not None
+        if not is_fixed:
             model.to(self.args.device)
         stored = precompute(
             dataset,
@@ -245,10 +294,11 @@ class ReferenceBuilder:
             store=store,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            is_sharded=is_sharded,
             add_over_ranks=partial(self.accelerator.reduce, reduction="sum"),
             progress=partial(tqdm, desc="reference log-probs", disable=self.args.disable_tqdm, leave=False),
         )
-        if not is_quantized:
+        if not is_fixed:
             model.to(home)
         return stored
 

@@ -11,18 +11,19 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 
 from infopo import checkpoints, models, ranks, resuming, run_state
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, InfoPOError, NonFiniteWeightsError, SaveError
 from infopo.output import get_logger
+from infopo.sharding import ShardedTrainer, local_part
 
 logger = get_logger(__name__)
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(ShardedTrainer):
     """transformers' `Trainer`; subclasses say which run a checkpoint belongs to.
 
     Attributes:
@@ -235,7 +236,7 @@ class SavingTrainer(Trainer):
 
 def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Name of the first tensor with a NaN or an infinity, or None. Waits for each device once."""
-    tensors = [(name, _local(value)) for name, value in named]
+    tensors = [(name, local_part(value)) for name, value in named]
     tensors = [(name, value) for name, value in tensors if value.is_floating_point() and not value.is_meta]
     flags: dict[torch.device, list[Tensor]] = {}
     for _, value in tensors:
@@ -243,12 +244,6 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     if all(bool(torch.stack(each).all()) for each in flags.values()):
         return None
     return next(name for name, value in tensors if not bool(value.isfinite().all()))
-
-
-def _local(value: Tensor) -> Tensor:
-    """What this process holds of a weight that may be sharded."""
-    value = value.detach()
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _absent(model: nn.Module, missing: list[str]) -> list[str]:

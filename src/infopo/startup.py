@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
-from infopo import models, ranks
+from infopo import models, ranks, sharding
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack, select
@@ -64,7 +64,8 @@ _PATH_IN_WORDS = {
 def choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConfig) -> str:
     """Prepares the models for the fastest path that `logps_path` and the models allow, and returns its description."""
     both = [model for model in (policy, ref_model) if model is not None]
-    path, reason = prepare(both, args.logps_path, is_compiled=args.torch_compile)
+    shared = {"measure": partial(ranks.from_first, args=args)} if sharding.loads_on_first() else {}
+    path, reason = prepare(both, args.logps_path, is_compiled=args.torch_compile, **shared)
     if path == "forest" and args.torch_compile:
         compile_layers(policy, args.torch_compile_backend or "inductor", args.torch_compile_mode)
         reason = "the parts of its layers compiled"
@@ -286,6 +287,7 @@ def check_step_0(
     reference: Callable[[PackedBatch], Tensor],
     quiet: Sequence[nn.Module] | None,
     allowed: Callable[[int], float],
+    most: Callable[[int], int] = int,
 ) -> None:
     """Refuses to start if policy and reference are not the same function before the first update.
 
@@ -296,6 +298,8 @@ def check_step_0(
         quiet: Modules that stay in evaluation mode. None if training has noise that was asked for, so that all do.
         allowed: Returns the largest difference (nats) between two values of a response of so many tokens, as
             `reference.tolerance` does.
+        most: Returns the largest of a number over the ranks that take part in each forward pass. All of them run a row
+            again for each row that is far off on one of them.
 
     Raises:
         ReferenceMismatchError: They differ on a row of this batch.
@@ -307,12 +311,12 @@ def check_step_0(
             policy = response_logps(model, batch)
         log_ratio = (policy - reference(batch)).abs().nan_to_num()
         limits = [allowed(tokens) for tokens in batch.length.tolist()]
-        for worst in torch.argsort(log_ratio, descending=True).tolist():
-            if log_ratio[worst] < limits[worst]:
-                continue
-            alone = response_logps(model, select(batch, [worst]))[0]
+        order = torch.argsort(log_ratio, descending=True).tolist()
+        far_off = [response for response in order if not log_ratio[response] < limits[response]]
+        alone = [response_logps(model, select(batch, far_off[i : i + 1])) for i in range(most(len(far_off)))]
+        for worst, values in zip(far_off, alone, strict=False):
             # Rounding that moves this very response when it runs alone may have moved it in the reference, too.
-            if log_ratio[worst] < 5 * (policy[worst] - alone).abs():
+            if log_ratio[worst] < 5 * (policy[worst] - values[0]).abs():
                 continue
             raise ReferenceMismatchError(
                 f"{batch.row_ids[int(batch.example[worst])]}: before the first update, policy and reference differ "

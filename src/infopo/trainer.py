@@ -32,6 +32,7 @@ from infopo import (
     noise,
     ranks,
     run_state,
+    sharding,
     startup,
 )
 from infopo.arguments import InfoPOConfig, refuse_arguments
@@ -169,12 +170,10 @@ class InfoPOTrainer(SavingTrainer):
         self.dataset_names: Sequence[str] = ()
         if hasattr(policy.model, "add_model_tags"):
             policy.model.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]
-        # A sharded process holds no whole model yet.
         if not ranks.is_sharded(self.accelerator):
-            first = startup.first(train_examples)
-            learning.check_gradients(policy.model, first, args, self.accelerator.autocast, self._quiet)
+            self._check_gradients(train_examples)
         name = model if isinstance(model, str) else ""
-        self._references = ReferenceBuilder(
+        references = ReferenceBuilder(
             self.model,
             args,
             self.accelerator,
@@ -184,8 +183,13 @@ class InfoPOTrainer(SavingTrainer):
             quantization_config=quantization_config,
             on_path=self._take_path,
         )
+        choice = references.choose(ref_model, train_examples, eval_examples)
+        if sharding.is_fsdp(self.accelerator):
+            self.shard()
+            self._check_gradients(train_examples)
+        self._references = replace(references, policy=self.model)
         self._setup, self.train_dataset, self.eval_dataset = self._references.build(
-            ref_model, train_examples, eval_examples
+            choice, train_examples, eval_examples
         )
         self._sharing = [
             weakref.ref(each)
@@ -208,6 +212,13 @@ class InfoPOTrainer(SavingTrainer):
         self._is_checked = False
         self._has_trained = False
         self._is_running = False
+
+    def _check_gradients(self, dataset: ExampleDataset | ExampleStream) -> None:
+        """Refuses a policy whose parameters get no gradient."""
+        over_ranks = self._summed if ranks.is_sharded(self.accelerator) else None
+        learning.check_gradients(
+            self.model, startup.first(dataset), self.args, self.accelerator.autocast, self._quiet, over_ranks
+        )
 
     def description(self) -> list[str]:
         """Returns what was set up, in lines: objective, reference, store, path of log-probs, dropout, absent metrics.
@@ -522,6 +533,7 @@ class InfoPOTrainer(SavingTrainer):
                 self._setup.train,
                 self._quiet if self.args.disable_dropout else None,
                 partial(tolerance, is_exact=exact, noise=rounding),
+                partial(ranks.largest, args=self.args) if ranks.is_sharded(self.accelerator) else int,
             )
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
@@ -532,6 +544,10 @@ class InfoPOTrainer(SavingTrainer):
 
     def _gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values) if self.args.world_size > 1 else values
+
+    def _summed(self, values: Tensor) -> Tensor:
+        values = values.to(self.args.device)
+        return self.accelerator.reduce(values, reduction="sum") if self.args.world_size > 1 else values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Overrides `Trainer`'s to add the metrics since the last record, by one reduction over ranks."""
@@ -590,7 +606,8 @@ class InfoPOTrainer(SavingTrainer):
         leaves out predictions and `compute_metrics`.
         """
         model = self._wrap_model(self.model, training=False)
-        if len(self.accelerator._models) == 0 and model is self.model:
+        is_prepared = sharding.is_fsdp(self.accelerator) or len(self.accelerator._models) > 0
+        if model is self.model and not is_prepared:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         self._set_optimizer("eval")

@@ -45,7 +45,11 @@ def path_of(model: nn.Module) -> str:
 
 
 def prepare(
-    models: Sequence[nn.Module], setting: str, *, is_compiled: bool = False
+    models: Sequence[nn.Module],
+    setting: str,
+    *,
+    is_compiled: bool = False,
+    measure: lm_head.Measure = lambda measurement: measurement(),
 ) -> tuple[str, str | None]:
     """Makes models ready for one path, the fastest that all of them can take.
 
@@ -54,6 +58,7 @@ def prepare(
         setting: `auto`; or `naive`, for which nothing is done to a model or its head.
         is_compiled: Whether the policy will be compiled (`torch.compile`): with shared prefixes in parts
             (`compile_layers`), else as a whole, with its head outside of the compiled graphs.
+        measure: Calls a measurement on the weights, as in `lm_head.learn_map`.
 
     Returns:
         The path, and why it is not `forest` (None if it is).
@@ -63,7 +68,7 @@ def prepare(
         setattr(base_of(model), _NAIVE, setting == "naive")
         setattr(base_of(model), _UNPADDED, OWN_MASK in (obstacle(model) or ""))
         if setting != "naive":
-            lm_head.learn_map(model)
+            lm_head.learn_map(model, measure)
         reason = reason or attention.enable(model)
     if reason is not None:
         for model in models:

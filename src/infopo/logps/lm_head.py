@@ -5,9 +5,10 @@ wrappers which shard or gather the head's weight see the call that they expect.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -224,13 +225,22 @@ _MAP = "_infopo_logit_map"
 """Attribute of a model for its measured `LogitMap`. It is None if no such map describes what the model does."""
 
 
-def learn_map(model: nn.Module) -> None:
+Measure: TypeAlias = Callable[[Callable[[], Any]], Any]
+"""Calls a measurement, or gives the result of another process that holds the weights."""
+
+
+def learn_map(model: nn.Module, measure: Measure = lambda measurement: measurement()) -> None:
     """Measures what a model does to the logits of its head, by one token for which the head returns known numbers.
 
     Settings have other names and other senses in each architecture (Granite divides its logits by `logits_scaling`,
     HyperCLOVA X multiplies by it, MiniCPM3 divides the hidden states), so they are believed only if they explain the
     result. Otherwise a factor and a cap are measured. If these do not explain it, the head counts as not plain, so
     that the model's own logits are taken. A model that cannot be run so keeps what its settings say.
+
+    Args:
+        model: The model.
+        measure: Calls the measurement. Processes whose weights are on the meta device get the result of another one,
+            because all must compute the same.
     """
     base = base_of(model)
     if hasattr(base, _MAP):
@@ -238,6 +248,13 @@ def learn_map(model: nn.Module) -> None:
     head = plain_head(model)
     if head is None:
         return
+    measured = measure(partial(_measured, base, head))
+    if measured != "unknown":
+        setattr(base, _MAP, measured)
+
+
+def _measured(base: Any, head: nn.Module) -> "LogitMap | str | None":
+    """Returns the map of a model's logits, None if no map describes them, or `unknown` if it cannot be run so."""
     calls: list[Tensor] = []
 
     def known_numbers(head: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
@@ -254,10 +271,10 @@ def learn_map(model: nn.Module) -> None:
             mapped = base(input_ids=ids, use_cache=False).logits.float().cpu()
     except Exception:
         # Such a model keeps what its settings say, and the self-test at start-up still checks its numbers.
-        return
+        return "unknown"
     finally:
         handle.remove()
-    setattr(base, _MAP, _explained(LogitMap.of(base), calls, mapped))
+    return _explained(LogitMap.of(base), calls, mapped)
 
 
 def _explained(said: LogitMap, calls: list[Tensor], mapped: Tensor) -> LogitMap | None:
