@@ -113,7 +113,7 @@ class ForestLayout:
         """Returns which keys each run sees. It is made once per device, unless `place` has brought it."""
         device = torch.device(device)
         if device not in self._key_index:
-            host = self._key_index.setdefault(torch.device("cpu"), self._list_keys())
+            host = self._list_keys() if device.type == "cpu" else self.key_index()
             self._key_index[device] = KeyIndex.of_tensors(to_device(host.tensors, device))
         return self._key_index[device]
 
