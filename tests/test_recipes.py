@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from infopo.build import build_adapter, build_arguments, train_fields
 from infopo.cli import main
@@ -20,6 +21,15 @@ def test_there_are_recipes_for_the_lab_for_real_data_for_all_weights_and_for_an_
     ours = {"lab.yaml", "hh.yaml", "full.yaml", "lora.yaml", "qlora.yaml", "fsdp8.yaml"}
     assert ours <= {path.name for path in RECIPES}
     assert len(PAPER) == 4
+
+
+def test_the_configuration_of_deepspeed_leaves_to_the_settings_what_they_say():
+    """It is read as accelerate reads it; the library itself needs an accelerator."""
+    config = HfDeepSpeedConfig(str(FOLDER / "deepspeed" / "zero2.json"))
+    assert config.is_zero2()
+    assert not config.is_offload()
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        assert config.get_value(name) == "auto"
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.name)

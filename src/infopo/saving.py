@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from infopo import checkpoints, models, ranks, resuming, run_state
+from infopo import checkpoints, models, ranks, resuming, run_state, sharding
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, InfoPOError, NonFiniteWeightsError, SaveError
@@ -152,14 +152,17 @@ class SavingTrainer(ShardedTrainer):
             self.save_model(str(new))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; weights that are not finite are refused.
+        """As in `Trainer`; weights that are not finite are refused, and those of a sharded model are saved whole.
+
+        `Trainer` saves nothing here if FSDP's checkpoints are made of shards, and the run would end without a model.
 
         Raises:
             NonFiniteWeightsError: A weight is NaN or infinite.
         """
         if not _internal_call:
             self._refuse_non_finite(self._weights())
-        super().save_model(output_dir, _internal_call)
+        with contextlib.nullcontext() if _internal_call else sharding.saved_whole(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without `training_args.bin`: it is a pickle, nothing reads it, and it may hold secrets."""

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers import Trainer
 from transformers.integrations.fsdp import is_fsdp_enabled, update_fsdp_plugin_peft
 
@@ -121,6 +121,20 @@ def taken_as_it_is(accelerator: Accelerator, model: nn.Module) -> Iterator[None]
         yield
     finally:
         del accelerator.prepare
+
+
+@contextlib.contextmanager
+def saved_whole(accelerator: Accelerator) -> Iterator[None]:
+    """Within it, transformers saves the weights of a sharded model as a whole, whatever checkpoints are made of."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = kind
 
 
 class ShardedTrainer(Trainer):

@@ -122,6 +122,11 @@ def refuse_processes(
             "`accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
         )
     if ranks.is_sharded(accelerator):
+        if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
+            raise UnsupportedArgumentError(
+                "deepspeed: ZeRO-3 cuts the model up before its weights can be told apart or a reference computed. "
+                "Use FSDP, which cuts it up as finely (fsdp=True, or accelerate launch --use_fsdp), or ZeRO-2"
+            )
         if args.max_tokens_per_forward:
             raise UnsupportedArgumentError(
                 "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 import infopo
 from infopo.arguments import InfoPOConfig
@@ -146,3 +147,38 @@ def test_the_first_rank_keeps_the_store_for_all(folder: Path) -> None:
     assert first["efficient"]["store"] == [0, responses]
     assert first["found"]["store"] == [responses, 0]
     assert second["efficient"]["store"] == second["found"]["store"] == [0, 0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_a_sharded_run_resumes_where_it_stopped(folder: Path, is_adapter: bool) -> None:
+    """From whole and from sharded checkpoints; and the final model is saved whole, whatever checkpoints are made of."""
+    common = {
+        "model": str(folder / "policy"),
+        "lora": is_adapter,
+        "optim": "adamw_torch",
+        "num_train_epochs": 2,
+    }
+    cases = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        run = f"{kind}-{is_adapter}"
+        settings = common | {
+            "fsdp_config": EFFICIENT | {"state_dict_type": kind},
+            "run": run,
+            "save_steps": 99,
+        }
+        cases[f"{run} whole"] = settings | {"run": f"{run}-whole"}
+        cases[f"{run} stopped"] = settings | {"save_strategy": "steps", "stop": True}
+        cases[f"{run} resumed"] = settings | {"save_strategy": "steps", "resume": True}
+    first, _ = launch(folder, cases)
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        run = f"{kind}-{is_adapter}"
+        whole, resumed = first[f"{run} whole"], first[f"{run} resumed"]
+        assert "refused" not in resumed, resumed.get("traceback")
+        assert len(first[f"{run} stopped"]["logs"]) == 2
+        assert [r["loss"] for r in resumed["logs"]] == [r["loss"] for r in whole["logs"]]
+        assert all(torch.equal(resumed["weights"][key], value) for key, value in whole["weights"].items())
+        saved = load_file(folder / run / ("adapter_model.safetensors" if is_adapter else "model.safetensors"))
+        names = {key.replace(".default", ""): value for key, value in whole["weights"].items()}
+        assert len(saved) == sum("lora" in key for key in names) if is_adapter else len(names)
+        assert all(torch.equal(value, names[key]) for key, value in saved.items())

@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import TrainerCallback
 
 from infopo.arguments import InfoPOConfig
 from infopo.errors import InfoPOError
@@ -61,7 +62,9 @@ def trainer_of(case: dict[str, Any], folder: Path) -> InfoPOTrainer:
     settings = {k: v for k, v in PLAIN_SGD.items() if k != "use_cpu"}
     settings |= {"output_dir": str(folder), "per_device_train_batch_size": 4, "reference_store": "off"}
     data = case.pop("data", {})
+    callbacks = [Stop()] if case.pop("stop", False) else []
     return InfoPOTrainer(
+        callbacks=callbacks,
         model=tiny_llama() if model is None else model,
         ref_model=reference,
         args=InfoPOConfig(**settings | case, fsdp=True, fsdp_config=fsdp),
@@ -79,10 +82,20 @@ def clean_state(model: FullyShardedDataParallel) -> dict[str, torch.Tensor]:
     }
 
 
+class Stop(TrainerCallback):
+    """Saves and ends the run after two steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            control.should_save = control.should_training_stop = True
+
+
 def outcome(trainer: InfoPOTrainer, *, resume: bool, late: bool) -> dict[str, Any]:
     """What a run gave: whole weights, records and what is said of it."""
     before = None if resume else trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
+    if resume:
+        trainer.save_final_model()
     after = trainer.evaluate(random_dataset(5, seed=9)) if late else None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     if trainer.accelerator.is_fsdp2:
