@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from infopo import estimators
 from infopo.arguments import InfoPOConfig
+from infopo.data import sampling
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.data.sampling import PaddedSampler
@@ -238,6 +239,32 @@ def test_absent_rows_fill_the_last_batch_and_no_row_comes_twice() -> None:
     assert list(sampler) == [*range(10), 10, 11]
     assert len(sampler) == 12
     assert list(PaddedSampler(SequentialSampler(range(8)), 4)) == list(range(8))
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_ranks_carry_equal_work_if_rows_are_grouped_by_length(tmp_path: Path, ranks: int) -> None:
+    """And their rows of a step are those of one rank with as large a batch."""
+
+    class Shared(InfoPOConfig):
+        processes = 1
+
+        @property
+        def world_size(self) -> int:
+            return self.processes
+
+    def order(batch_size: int, processes: int) -> list[int]:
+        settings = {"gradient_accumulation_steps": 2, "dataloader_drop_last": True, "use_cpu": True}
+        args = Shared(str(tmp_path), train_sampling_strategy="group_by_length", **settings)
+        args.processes = processes  # the constructor looks for them
+        sampler = sampling.for_training(data, lambda: None, args, batch_size, lambda: 0)
+        assert sampler is not None
+        return list(sampler)
+
+    data = random_dataset(64 * 60)
+    rows = order(2, ranks)
+    assert rows == order(2 * ranks, 1)
+    work = torch.tensor(data.lengths[rows]).reshape(-1, ranks, 2).sum(2).double()
+    assert (work.amax(1).sum() / work.mean(1).sum()).item() < 1.15
 
 
 @pytest.mark.long

@@ -67,7 +67,9 @@ def for_training(
         epoch: Returns the epoch.
     """
     if args.train_sampling_strategy == "group_by_length":
-        group = batch_size * args.gradient_accumulation_steps
+        # Rows are sorted among 50 groups at most. With a group of one rank's rows, many ranks would take theirs from
+        # different ends of such a piece, and wait for the one with the longest.
+        group = batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler: Sampler[int] | None = LengthGroupedEpochs(dataset.lengths.tolist(), group, seed)
     else:
@@ -94,7 +96,7 @@ class LengthGroupedEpochs(Sampler[int]):
 
     Args:
         lengths: Number of tokens of each row.
-        group: Number of rows that have similar lengths, which is that of an optimizer step of one rank.
+        group: Number of rows that have similar lengths, which is that of an optimizer step of all ranks.
         seed: Seed of the order.
 
     Example:
