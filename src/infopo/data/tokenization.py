@@ -72,7 +72,7 @@ class Tokenization:
             DataError: `not tokenizable`.
         """
         if text in self._ahead:
-            return list(self._ahead[text])
+            return self._ahead[text]
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         except (TypeError, ValueError) as error:  # text that is not Unicode: half of a surrogate pair
