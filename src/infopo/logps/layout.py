@@ -269,7 +269,8 @@ class ForestLayout:
 
 
 def _joined(pieces: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+    # A rank that ran short of rows has no tokens, and no pieces.
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int64))
 
 
 def _mark(row: np.ndarray, shift: int, begin: int, end: int, *, whole: bool = False) -> None:
