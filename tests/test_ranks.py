@@ -21,8 +21,11 @@ needs_no_accelerator = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="ranks find each other by their accelerators"
 )
 SCRIPT = """
+import atexit
 import logging
 import sys
+import torch.distributed as dist
+atexit.register(lambda: print("left the group" if not dist.is_initialized() else "still in the group"))
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 sys.path.insert(0, {tests!r})
 import torch
@@ -36,7 +39,6 @@ trainer = InfoPOTrainer(
 )
 trainer.train()
 trainer.save_final_model()
-trainer.accelerator.end_training()
 """
 
 
@@ -78,6 +80,7 @@ def test_a_script_shares_the_work_without_being_told_use_cpu(tmp_path: Path) -> 
     done = torchrun(str(script))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2 processes, cpu, float32, 2 steps of 16 pairs\n") == 1
+    assert done.stdout.count("left the group") == 2
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 

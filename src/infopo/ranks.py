@@ -1,6 +1,9 @@
 """The processes that share a run: whether they have found each other, and what each run says of them at its start."""
 
+import atexit
+import functools
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -66,6 +69,22 @@ def refuse_strangers(world_size: int) -> None:
             "accelerate launch was asked for several processes on CPUs, but starts only one unless it is given MPI "
             "(--mpirun_hostfile): use torchrun --nproc-per-node N, or --num_processes 1"
         )
+
+
+@functools.cache
+def leave_at_exit() -> None:
+    """Has this process leave its process group before the interpreter is torn down, if the script does not do so.
+
+    A thread of the group that still needs the interpreter then aborts the process, and the launcher takes a run that
+    has succeeded for one that failed.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    # After an error other ranks may be in the middle of a collective, and leaving could wait for them.
+    if dist.is_available() and dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

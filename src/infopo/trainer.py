@@ -162,6 +162,7 @@ class InfoPOTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         startup.leave_compiling_to_layers(self.accelerator, policy.model)
+        ranks.leave_at_exit()
         self.add_callback(ranks.StartLine(logger.info))
         startup.refuse_processes(self.args, policy.model, train_examples, self.accelerator)
         if ranks.is_sharded(self.accelerator):
@@ -582,7 +583,7 @@ class InfoPOTrainer(SavingTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused.
+        """Overrides `Trainer`'s, which returns logits and labels, to refuse. It leaves out everything.
 
         Raises:
             UnsupportedArgumentError: Always.
@@ -693,7 +694,10 @@ class InfoPOTrainer(SavingTrainer):
         tags: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes `README.md` to `output_dir`, as TRL's trainers do; transformers' other arguments have no effect."""
+        """Overrides `Trainer`'s to write the card of this library to `output_dir`, as TRL's trainers do theirs.
+
+        It leaves out transformers' other arguments (language, license, ...), which have no effect.
+        """
         if self.is_world_process_zero():
             data = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
             text = render(self.card(model_name, data, [tags] if isinstance(tags, str) else list(tags or ())))
