@@ -4,7 +4,6 @@ The first process of a machine encodes, or finds what an earlier run has kept (`
 wait, and map the same file into their memory, where it takes the room of one copy.
 """
 
-import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ from infopo.data.example_store import ExampleStore, read, restore, write
 from infopo.data.examples import ExampleDataset
 from infopo.data.sources import Located
 from infopo.data.templates import TAKES_TOO_LONG
+from infopo.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def encode_once(

@@ -16,7 +16,6 @@ deleted at any time.
 
 import contextlib
 import json
-import logging
 import mmap
 import os
 import time
@@ -32,9 +31,10 @@ import xxhash
 
 from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
+from infopo.output import get_logger
 from infopo.runs import fsync_path
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LIMIT_BYTES = 20 * 2**30
 """Largest size of a folder: 20 GiB, or some 80 data sets of 61,000 pairs."""
