@@ -60,9 +60,8 @@ def test_the_lock_is_not_inherited_by_processes_that_its_holder_has_forked(tmp_p
 import os, sys, time
 from infopo.run_state import in_use
 with in_use(sys.argv[1]):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # not before it has let go of what it inherited
     time.sleep(60)
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
