@@ -8,9 +8,10 @@ from transformers import BertConfig, GPT2Config, MistralConfig
 
 from infopo import InfoPOConfig
 from infopo.data.examples import ExampleDataset
-from infopo.data.packing import pack, select
+from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.errors import LogpsError
 from infopo.logps import attention
+from infopo.logps.forest import Plan
 from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
 from infopo.models import disable_dropout
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample
@@ -141,7 +142,9 @@ def test_sums_are_float64_and_logits_float32_at_least(path: str) -> None:
 
 def test_a_batch_without_responses_still_reaches_every_parameter_with_a_zero_gradient(path: str) -> None:
     model = ready(tiny_llama(), path)
-    logps = response_logps(model, pack([EMPTY_EXAMPLE]), path)
+    plan = Plan.of if path == "forest" else None
+    [batch] = PreferenceCollator(plan=plan)([EMPTY_EXAMPLE])  # as a rank without rows has it
+    logps = response_logps(model, batch.to("cpu"), path)
     assert logps.shape == (0,)
     logps.sum().backward()
     assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
