@@ -376,3 +376,27 @@ def test_a_compiled_policy_trains_as_one_that_is_not(tmp_path: Path, backend: st
     path, values = trained(torch_compile=True, torch_compile_backend=backend)
     assert path == "each prompt once, without padding (the parts of its layers compiled)"
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_trainers_of_one_process_compile_each_as_it_was_asked(tmp_path: Path, order: tuple[int, ...]) -> None:
+    """accelerate keeps one setting for all. Settings of all are made first, and trainers after them."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    wanted = [compiled, compiled | {"logps_path": "naive"}, {}]
+    arguments = [
+        InfoPOConfig(str(tmp_path / str(n)), **PLAIN_SGD | {"max_steps": 1} | wanted[n]) for n in order
+    ]
+    trainers = [
+        InfoPOTrainer(
+            tiny_llama(), args=a, train_dataset=random_dataset(4), processing_class=build_tokenizer()
+        )
+        for a in arguments
+    ]
+    for number, trainer in zip(order, trainers, strict=True):
+        trainer.train()
+        whole = isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+        layer = trainer.accelerator.unwrap_model(trainer.model).model.layers[0]
+        assert whole == (number == 1)
+        assert (layer.mlp._compiled_call_impl is not None) == (number == 0)

@@ -5,7 +5,7 @@ These functions have no state. `InfoPOTrainer` calls them.
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -72,10 +72,26 @@ def choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConf
     return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
 
 
-def leave_compiling_to_layers(accelerator: Accelerator, policy: nn.Module) -> None:
-    """Keeps accelerate from compiling the whole policy where `choose_path` has compiled the parts of its layers."""
-    if path_of(policy) == "forest":
-        accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+@contextlib.contextmanager
+def compiling(accelerator: Accelerator, args: InfoPOConfig, *, in_parts: bool) -> Iterator[None]:
+    """Has accelerate compile what it prepares within the block if this run's policy is compiled as a whole.
+
+    accelerate keeps its setting for all trainers of the process, and takes it from whoever came first.
+
+    Args:
+        accelerator: The trainer's.
+        args: Settings, of which `torch_compile` and its backend and mode count.
+        in_parts: Whether the parts of the policy's layers are compiled already (see `choose_path`).
+    """
+    plugin = accelerator.state.dynamo_plugin
+    before = plugin.backend, plugin.mode
+    is_whole = args.torch_compile and not in_parts
+    plugin.backend = DynamoBackend((args.torch_compile_backend or "inductor").upper() if is_whole else "NO")
+    plugin.mode = args.torch_compile_mode or "default"
+    try:
+        yield
+    finally:
+        plugin.backend, plugin.mode = before
 
 
 def collator(policy: nn.Module, args: InfoPOConfig, router_coef: float = 0.0) -> PreferenceCollator:

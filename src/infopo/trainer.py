@@ -161,7 +161,6 @@ class InfoPOTrainer(SavingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        startup.leave_compiling_to_layers(self.accelerator, policy.model)
         ranks.leave_at_exit()
         self.add_callback(ranks.StartLine(logger.info))
         startup.refuse_processes(self.args, policy.model, train_examples, self.accelerator)
@@ -184,14 +183,15 @@ class InfoPOTrainer(SavingTrainer):
             quantization_config=quantization_config,
             on_path=self._take_path,
         )
-        choice = references.choose(ref_model, train_examples, eval_examples)
-        if sharding.is_fsdp(self.accelerator):
-            self.shard()
-            self._check_gradients(train_examples)
-        self._references = replace(references, policy=self.model)
-        self._setup, self.train_dataset, self.eval_dataset = self._references.build(
-            choice, train_examples, eval_examples
-        )
+        with self._compiling():
+            choice = references.choose(ref_model, train_examples, eval_examples)
+            if sharding.is_fsdp(self.accelerator):
+                self.shard()
+                self._check_gradients(train_examples)
+            self._references = replace(references, policy=self.model)
+            self._setup, self.train_dataset, self.eval_dataset = self._references.build(
+                choice, train_examples, eval_examples
+            )
         self._sharing = [
             weakref.ref(each)
             for each in (policy.model, ref_model, self.ref_model)
@@ -303,11 +303,16 @@ class InfoPOTrainer(SavingTrainer):
             yield
             return
         self._is_running = True
+        sharing = [model for each in self._sharing if (model := each()) is not None]
         try:
-            with attention.lent([model for each in self._sharing if (model := each()) is not None]):
+            with attention.lent(sharing), self._compiling():
                 yield
         finally:
             self._is_running = False
+
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        in_parts = attention.is_enabled(self.model)
+        return startup.compiling(self.accelerator, self.args, in_parts=in_parts)
 
     def _take_path(self, description: str) -> None:
         """Collates batches for the path on which the policy's log-probs are now computed, which counts tokens."""
