@@ -12,7 +12,7 @@ from typing import Any
 from infopo.data.columns import label_of, list_of, text_of, value_of
 from infopo.data.door import check_object
 from infopo.data.files import file_rows
-from infopo.errors import DataError, RecipeError
+from infopo.errors import ConfigError, DataError
 
 MBPP_TEST_TASKS = range(11, 511)
 """Task ids of MBPP's test split. A model that is trained on some of them is evaluated on others only."""
@@ -56,11 +56,11 @@ def mbpp_rows(
         tasks: Task ids to use (see `MBPP_TEST_TASKS`).
 
     Raises:
-        RecipeError: `form` is neither.
+        ConfigError: `form` is neither.
         DataError: A file or an item cannot be used.
     """
     if form not in ("lists", "pairs"):
-        raise RecipeError(f"form: expected lists or pairs, got {form!r}")
+        raise ConfigError(f"form: expected lists or pairs, got {form!r}")
     result = Converted("lists" if form == "lists" else "conversational")
     prompts, labels = dict[int, str](), dict[int, dict[str, set[bool]]]()
     times = Counter[tuple[int, str]]()

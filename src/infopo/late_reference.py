@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from infopo import hashing, models, ranks
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
-from infopo.errors import InfoPOError, RecipeError
+from infopo.errors import ConfigError, InfoPOError
 from infopo.reference import tolerance
 
 Context = Callable[[], AbstractContextManager[object]]
@@ -59,7 +59,7 @@ class LateReference:
             is_exact: Whether values are computed in float32 throughout.
 
         Raises:
-            RecipeError: It cannot be had; names every way out.
+            ConfigError: It cannot be had; names every way out.
         """
         if self.is_policy and not has_trained:
             return policy, nullcontext
@@ -83,7 +83,7 @@ class LateReference:
                 loaded = None
             if loaded is not None and hashing.hash_weights(loaded).whole == self.hash:
                 return loaded, nullcontext
-        raise RecipeError(
+        raise ConfigError(
             "evaluate(eval_dataset=...): the reference's log-probs were computed before training, and its model is "
             "gone or has changed since. Give this dataset to the constructor as eval_dataset; or keep a reference: "
             "reference='live' (or 'adapter-off' with an adapter), ref_model=MODEL with MODEL kept in a variable, or a "

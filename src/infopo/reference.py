@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
-from infopo.errors import LogpsError, RecipeError, ReferenceMismatchError
+from infopo.errors import ConfigError, LogpsError, ReferenceMismatchError
 from infopo.hashing import WeightsHash, config_hash
 from infopo.lockstep import Lockstep
 from infopo.logps import attention
@@ -140,11 +140,11 @@ def resolve(source: str, dataset: object) -> str:
     Any other source is returned as it is.
 
     Raises:
-        RecipeError: The reference of a stream would be computed before training.
+        ConfigError: The reference of a stream would be computed before training.
     """
     can_be_enumerated = isinstance(dataset, ExampleDataset)
     if source == "precompute" and not can_be_enumerated:
-        raise RecipeError(
+        raise ConfigError(
             "reference='precompute': the rows of a stream cannot be enumerated before training; use live or adapter-off"
         )
     if source == "auto":

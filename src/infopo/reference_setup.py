@@ -19,7 +19,7 @@ from infopo import hashing, models, ranks, sharding, startup
 from infopo.arguments import InfoPOConfig, init_kwargs
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.examples import ExampleDataset
-from infopo.errors import RecipeError, ReferenceStoreError
+from infopo.errors import ConfigError, ReferenceStoreError
 from infopo.late_reference import Context, LateReference, lend
 from infopo.logps import attention
 from infopo.noise import evaluating
@@ -129,7 +129,7 @@ class ReferenceBuilder:
             eval_data: A dataset, a dict of them, or None.
 
         Raises:
-            RecipeError: Settings contradict each other.
+            ConfigError: Settings contradict each other.
             ModelError: The reference cannot be loaded or does not fit the data.
         """
         source = "precompute" if self.args.precompute_ref_log_probs else self.args.reference
@@ -207,11 +207,11 @@ class ReferenceBuilder:
 
     def _refuse_contradictions(self, source: str, ref_model: nn.Module | None) -> None:
         if source not in REFERENCE_MODES and ref_model is not None:
-            raise RecipeError(f"reference={source!r} and ref_model are both given: give one of the two")
+            raise ConfigError(f"reference={source!r} and ref_model are both given: give one of the two")
         if source == "adapter-off" and ref_model is not None:
-            raise RecipeError("reference='adapter-off' and ref_model are both given: give one of the two")
+            raise ConfigError("reference='adapter-off' and ref_model are both given: give one of the two")
         if source == "adapter-off" and not models.is_peft_model(self.policy):
-            raise RecipeError("reference='adapter-off': the model has no adapter to switch off")
+            raise ConfigError("reference='adapter-off': the model has no adapter to switch off")
 
     def load(self, name: str) -> nn.Module:
         """Loads a reference and prepares it as the policy is prepared, because values that are compared must agree."""
@@ -315,7 +315,7 @@ class ReferenceBuilder:
             has_trained: Whether the policy may have changed.
 
         Raises:
-            RecipeError: The reference's model cannot be had any more.
+            ConfigError: The reference's model cannot be had any more.
         """
         given = list(data.values()) if isinstance(data, dict) else [data]
         if all(dataset.reference is not None for dataset in given):

@@ -99,7 +99,7 @@ class InfoPOTrainer(SavingTrainer):
         peft_config: Adapter that is added to the model and trained alone.
 
     Raises:
-        RecipeError: Settings contradict each other.
+        ConfigError: Settings contradict each other.
         UnsupportedArgumentError: An argument cannot be honoured.
         DataError: A row cannot be used (unless `on_bad_row="skip"`). The message names file and row.
         ModelError: Model, tokenizer or adapter cannot be used.
@@ -571,7 +571,7 @@ class InfoPOTrainer(SavingTrainer):
         constructor.
 
         Raises:
-            RecipeError: The reference was computed before training, and its model cannot be had any more.
+            ConfigError: The reference was computed before training, and its model cannot be had any more.
         """
         with self._running():
             if eval_dataset is not None and not isinstance(eval_dataset, str):

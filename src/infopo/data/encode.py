@@ -58,7 +58,7 @@ from infopo.data.pool import in_processes
 from infopo.data.survey import render
 from infopo.data.templates import DATE, TODAY, ChatTemplate, check_variables
 from infopo.data.tokenization import Tokenization
-from infopo.errors import DataError, ModelError, RecipeError
+from infopo.errors import ConfigError, DataError, ModelError
 from infopo.records import Message, PreferenceExample, PreferenceRow, Text, cut_response
 
 PROMPT_CUT = "prompt cut"
@@ -121,7 +121,7 @@ class Encoder:
 
     Raises:
         ModelError: The tokenizer has no EOS token, or is no tokenizer.
-        RecipeError: A length is not positive, the prompt's length leaves no room for a response, `on_too_long` is
+        ConfigError: A length is not positive, the prompt's length leaves no room for a response, `on_too_long` is
             unknown, or a template variable cannot be set.
 
     Example:
@@ -327,7 +327,7 @@ def _check_settings(
             f"got {max_prompt_length}"
         )
     if problems:
-        raise RecipeError(problems)
+        raise ConfigError(problems)
 
 
 def _as_conversation(row: PreferenceRow) -> PreferenceRow:

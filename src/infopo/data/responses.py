@@ -11,7 +11,7 @@ from infopo.catalog import SCORE_RULES, suggestion
 from infopo.data.columns import shown, value_of
 from infopo.data.counts import TIE
 from infopo.data.messages import OTHERS_ROLES
-from infopo.errors import DataError, RecipeError
+from infopo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from infopo.records import Text
@@ -28,7 +28,7 @@ class ScoreRule:
         threshold: Least score of a chosen response, for the rule of that name.
 
     Raises:
-        RecipeError: There is no such rule, or a threshold without its rule, or the rule without a threshold.
+        ConfigError: There is no such rule, or a threshold without its rule, or the rule without a threshold.
 
     Example:
         >>> ScoreRule("best-rest").split([3.0, 5.0, 1.0])
@@ -41,9 +41,9 @@ class ScoreRule:
     def __post_init__(self) -> None:
         if self.name not in SCORE_RULES:
             hint = f"{suggestion(self.name, SCORE_RULES)}; there are {', '.join(SCORE_RULES)}"
-            raise RecipeError(f"data.score_rule: no rule {self.name!r}{hint}")
+            raise ConfigError(f"data.score_rule: no rule {self.name!r}{hint}")
         if (self.name == "threshold") != (self.threshold is not None):
-            raise RecipeError(
+            raise ConfigError(
                 "data.score_threshold: goes with data.score_rule: threshold, and the rule needs it"
             )
 

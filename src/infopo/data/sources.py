@@ -22,7 +22,7 @@ from infopo.data.files import SUFFIXES, RawRow, file_rows, text_columns, unreada
 from infopo.data.responses import ScoreRule
 from infopo.data.shapes import detect_shape, parse_row
 from infopo.data.strays import begins_with_an_answer, ignored_columns, texts_beside
-from infopo.errors import DataError, RecipeError
+from infopo.errors import ConfigError, DataError
 from infopo.records import PreferenceRow
 from infopo.vocabulary import check_columns
 
@@ -69,7 +69,7 @@ def read_rows(
     Raises:
         DataError: The source cannot be read, has no row, or no row that can be used. Or a row cannot be used and
             `counts.on_bad_row` is `raise`.
-        RecipeError: `shape` is unknown, or `source` is none of the above.
+        ConfigError: `shape` is unknown, or `source` is none of the above.
 
     Example:
         >>> counts = DataCounts()
@@ -79,11 +79,11 @@ def read_rows(
     """
     if shape is not None and shape not in DATA_SHAPES:
         shapes = ", ".join(DATA_SHAPES)
-        raise RecipeError(
+        raise ConfigError(
             f"data.shape: no shape {shape!r}{suggestion(shape, DATA_SHAPES)}; there are {shapes}"
         )
     if columns and (problems := check_columns(columns)):
-        raise RecipeError([f"data.columns.{problem}" for problem in problems])
+        raise ConfigError([f"data.columns.{problem}" for problem in problems])
     default = name or counts.source or "dataset"
     door = Door(str(source) if isinstance(source, str | Path) else default, shape, columns, counts)
     raw_rows = _open_source(located(source, door.name, split, streaming), door)
@@ -250,7 +250,7 @@ def located(source: Any, name: str, split: str = "train", streaming: bool = Fals
 
     Raises:
         DataError: There is no such file, or the data set cannot be loaded.
-        RecipeError: The source is of another kind.
+        ConfigError: The source is of another kind.
     """
     if isinstance(source, list | tuple | Files):
         return source
@@ -362,7 +362,7 @@ def _check_dataset(source: object, name: str) -> "datasets.Dataset | datasets.It
         raise DataError(
             f"expected one dataset, got a dictionary of splits; pick one of: {splits}", name, "several splits"
         )
-    raise RecipeError(
+    raise ConfigError(
         f"data: expected a file, a hub name, a datasets.Dataset or a list of rows, got "
         f"{type(source).__name__} (datasets.Dataset.from_dict, from_generator and the like make one)"
     )
