@@ -258,7 +258,6 @@ def _flash_obstacle(call: Call) -> str | None:
 
 def _by_flash(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
     """Computes all runs in one call, as `_by_varlen`."""
-    index = layout.key_index(query.device)
     wanted = {
         "softmax_scale": options.scaling,
         "causal": True,
@@ -267,13 +266,7 @@ def _by_flash(query: Query, key: Key, value: Value, layout: ForestLayout, option
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     output = flash_varlen(
-        query[0].transpose(0, 1),
-        _SeenByRuns.apply(key[0].transpose(0, 1), index),
-        _SeenByRuns.apply(value[0].transpose(0, 1), index),
-        index.ends_of_queries.to(torch.int32),
-        index.ends_of_keys.to(torch.int32),
-        max(layout.sizes),
-        max(layout.keys_of(run) for run in range(len(layout.sizes))),
+        *_of_all_runs(query, key, value, layout),
         **{name: value for name, value in wanted.items() if name in _arguments(flash_varlen)},
     )
     # Some versions return the sums of the softmax, too.
@@ -311,12 +304,25 @@ def _arguments(function: Any) -> frozenset[str]:
 
 def _by_varlen(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
     """Computes all runs in one call, in which the queries of a run are aligned with the last of its keys."""
-    index = layout.key_index(query.device)
     # torch 2.11 takes grouped heads as they are and has no such argument. Later versions refuse them without it.
     is_grouped = (
         {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _arguments(varlen_attn) else {}
     )
     output = varlen_attn(
+        *_of_all_runs(query, key, value, layout),
+        scale=options.scaling,
+        window_size=(-1 if options.window is None else options.window - 1, 0),
+        **is_grouped,
+    )
+    return output[None]
+
+
+def _of_all_runs(query: Query, key: Key, value: Value, layout: ForestLayout) -> tuple[Any, ...]:
+    """Returns what kernels of the flash-attn family begin with: queries, keys and values, each (tokens, heads, width),
+    the cumulative numbers of queries and of keys, and the largest number of each.
+    """
+    index = layout.key_index(query.device)
+    return (
         query[0].transpose(0, 1),
         _SeenByRuns.apply(key[0].transpose(0, 1), index),
         _SeenByRuns.apply(value[0].transpose(0, 1), index),
@@ -324,11 +330,7 @@ def _by_varlen(query: Query, key: Key, value: Value, layout: ForestLayout, optio
         index.ends_of_keys.to(torch.int32),
         max(layout.sizes),
         max(layout.keys_of(run) for run in range(len(layout.sizes))),
-        scale=options.scaling,
-        window_size=(-1 if options.window is None else options.window - 1, 0),
-        **is_grouped,
     )
-    return output[None]
 
 
 class _SeenByRuns(torch.autograd.Function):
