@@ -11,12 +11,12 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from infopo import durable
 from infopo.errors import CheckpointError
 from infopo.run_state import IDENTITY, STAGING, STATE, seal
-from infopo.runs import fsync_path, fsync_tree, write_json_atomic
+from infopo.runs import write_json_atomic
 
 AVERAGES = "moving_averages"
-REPLACED = ".replaced"
 
 
 def write_identity(checkpoint: Path, identity: dict[str, Any], averages: Sequence[float]) -> None:
@@ -88,27 +88,17 @@ def staged(
         args: Settings, of which `should_save` and `save_total_limit` are used.
         wait_for_everyone: Barrier over ranks, so that all have written before the rename.
     """
-    staging = run_dir / STAGING
-    if args.should_save:
-        # A killed process may have left something there.
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    wait_for_everyone()
-    yield staging
-    wait_for_everyone()
+    with _shared_folder(run_dir / STAGING, args, wait_for_everyone) as staging:
+        yield staging
     if args.should_save:
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         _fix_best(state, run_dir, name)
         state.save_to_json(str(staging / name / STATE))
         if (staging / name / IDENTITY).is_file():
             seal(staging / name)
-        fsync_tree(staging / name)
-        final = run_dir / name
-        if final.is_dir():
-            # It is moved away first, because a kill while it is deleted would leave half a checkpoint.
-            final.replace(staging / f"{name}.old")
-        (staging / name).replace(final)
-        fsync_path(run_dir)
+        durable.sync_tree(staging / name)
+        durable.put(staging / name, run_dir / name, aside=staging)
+        durable.sync(run_dir)
         shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(run_dir),
@@ -137,31 +127,30 @@ def _fix_best(state: TrainerState, run_dir: Path, newest: str) -> None:
 def staged_files(
     directory: Path, args: TrainingArguments, wait_for_everyone: Callable[[], None]
 ) -> Iterator[Path]:
-    """Provides a folder to write files in. On exit they are fsynced and moved, one by one, into `directory`."""
-    staging = directory / STAGING
+    """Provides a folder to write files in. On exit they are fsynced and moved, one by one, into `directory`.
+
+    Some are folders, such as a second adapter, and the templates of a tokenizer that has several.
+    """
+    with _shared_folder(directory / STAGING, args, wait_for_everyone) as staging:
+        yield staging
     if args.should_save:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    wait_for_everyone()
-    yield staging
-    wait_for_everyone()
-    if args.should_save:
-        fsync_tree(staging)
-        _move_into(directory, staging)
+        durable.sync_tree(staging)
+        for new in sorted(staging.iterdir()):
+            durable.put(new, directory / new.name, aside=staging)
+        durable.sync(directory)
         shutil.rmtree(staging)
     wait_for_everyone()
 
 
-def _move_into(directory: Path, staging: Path) -> None:
-    """Moves everything in `staging` into `directory`, where each artefact replaces the one of the same name.
-
-    A tokenizer with several chat templates and a second adapter are saved as folders. A rename cannot replace a folder
-    that has files in it, so the old one is moved aside first.
-    """
-    replaced = staging / REPLACED
-    for new in sorted(staging.iterdir()):
-        final = directory / new.name
-        if final.is_dir() or (new.is_dir() and final.exists()):
-            replaced.mkdir(exist_ok=True)
-            final.replace(replaced / new.name)
-        new.replace(final)
+@contextlib.contextmanager
+def _shared_folder(
+    folder: Path, args: TrainingArguments, wait_for_everyone: Callable[[], None]
+) -> Iterator[Path]:
+    """Provides an empty folder in which all ranks have written when the block is left."""
+    if args.should_save:
+        # A killed process may have left something there.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    wait_for_everyone()
+    yield folder
+    wait_for_everyone()

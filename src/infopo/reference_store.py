@@ -34,10 +34,10 @@ import safetensors.numpy
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from infopo import caches
+from infopo import caches, durable
 from infopo.errors import ReferenceStoreError
 from infopo.output import get_logger
-from infopo.runs import environment, fsync_path, write_json_atomic
+from infopo.runs import environment, write_json_atomic
 
 logger = get_logger(__name__)
 
@@ -294,19 +294,9 @@ class ReferenceStore:
         """Writes values as one shard, which exists as a whole or not at all, and is durable once this returns."""
         content = _packed(values, self._about)
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
         with self._named():
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self.folder / name)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            fsync_path(self.folder)
+            durable.write(self.folder / name, [content])
         # Values are read back from the file, so that what is used is what was written.
         self._read.add(name)
         self._read_shard(name)
@@ -385,8 +375,7 @@ def live_claims(folder: Path) -> set[bytes]:
             _remove_claim(lock)
     # A process that writes has a claim, so without claims temporary files are those of dead processes.
     if nobody:
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        durable.remove_left_behind(folder)
     return taken
 
 

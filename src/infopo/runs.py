@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from infopo import durable
 from infopo.errors import DataError
 from infopo.secrets import masked_argument, masked_tree
 
@@ -296,36 +297,8 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         RunDirectoryError: The file cannot be written. A file that was there before is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _named(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(text.encode("utf-8", errors="backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_path(path.parent)
-
-
-def fsync_tree(directory: str | Path) -> None:
-    """Makes every file of a folder durable, and the folder itself."""
-    directory = Path(directory)
-    with _named(directory):
-        for path in directory.rglob("*"):
-            fsync_path(path)
-        fsync_path(directory)
-
-
-def fsync_path(path: Path) -> None:
-    """Makes one file, or the names in one folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        durable.write(path, [text.encode("utf-8", errors="backslashreplace")])
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from infopo import (
     checkpoints,
+    durable,
     late_failures,
     learning,
     models,
@@ -706,7 +707,7 @@ class InfoPOTrainer(SavingTrainer):
         if self.is_world_process_zero():
             data = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
             text = render(self.card(model_name, data, [tags] if isinstance(tags, str) else list(tags or ())))
-            (Path(self.args.output_dir) / "README.md").write_text(masked(text), encoding="utf-8")
+            durable.write(Path(self.args.output_dir) / "README.md", [masked(text).encode()])
 
     def _card_text(self) -> str:
         return masked(render(self.card()))

@@ -18,8 +18,6 @@ import contextlib
 import json
 import mmap
 import os
-import time
-import uuid
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -29,10 +27,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from infopo import durable
 from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
 from infopo.output import get_logger
-from infopo.runs import fsync_path
 
 logger = get_logger(__name__)
 
@@ -104,9 +102,7 @@ class ExampleStore:
 
     def _clean(self, newest: Path) -> None:
         """Removes what has not been used for longest until the rest is small enough, and what killed processes left."""
-        for path in self.folder.glob(".*.tmp"):
-            if time.time() - path.stat().st_mtime > _LEFT_BEHIND_SECONDS:
-                path.unlink(missing_ok=True)
+        durable.remove_left_behind(self.folder, _LEFT_BEHIND_SECONDS)
         states = [(path, path.stat()) for path in self.folder.glob(f"*{_SUFFIX}") if path != newest]
         room = LIMIT_BYTES - newest.stat().st_size
         for path, state in sorted(states, key=lambda each: each[1].st_mtime, reverse=True):
@@ -135,18 +131,7 @@ def write(path: Path, dataset: ExampleDataset, counts: DataCounts) -> None:
     for part in parts:
         digest.update(part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            for part in [_MAGIC, digest.digest(), *parts]:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
+    durable.write(path, [_MAGIC, digest.digest(), *parts])
 
 
 def read(path: Path) -> tuple[ExampleDataset, dict[str, Any]]:
