@@ -270,6 +270,8 @@ def reference_store() -> Try:
                 name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
             (place / shelf.name / name).write_bytes(content)
         store = ReferenceStore(place, identity)
+        # Nothing damaged is part of it, and asking git and every package for a version takes longer than all the rest.
+        store.__dict__["_about"] = whole._about
         store.want(keys)
         found = [store.tokens(key) for key in keys]
         if broken == PROVENANCE:
