@@ -14,6 +14,7 @@ from infopo.config import parse_recipe
 from infopo.data import templates
 from infopo.data.counts import DataCounts
 from infopo.data.encode import (
+    EMPTY_BLOCK_DROPPED,
     END_OF_TURN_APPENDED,
     END_OF_TURN_DOUBLED,
     PROMPT_NOT_WRITTEN,
@@ -184,6 +185,47 @@ def test_a_think_block_that_the_generation_prompt_opens_is_closed_as_the_data_cl
     kept = said_so.removeprefix("<think>")
     assert text == (kept.lstrip() if opens.endswith("\n") else kept) + "<|eot|>\n"
     assert WRITTEN_AS_DATA in encoded.notes
+
+
+EMPTY = [
+    "<think>\n\n</think>\n\nYes",
+    "<think></think>Yes",
+    "</think>Yes",
+    "<think>so</think>X<think></think>Yes",
+]
+KEEPS_THOUGHTS = CHATML.replace(
+    "{{ m.content }}", "{{ m.content.replace('<think></think>', '').replace('<think>\n\n</think>\n\n', '') }}"
+)
+
+
+@pytest.mark.parametrize("template", [DROPPING, KEEPS_THOUGHTS])
+@pytest.mark.parametrize("said_so", EMPTY)
+def test_an_empty_think_block_that_the_template_takes_out_is_written(template: str, said_so: str):
+    """With a generation prompt that opens none, also if the template drops only blocks that are empty."""
+    tokenizer = tokenizer_of(template)
+    text, encoded = chosen_text(tokenizer, row_of(said(said_so)))
+    assert text == f"{said_so}<|im_end|>\n"
+    kept = template is KEEPS_THOUGHTS and said_so.startswith("</think>")
+    assert encoded.notes == (() if kept else (WRITTEN_AS_DATA,))
+    turns = [*said(said_so), {"role": "user", "content": "More"}, *said(said_so)]
+    text, encoded = chosen_text(tokenizer, row_of(turns))
+    assert text.endswith(f"<|im_start|>assistant\n{said_so}<|im_end|>\n")
+
+
+def test_an_empty_think_block_is_counted_where_it_cannot_be_written_and_left_where_it_has_other_tags():
+    turn = said("<think></think>", tool_calls=[CALL])
+    _, encoded = chosen_text(tokenizer_of(DROPPING), row_of(turn))
+    assert encoded.notes == (EMPTY_BLOCK_DROPPED,)
+    answered = [*turn, {"role": "tool", "content": "3"}, *said("Yes")]
+    _, encoded = chosen_text(tokenizer_of(DROPPING), row_of(answered))
+    assert EMPTY_BLOCK_DROPPED in encoded.notes
+    tags = CHATML.replace("m.content", "m.content.replace('<think>', '(').replace('</think>', ')')")
+    text, encoded = chosen_text(tokenizer_of(tags), row_of(said("<think></think>Yes")))
+    assert (text, encoded.notes) == ("()Yes<|im_end|>\n", ())
+    closed = DROPPING.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
+    text, encoded = chosen_text(tokenizer_of(closed), row_of(said("<think>\n\n</think>\n\nYes")))
+    assert text.strip() == "Yes<|im_end|>"
+    assert WRITTEN_AS_DATA not in encoded.notes
 
 
 @pytest.mark.parametrize("more", [{"reasoning_content": "t"}, {"thinking": "e"}, {"reasoning": "Yes"}])

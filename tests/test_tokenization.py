@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from infopo.data.encode import MERGED_TOKENS, Encoder
+from infopo.data.encode import MERGED_TOKENS, UNKNOWN_TEXT, Encoder
 from infopo.data.tokenization import Tokenization
 from infopo.errors import DataError
 from infopo.records import PreferenceRow
@@ -181,3 +181,20 @@ def test_a_prefix_of_two_tokens_stands_once(prompt: str):
     ids = Tokenization(tokenizer).text(prompt, "f:1")
     assert ids[:2] == [mask, tokenizer.bos_token_id]
     assert [ids.count(token) for token in ids[:2]] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_has_become_the_unknown_token_is_counted(kind: str):
+    encoder = Encoder(tokenizer_of(kind, True))
+    known = encoder.encode(PreferenceRow("The sky", ["is blue"], ["is"], "f:1")).notes
+    unknown = encoder.encode(PreferenceRow("The ж.", ["is ж"], ["is"], "f:1")).notes
+    assert UNKNOWN_TEXT not in known
+    assert unknown.count(UNKNOWN_TEXT) == (0 if "byte" in kind else 2)
+
+
+def test_an_unknown_token_that_is_the_end_of_text_counts_nothing():
+    tokenizer = tokenizer_of("byte-level BPE", False)
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, unk_token="</s>", eos_token="</s>"
+    )
+    assert Encoder(own).encode(PreferenceRow("The sky", ["is"], ["blue"], "f:1")).notes == ()

@@ -12,6 +12,7 @@ from infopo.data.turns import (
     REASONING,
     behind_generation_prompt,
     context_spans,
+    drops_empty_block,
     is_left_open,
     missing,
     missing_in_prompt,
@@ -25,6 +26,7 @@ NOT_A_PREFIX = "prompt rendering is not a prefix"
 MERGED_TOKENS = "tokens merge across the boundary"
 WRITTEN_AS_DATA = "reasoning that the template drops, kept: the response is written as the data have it"
 REASONING_DROPPED = "reasoning of an earlier turn dropped by the template"
+EMPTY_BLOCK_DROPPED = "empty think block dropped by the template"
 USERS_BETWEEN = "a response with turns of users between the policy's: they are context, and not scored"
 PROMPT_NOT_WRITTEN = "a turn of the prompt, or a tool, that the chat template does not write"
 
@@ -192,15 +194,20 @@ class Conversation:
         """
         for turn in turns[:-1]:
             if turn["role"] == "assistant":
-                for name, text in missing(turn, rendered):
-                    if name not in (*REASONING, IN_CONTENT):
-                        self._refuse_missing(name, text)
-                    notes.append(REASONING_DROPPED)
+                self._note_dropped(turn, rendered, notes)
         lost = missing(turns[-1], rendered)
         if not lost and "</think>" not in text_of(turns[-1].get("content")):
             return None
         generating = self._render([*self._prompt, *turns[:-1]], True)
-        if not lost and is_left_open(turns[-1], generating, rendered):
+        last = rendered.removeprefix(generating[len(self.prompt_text) :])
+        if not lost and is_left_open(turns[-1], generating, last):
+            lost = [(IN_CONTENT, "</think>")]
+        elif not lost and drops_empty_block(
+            lambda turn: self._render([*self._prompt, *turns[:-1], turn]), turns[-1], generating, last
+        ):
+            if turns[-1].get("tool_calls") or not self._end:  # how the template writes the rest is not known
+                notes.append(EMPTY_BLOCK_DROPPED)
+                return None
             lost = [(IN_CONTENT, "</think>")]
         if not lost:
             return None
@@ -211,6 +218,16 @@ class Conversation:
             self._refuse_missing(*lost[0])
         notes.append(WRITTEN_AS_DATA)
         return generating[len(self.prompt_text) :] + str(behind) + self._end
+
+    def _note_dropped(self, turn: Message, rendered: str, notes: list[str]) -> None:
+        """Counts what a template leaves out of an earlier turn of the policy, or refuses it if it is no reasoning."""
+        lost = missing(turn, rendered)
+        for name, text in lost:
+            if name not in (*REASONING, IN_CONTENT):
+                self._refuse_missing(name, text)
+            notes.append(REASONING_DROPPED)
+        if not lost and "</think>" in text_of(turn.get("content")) and "</think>" not in rendered:
+            notes.append(EMPTY_BLOCK_DROPPED)
 
     def _refuse_missing(self, name: str, text: str) -> NoReturn:
         problem = (

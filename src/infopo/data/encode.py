@@ -18,9 +18,9 @@ EOS. If the data contain as text what the template or this module adds, it is wr
 If the template changes the prompt's own turns, the row is refused.
 
 **Content.** Each assistant turn's content, reasoning and tool calls must be in its rendering. If a template drops
-reasoning from the content of the last turn, the turn is written as the policy will write it: behind the generation
-prompt, word for word. If anything else is missing, the row is refused. Reasoning of earlier turns, which many templates
-drop, is counted.
+reasoning, or an empty think block, from the content of the last turn, the turn is written as the policy will write it:
+behind the generation prompt, word for word. If anything else is missing, the row is refused. Reasoning of earlier
+turns, which many templates drop, is counted.
 
 **Scored tokens.** In a response with several turns, the tokens that the policy writes are scored (see `turns.py`).
 
@@ -43,6 +43,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infopo.catalog import ON_TOO_LONG
 from infopo.data.conversation import (
+    EMPTY_BLOCK_DROPPED,
     MERGED_TOKENS,
     NOT_A_PREFIX,
     PROMPT_NOT_WRITTEN,
@@ -64,6 +65,7 @@ from infopo.records import Message, PreferenceExample, PreferenceRow, Text, cut_
 PROMPT_CUT = "prompt cut"
 RESPONSE_CUT = "response cut"
 END_OF_TURN_LOST = "end of turn lost"
+UNKNOWN_TEXT = "text that the tokenizer cannot write: its unknown token stands there"
 PLAIN_TEXT = (
     "the rows are plain text, and the tokenizer's chat template is not applied to them; for a chat model, as_chat: "
     "true takes a prompt for the user's turn and a response for the assistant's"
@@ -75,7 +77,7 @@ DATE_FIXED = (
 
 NOTES = (
     PROMPT_CUT, RESPONSE_CUT, END_OF_TURN_LOST, END_OF_TURN_DOUBLED, END_OF_TURN_APPENDED, NOT_A_PREFIX, MERGED_TOKENS,
-    WRITTEN_AS_DATA, REASONING_DROPPED, PROMPT_NOT_WRITTEN,
+    WRITTEN_AS_DATA, REASONING_DROPPED, EMPTY_BLOCK_DROPPED, PROMPT_NOT_WRITTEN, UNKNOWN_TEXT,
 )  # fmt: skip
 """Names of all changes and findings that are counted."""
 
@@ -156,6 +158,9 @@ class Encoder:
         self.on_too_long = on_too_long
         self.as_chat = as_chat
         self._endings = Endings(self.tokens)
+        # In GPT-2's tokenizer, which knows all text, the unknown token is that of the end.
+        known = {None, tokenizer.eos_token_id, tokenizer.bos_token_id}
+        self._unknown = None if tokenizer.unk_token_id in known else tokenizer.unk_token_id
         self._writes_a_date = bool(tokenizer.chat_template) and self.template.writes_a_date()
 
     def settings(self) -> dict[str, Any]:
@@ -219,6 +224,9 @@ class Encoder:
 
     def _encoded(self, row: PreferenceRow, texts: PlainText | Conversation, notes: list[str]) -> EncodedRow:
         prompt, responses = texts.encoded(notes)
+        if self._unknown is not None:
+            lost = [self._unknown in ids for ids in (prompt, *(response.ids for response in responses))]
+            notes += [UNKNOWN_TEXT] * sum(lost)
         if self.on_too_long == "drop":
             self._check_fits(prompt, responses, row.row_id)
         prompt = self._cut_prompt(prompt, row.row_id, notes)

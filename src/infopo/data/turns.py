@@ -25,6 +25,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 IN_CONTENT = "reasoning in content"
 
 _THINK = re.compile(r"</?think>|\[/?THINK\]")
+_EMPTY_BLOCK = re.compile(r"(?:<think>|\A)\s*</think>")
+_FILLING = "what-was-thought"
 
 
 def context_spans(
@@ -237,6 +239,27 @@ def is_left_open(turn: Message, generation_prompt: str, rendered: str) -> bool:
     """Whether a generation prompt opens a think block which the turn closes, and its rendering does not."""
     opens, closes = generation_prompt.rstrip().endswith("<think>"), "</think>" in text_of(turn.get("content"))
     return opens and closes and "</think>" not in rendered
+
+
+def drops_empty_block(
+    render_last: Callable[[Message], str], turn: Message, generation_prompt: str, rendered: str
+) -> bool:
+    """Whether a template leaves out an empty think block, such as `<think></think>`, which has no text to look for.
+
+    A template may also write such a block with tags of its own. Whether it does is seen from a block with a word in it.
+
+    Args:
+        render_last: The template, for the conversation with another last turn.
+        turn: The last turn.
+        generation_prompt: What the template writes before it.
+        rendered: What the template writes of it.
+    """
+    content = text_of(turn.get("content"))
+    written = rendered.count("</think>") + generation_prompt.rstrip().endswith("</think>")
+    if written >= content.count("</think>") or not _EMPTY_BLOCK.search(content):
+        return False
+    filled = render_last({**turn, "content": _EMPTY_BLOCK.sub(f"<think>{_FILLING}</think>", content)})
+    return _FILLING not in filled or re.search(rf"{_FILLING}\s*</think>", filled) is not None
 
 
 def behind_generation_prompt(turn: Message, generation_prompt: str) -> str | None:
