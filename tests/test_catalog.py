@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from infopo.catalog import suggestion
 from infopo.errors import RecipeError
 from infopo.losses.catalog import OBJECTIVES, Parameter, check_objective, complete_parameters
+from infopo.losses.declaration import declared
 from infopo.losses.registry import FUNCTIONS
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
@@ -26,17 +27,26 @@ every_parameter = pytest.mark.parametrize(
 def edge_values(parameter: Parameter) -> tuple[list[Any], list[Any]]:
     """Values just inside and just outside the domain that the parameter prints."""
     tiny = sys.float_info.min
+    words = parameter.domain
+    if words.startswith("among "):
+        choices = words.removeprefix("among ").split(", ")
+        return choices, ["", "reverse_kl_", choices[0].upper()]
+    if words.startswith("in "):
+        interval = words.removeprefix("in ")
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        below, above = math.nextafter(low, -math.inf) if low else -tiny, math.nextafter(high, math.inf)
+        ends = [(low, below, interval[0] == "["), (high, above, interval[-1] == "]")]
+        within = [
+            end if closed else math.nextafter(end, math.inf if end == low else -math.inf)
+            for end, _, closed in ends
+        ]
+        return [*within, (low + high) / 2], [outside if closed else end for end, outside, closed in ends]
     return {
         "> 0": ([tiny, 1, 1e300], [0, 0.0, -tiny, -1]),
         ">= 0": ([0, 0.0, -0.0, 1e300], [-tiny, -1]),
-        "in [0, 0.5)": ([0, 0.0, math.nextafter(0.5, 0)], [0.5, 1, -tiny]),
-        "in (0, 0.5)": ([tiny, 0.25, math.nextafter(0.5, 0)], [0, 0.5, -tiny]),
-        "in [0, 1)": ([0, 0.0, math.nextafter(1, 0)], [1, 1.0, -tiny]),
-        "in (0, 1]": ([tiny, 1, 1.0], [0, math.nextafter(1, 2), -tiny]),
-        "in (0, 1)": ([tiny, math.nextafter(1, 0)], [0, 1, -tiny]),
         "(true or false)": ([True, False], []),
-        "among forward_kl, js, alpha": (["forward_kl", "js", "alpha"], ["", "reverse_kl", "JS"]),
-    }[parameter.domain]
+        "(any finite number)": ([0, -1e300, 1e300], []),
+    }[words]
 
 
 # --- tables and functions -----------------------------------------------------------------------------------
@@ -44,6 +54,11 @@ def edge_values(parameter: Parameter) -> tuple[list[Any], list[Any]]:
 
 def test_tables_and_functions_name_the_same_objectives_in_the_same_order() -> None:
     assert list(OBJECTIVES) == list(FUNCTIONS)
+
+
+@every_objective
+def test_the_table_is_read_from_the_source_as_the_function_declares_it(name: str) -> None:
+    assert repr(OBJECTIVES[name]) == repr(declared(FUNCTIONS[name]))
 
 
 @every_objective
@@ -77,11 +92,15 @@ def test_every_source_is_named_in_the_functions_docstring(name: str) -> None:
         assert paper in documented
 
 
-def test_only_infopo_needs_one_side_of_the_reference() -> None:
+def test_infopo_needs_one_side_of_the_reference() -> None:
     """Half of DPO's reference pass: what the method claims (ARCHITECTURE §1)."""
-    assert {n for n, o in OBJECTIVES.items() if o.reference == {"rejected"}} == {"infopo"}
+    assert OBJECTIVES["infopo"].reference == {"rejected"}
     assert not OBJECTIVES["infopo"].pairs
-    assert {n for n, o in OBJECTIVES.items() if not o.reference} == {"simpo", "sft", "cpo", "slic", "orpo"}
+
+
+@every_objective
+def test_a_loss_without_a_reference_has_rewards_without_one(name: str) -> None:
+    assert (not OBJECTIVES[name].reference) == (OBJECTIVES[name].reward != "log_ratio")
 
 
 def test_the_catalog_imports_no_torch() -> None:

@@ -20,7 +20,7 @@ from infopo.data.sources import located, read_rows
 from infopo.data.streaming import ExampleStream
 from infopo.encoding import encode_once
 from infopo.errors import ConfigError, DataError
-from infopo.losses.catalog import OBJECTIVES, UNPAIRED, Objective, mixture_in_words
+from infopo.losses.catalog import UNPAIRED, Objective, mixture_in_words, row_of
 from infopo.output import get_logger
 from infopo.records import PreferenceExample, PreferenceRow, Role
 from infopo.settings import RowSettings
@@ -67,7 +67,7 @@ class Intake:
     @classmethod
     def of(cls, args: InfoPOConfig, tokenizer: PreTrainedTokenizerBase) -> "Intake":
         """Returns the intake of a run with these settings."""
-        return cls(args, [OBJECTIVES[name] for name, _, _ in args.mixture()], encoder_of(args, tokenizer), {})
+        return cls(args, [row_of(name) for name, _, _ in args.mixture()], encoder_of(args, tokenizer), {})
 
     @property
     def needs_mismatches(self) -> bool:

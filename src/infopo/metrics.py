@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.catalog import row_of
 from infopo.records import LossTerm, PackedBatch, ResponseLogps, Role, sum_dtype
 
 Sums = dict[str, tuple[Tensor, float]]
@@ -82,12 +82,12 @@ class MetricRule:
         It is that of the first objective that has a β.
         """
         name, parameters, _ = next((m for m in mixture if "beta" in m[1]), mixture[0])
-        spec = OBJECTIVES[name]
+        spec = row_of(name)
         return cls(
             beta=parameters.get("beta", 1.0),
             reward=spec.reward,
             has_ratio=spec.ratio,
-            length_normalized=spec.ratio and parameters["length_normalized"],
+            length_normalized=spec.ratio and bool(parameters.get("length_normalized")),
             cap=parameters.get("cap", 5.0),
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from infopo.errors import printable
-from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.catalog import row_of
 from infopo.secrets import masked
 
 PACKAGES = ("infopo", "transformers", "torch", "datasets", "tokenizers", "peft")
@@ -94,7 +94,7 @@ def render(card: Card) -> str:
 def _body(card: Card) -> list[str]:
     what = "An adapter of" if card.is_adapter else "A fine-tuned version of"
     losses = " + ".join(
-        f"{f'{weight:g} x ' if len(card.mixture) > 1 else ''}{OBJECTIVES[name].title}"
+        f"{f'{weight:g} x ' if len(card.mixture) > 1 else ''}{row_of(name).title}"
         for name, _, weight in card.mixture
     )
     names = ", ".join(f"`{_shown(name)}`" for name in card.datasets)
@@ -112,8 +112,8 @@ def _body(card: Card) -> list[str]:
         values = ", ".join(f"{key} = {value}" for key, value in {**parameters, "weight": weight}.items())
         lines += [
             f"| objective `{name}` | {_cell(values)} |",
-            f"| loss | {_cell(OBJECTIVES[name].formula)} |",
-            f"| published in | {_cell(OBJECTIVES[name].source)} |",
+            f"| loss | {_cell(row_of(name).formula)} |",
+            f"| published in | {_cell(row_of(name).source)} |",
         ]
     lines.append(f"| reference | {_cell(card.reference)} |")
     if names or card.rows is not None:

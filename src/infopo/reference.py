@@ -29,7 +29,7 @@ from infopo.hashing import WeightsHash, config_hash
 from infopo.lockstep import Lockstep
 from infopo.logps import attention
 from infopo.logps.forward import path_of, response_lengths, response_logps, token_logps
-from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.catalog import row_of
 from infopo.noise import evaluating
 from infopo.output import get_logger
 from infopo.records import PackedBatch, PreferenceExample, Role, Spans, sum_dtype, to_device
@@ -126,8 +126,8 @@ def reference_sides(
         >>> sorted(reference_sides([("infopo", {}, 1.0)], "auto", "eval"))
         ['chosen', 'rejected']
     """
-    needed = frozenset[str]().union(*(OBJECTIVES[name].reference for name, _, _ in mixture))
-    if any(OBJECTIVES[name].statistic == "kl" for name, _, _ in mixture):
+    needed = frozenset[str]().union(*(row_of(name).reference for name, _, _ in mixture))
+    if any(row_of(name).statistic == "kl" for name, _, _ in mixture):
         needed |= {"kl"}
     if setting == "both" or (setting == "auto" and split == "eval" and needed):
         return needed | {"chosen", "rejected"}

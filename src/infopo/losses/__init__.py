@@ -7,7 +7,9 @@
 | `unpaired.py` | other losses of single responses: SFT, KTO, APO-zero |
 | `common.py` | what several of them share: the critic, the capped exponential, the likelihood term |
 | `coupling.py` | numbers of a whole optimizer step that couple its examples: DV's mean, KTO's KL |
-| `catalog.py` | names, parameters, needs and sources, as data that imports no torch |
+| `declaration.py` | `@objective(...)`, which says what the function below it needs |
+| `catalog.py` | the declarations as a table, read without importing torch |
+| `foreign.py`, `fingerprint.py` | losses from outside the package, and a hash of what they compute |
 | `registry.py` | name and parameters -> function |
 
 Notation in all of them: π = policy, r = π/π_ref, w = chosen, l = rejected, |y| = number of tokens,

@@ -14,9 +14,32 @@ from torch import Tensor
 from infopo.estimators import DIVERGENCES, log_mixture
 from infopo.losses.common import capped_exp, critic_scores
 from infopo.losses.coupling import StepStatistic
+from infopo.losses.declaration import (
+    CAP,
+    CRITIC,
+    LENGTH_NORMALIZED,
+    at_least_zero,
+    objective,
+    positive,
+    within,
+)
 from infopo.records import LossTerm, LossTerms, ResponseLogps, Role
 
 
+@objective(
+    title="InfoPO",
+    formula="-β log π_θ(w) + r(l)^β",
+    source="Xiao et al. 2025, arXiv 2505.08507",
+    when="the default: chosen likelihood must not fall, or feedback is unpaired",
+    bound="KL(p_w‖p_l), no maximum",
+    parameters={
+        "beta": positive("Scale of the log-ratio critic; 1 is the paper's loss."),
+        "length_normalized": LENGTH_NORMALIZED,
+        "cap": CAP,
+    },
+    reference=("rejected",),
+    ratio=True,
+)
 def infopo(
     logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False, cap: float = 5.0
 ) -> LossTerms:
@@ -50,6 +73,16 @@ def infopo(
     ]
 
 
+@objective(
+    title="InfoNCE",
+    formula="-log(r(w)^β / (r(w)^β + Σ_l r(l)^β)), all rejected responses of the prompt",
+    source="van den Oord et al. 2018, arXiv 1807.03748, eq. 4",
+    when="several rejected responses a prompt; with one it is DPO at the same β",
+    bound="KL(p_w‖p_l), at most log(1 + K) with K rejected responses",
+    parameters={"beta": CRITIC, "length_normalized": LENGTH_NORMALIZED},
+    pairs=True,
+    ratio=True,
+)
 def infonce(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
     """InfoNCE: a chosen response against all K rejected ones of its prompt. With K = 1 it is DPO.
 
@@ -74,6 +107,21 @@ def infonce(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool 
     return [LossTerm(candidates.logsumexp(dim=1) - critic[chosen], per="chosen", name="preference")]
 
 
+@objective(
+    title="Interpolated",
+    formula="log(α m₀ + 1-α) - β log r(w) + r(l)^β/(α m + 1-α), m₀, m: means of r^β over the prompt",
+    source="Poole et al. 2019, arXiv 1905.06922, section 2.4",
+    when="several rejected responses a prompt, and InfoPO's ratio has a heavy tail",
+    bound="KL(p_w‖p_l), at most 1 + log(M/α) with M rejected responses",
+    parameters={
+        "beta": CRITIC,
+        "alpha": within("[0, 1)", "0 is InfoPO; towards 1, InfoNCE over the prompt."),
+        "length_normalized": LENGTH_NORMALIZED,
+        "cap": CAP,
+    },
+    pairs=True,
+    ratio=True,
+)
 def interpolated(
     logps: ResponseLogps,
     *,
@@ -120,6 +168,15 @@ def interpolated(
     ]
 
 
+@objective(
+    title="JS (MIO)",
+    formula="-log σ(β log r(w)) - log σ(-β log r(l))",
+    source="Lv et al. 2025 (MIO), arXiv 2506.22578; bound: Nowozin et al. 2016, arXiv 1606.00709",
+    when="noisy or unpaired labels: no single response pulls harder than β",
+    bound="2 JS(p_w, p_l), at most 2 log 2",
+    parameters={"beta": CRITIC, "length_normalized": LENGTH_NORMALIZED},
+    trl_loss_type="bco_pair",
+)
 def js(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
     """Jensen-Shannon: each response classified by itself, chosen against rejected. The objective of MIO.
 
@@ -143,6 +200,15 @@ def js(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = Fal
     ]
 
 
+@objective(
+    title="χ²",
+    formula="-2 (r(w)^β - 1) + r(l)^2β - 1",
+    source="Nowozin et al. 2016, arXiv 1606.00709, tables 1 and 2",
+    when="to see what a steeper bound does; pulls on likely chosen responses grow without limit up to the cap",
+    bound="χ²(p_w‖p_l), no maximum",
+    parameters={"beta": CRITIC, "length_normalized": LENGTH_NORMALIZED, "cap": CAP},
+    ratio=True,
+)
 def chi2(
     logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False, cap: float = 5.0
 ) -> LossTerms:
@@ -164,6 +230,15 @@ def chi2(
     return _f_divergence("chi2", logps, critic_scores(logps, beta, length_normalized), cap)
 
 
+@objective(
+    title="Hellinger",
+    formula="r(w)^(-β/2) - 1 + r(l)^(β/2) - 1",
+    source="Nowozin et al. 2016, arXiv 1606.00709, tables 1 and 2",
+    when="to see what a flatter bound does; between JS and InfoPO in its tail",
+    bound="H²(p_w, p_l), at most 2",
+    parameters={"beta": CRITIC, "length_normalized": LENGTH_NORMALIZED, "cap": CAP},
+    ratio=True,
+)
 def hellinger(
     logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False, cap: float = 5.0
 ) -> LossTerms:
@@ -185,6 +260,16 @@ def hellinger(
     return _f_divergence("hellinger", logps, critic_scores(logps, beta, length_normalized), cap)
 
 
+@objective(
+    title="Donsker-Varadhan",
+    formula="-β log r(w) + log E_l[r(l)^β], E_l over the whole step",
+    source="Belghazi et al. 2018, arXiv 1801.04062, theorem 1",
+    when="InfoPO whose rejected ratios drift as a whole: a constant shift of the critic has no weight",
+    bound="KL(p_w‖p_l), no maximum; biased upwards in a finite step",
+    parameters={"beta": CRITIC, "length_normalized": LENGTH_NORMALIZED},
+    statistic="log_mean",
+    ratio=True,
+)
 def dv(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
     """Donsker-Varadhan: InfoPO whose rejected term does not see a constant shift of the critic.
 
@@ -209,6 +294,20 @@ def dv(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = Fal
     return _tangent_terms(logps, statistic, critic_scores(logps, beta, length_normalized), math.inf)
 
 
+@objective(
+    title="SMILE",
+    formula="-β log r(w) + log E_l[clip(r(l)^β, e^-τ, e^τ)], E_l over the whole step",
+    source="Song, Ermon 2020, arXiv 1910.06222, section 4.2",
+    when="as `dv`, with a few rejected responses so likely that they outweigh all others",
+    bound="KL(p_w‖p_l) from either side, at most E_w[f] + τ",
+    parameters={
+        "beta": CRITIC,
+        "tau": positive("Rejected responses whose critic is beyond ±τ are not pushed on (nats).", "nats"),
+        "length_normalized": LENGTH_NORMALIZED,
+    },
+    statistic="log_mean",
+    ratio=True,
+)
 def smile(
     logps: ResponseLogps, *, beta: float = 1.0, tau: float = 5.0, length_normalized: bool = False
 ) -> LossTerms:
@@ -231,6 +330,21 @@ def smile(
     return _tangent_terms(logps, statistic, critic_scores(logps, beta, length_normalized), math.inf)
 
 
+@objective(
+    title="MINE",
+    formula="-β log r(w) + log m + r(l)^β/m - 1, m a moving average of E_l[r(l)^β]",
+    source="Belghazi et al. 2018, arXiv 1801.04062, section 3.2; value: Poole et al. 2019, arXiv 1905.06922",
+    when="as `dv`, where a step holds few rejected responses",
+    bound="KL(p_w‖p_l), no maximum",
+    parameters={
+        "beta": CRITIC,
+        "rate": within("(0, 1]", "Weight of a new step in m; 1 is DV."),
+        "length_normalized": LENGTH_NORMALIZED,
+        "cap": at_least_zero("β log r(l) - log m beyond which exp() is extended linearly (nats).", "nats"),
+    },
+    statistic="moving_log_mean",
+    ratio=True,
+)
 def mine(
     logps: ResponseLogps,
     *,

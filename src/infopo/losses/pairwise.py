@@ -9,9 +9,32 @@ import torch
 import torch.nn.functional as F
 
 from infopo.losses.common import capped_exp, critic_scores, likelihood, smoothed_nll
+from infopo.losses.declaration import (
+    CAP,
+    LABEL_SMOOTHING,
+    LENGTH_NORMALIZED,
+    NLL_WEIGHT,
+    STRENGTH,
+    at_least_zero,
+    choice,
+    flag,
+    objective,
+    positive,
+    within,
+)
 from infopo.records import LossTerm, LossTerms, ResponseLogps
 
 
+@objective(
+    title="DPO",
+    formula="-(1-ε) log σ(β (log r(w) - log r(l))) - ε log σ(-β (log r(w) - log r(l))) + a NLL(w)",
+    source="Rafailov et al. 2023, arXiv 2305.18290; label smoothing: Mitchell 2023, 'A note on DPO with noisy "
+    "preferences'; NLL: Pang et al. 2024, arXiv 2404.19733",
+    when="the usual baseline; add `nll_weight` where the chosen log-prob falls",
+    parameters={"beta": STRENGTH, "label_smoothing": LABEL_SMOOTHING, "nll_weight": NLL_WEIGHT},
+    pairs=True,
+    trl_loss_type="sigmoid",
+)
 def dpo(
     logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 0.0
 ) -> LossTerms:
@@ -33,6 +56,18 @@ def dpo(
     return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, nll_weight)]
 
 
+@objective(
+    title="IPO",
+    formula="(log r(w)/|w| - log r(l)/|l| - 1/(2β))²",
+    source="Azar et al. 2023, arXiv 2310.12036, eq. 17",
+    when="pairs ranked without error, where DPO's margin would grow without limit",
+    parameters={
+        "beta": positive("The paper's τ: regularisation strength."),
+        "length_normalized": flag(LENGTH_NORMALIZED.help + " The authors' own runs did (see TRL)."),
+    },
+    pairs=True,
+    trl_loss_type="ipo",
+)
 def ipo(logps: ResponseLogps, *, beta: float = 0.1, length_normalized: bool = True) -> LossTerms:
     """IPO: squared distance of the log-ratio margin from 1/(2β).
 
@@ -52,6 +87,15 @@ def ipo(logps: ResponseLogps, *, beta: float = 0.1, length_normalized: bool = Tr
     return [LossTerm((margins - 1 / (2 * beta)) ** 2, per="pair", name="preference")]
 
 
+@objective(
+    title="Hinge",
+    formula="max(0, 1 - β (log r(w) - log r(l)))",
+    source="Liu et al. 2023 (RSO), arXiv 2309.06657; TRL's `hinge`",
+    when="DPO that stops at a margin",
+    parameters={"beta": positive("Inverse of the margin in nats.")},
+    pairs=True,
+    trl_loss_type="hinge",
+)
 def hinge(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     """Hinge loss on DPO's margin, zero once the margin reaches 1/β nats.
 
@@ -69,6 +113,19 @@ def hinge(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     return [LossTerm(values, per="pair", name="preference")]
 
 
+@objective(
+    title="SimPO",
+    formula="-log σ(β log π_θ(w)/|w| - β log π_θ(l)/|l| - γ)",
+    source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
+    when="no reference model, responses of unequal length",
+    parameters={
+        "beta": positive("Scale of the length-normalised reward."),
+        "gamma": at_least_zero("Target reward margin."),
+    },
+    reference=(),
+    pairs=True,
+    reward="mean_logp",
+)
 def simpo(logps: ResponseLogps, *, beta: float = 2.0, gamma: float = 0.5) -> LossTerms:
     """SimPO: length-normalised log-probs as rewards, a target margin γ, no reference.
 
@@ -86,6 +143,21 @@ def simpo(logps: ResponseLogps, *, beta: float = 2.0, gamma: float = 0.5) -> Los
     return [LossTerm(-F.logsigmoid(margin - gamma), per="pair", name="preference")]
 
 
+@objective(
+    title="f-DPO",
+    formula="-log σ(β (φ'(r(w)) - φ'(r(l)))), φ the divergence's generator",
+    source="Wang et al. 2023, arXiv 2309.16240, table 1",
+    when="DPO with more weight on covering the reference (forward KL, JS)",
+    parameters={
+        "beta": STRENGTH,
+        "divergence": choice(
+            ("forward_kl", "js", "alpha"), "Divergence from the reference (reverse KL is DPO)."
+        ),
+        "alpha": within("(0, 1)", "α of the α-divergence; the others ignore it."),
+        "cap": CAP,
+    },
+    pairs=True,
+)
 def fdpo(
     logps: ResponseLogps,
     *,
@@ -118,6 +190,20 @@ def fdpo(
     return [LossTerm(-F.logsigmoid(beta * logps.margins(score)), per="pair", name="preference")]
 
 
+@objective(
+    title="CPO",
+    formula="-(1-ε) log σ(β (log π_θ(w) - log π_θ(l))) - ε log σ(β (log π_θ(l) - log π_θ(w))) + a NLL(w)",
+    source="Xu et al. 2024, arXiv 2401.08417",
+    when="no reference model, chosen responses good enough to imitate",
+    parameters={
+        "beta": positive("Scale of the log-prob margin."),
+        "label_smoothing": LABEL_SMOOTHING,
+        "nll_weight": NLL_WEIGHT,
+    },
+    reference=(),
+    pairs=True,
+    reward="logp",
+)
 def cpo(
     logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0
 ) -> LossTerms:
@@ -139,6 +225,16 @@ def cpo(
     return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, nll_weight)]
 
 
+@objective(
+    title="SLiC-HF",
+    formula="max(0, 1 - β (log π_θ(w) - log π_θ(l))) + a NLL(w)",
+    source="Zhao et al. 2023, arXiv 2305.10425",
+    when="no reference model, a fixed margin",
+    parameters={"beta": positive("Inverse of the margin in nats."), "nll_weight": NLL_WEIGHT},
+    reference=(),
+    pairs=True,
+    reward="logp",
+)
 def slic(logps: ResponseLogps, *, beta: float = 1.0, nll_weight: float = 0.0) -> LossTerms:
     """SLiC-HF: hinge on the log-prob margin, zero once it reaches 1/β nats (β times the paper's loss, whose δ is 1/β).
 
@@ -158,6 +254,16 @@ def slic(logps: ResponseLogps, *, beta: float = 1.0, nll_weight: float = 0.0) ->
     return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, nll_weight)]
 
 
+@objective(
+    title="ORPO",
+    formula="NLL(w) - β log σ(log odds(w) - log odds(l)), odds = p/(1-p), p = π_θ(y)^(1/|y|)",
+    source="Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7",
+    when="no reference model, training from a base model in one stage",
+    parameters={"beta": positive("The paper's λ: weight of the odds ratio.")},
+    reference=(),
+    pairs=True,
+    reward="mean_logp",
+)
 def orpo(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     """ORPO: likelihood of the chosen response, and the odds of the chosen over the rejected one. No reference.
 
@@ -181,6 +287,14 @@ def orpo(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, 1.0)]
 
 
+@objective(
+    title="R-DPO",
+    formula="-log σ(β (log r(w) - log r(l)) + α (|w| - |l|))",
+    source="Park et al. 2024, arXiv 2403.19159",
+    when="DPO's responses grow longer",
+    parameters={"beta": STRENGTH, "alpha": at_least_zero("Reward taken off a token.")},
+    pairs=True,
+)
 def rdpo(logps: ResponseLogps, *, beta: float = 0.1, alpha: float = 0.01) -> LossTerms:
     """R-DPO: DPO that discounts length. A pair whose chosen response is the longer one teaches less.
 
@@ -199,6 +313,17 @@ def rdpo(logps: ResponseLogps, *, beta: float = 0.1, alpha: float = 0.01) -> Los
     return [LossTerm(-F.logsigmoid(logits + alpha * longer), per="pair", name="preference")]
 
 
+@objective(
+    title="DPOP",
+    formula="-log σ(β (log r(w) - log r(l) - λ max(0, -log r(w))))",
+    source="Pal et al. 2024 (Smaug), arXiv 2402.13228, eq. 3",
+    when="chosen and rejected differ in few tokens, and DPO lowers both",
+    parameters={
+        "beta": STRENGTH,
+        "penalty": at_least_zero("The paper's λ: weight of a chosen response's fall."),
+    },
+    pairs=True,
+)
 def dpop(logps: ResponseLogps, *, beta: float = 0.3, penalty: float = 50.0) -> LossTerms:
     """DPO-Positive: DPO with a penalty if the chosen response is less likely than under the reference.
 
@@ -218,6 +343,15 @@ def dpop(logps: ResponseLogps, *, beta: float = 0.3, penalty: float = 50.0) -> L
     return [LossTerm(-F.logsigmoid(logits), per="pair", name="preference")]
 
 
+@objective(
+    title="NCA",
+    formula="-log σ(β log r(w)) - log σ(-β log r(w))/2 - log σ(-β log r(l))/2",
+    source="Chen et al. 2024, arXiv 2402.05369",
+    when="as DPO, with an absolute reward that keeps the chosen log-prob up",
+    parameters={"beta": STRENGTH},
+    pairs=True,
+    trl_loss_type="nca_pair",
+)
 def nca(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     """NCA on pairs: noise contrast of each response with the reference, so that rewards are absolute.
 
@@ -236,6 +370,15 @@ def nca(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     return [LossTerm(values, per="pair", name="preference")]
 
 
+@objective(
+    title="EXO",
+    formula="q log(q/(1-ε)) + (1-q) log((1-q)/ε), q = σ(β (log r(w) - log r(l)))",
+    source="Ji et al. 2024, arXiv 2402.00856, eq. 16",
+    when="as DPO, with the reverse of its divergence between preferences",
+    parameters={"beta": STRENGTH, "label_smoothing": within("(0, 0.5)", LABEL_SMOOTHING.help)},
+    pairs=True,
+    trl_loss_type="exo_pair",
+)
 def exo(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> LossTerms:
     """EXO on pairs: reverse KL, over the two responses, of the policy's preference from the label's.
 
@@ -257,6 +400,15 @@ def exo(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 1e-
     return [LossTerm(right + wrong, per="pair", name="preference")]
 
 
+@objective(
+    title="APO-down",
+    formula="σ(β log r(w)) + 1 - σ(β (log r(w) - log r(l)))",
+    source="D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8",
+    when="chosen responses worse than the model's own",
+    parameters={"beta": STRENGTH},
+    pairs=True,
+    trl_loss_type="apo_down",
+)
 def apo_down(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     """APO-down: pushes both down, the rejected one further. For chosen responses worse than the model's own.
 
@@ -275,6 +427,14 @@ def apo_down(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     return [LossTerm(values, per="pair", name="preference")]
 
 
+@objective(
+    title="Cal-DPO",
+    formula="-log σ(log r(w) - log r(l)) + (log r(w) - 1/(2β))² + (log r(l) + 1/(2β))²",
+    source="Xiao et al. 2024, arXiv 2412.14516",
+    when="rewards that should have a fixed scale",
+    parameters={"beta": positive("Inverse of twice the calibrated log-ratio (1/nats).")},
+    pairs=True,
+)
 def cal_dpo(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     """Cal-DPO: DPO's contrast, with log-ratios calibrated to ±1/(2β) (nats).
 
@@ -296,6 +456,15 @@ def cal_dpo(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     return [LossTerm(values, per="pair", name="preference")]
 
 
+@objective(
+    title="Robust DPO",
+    formula="(-(1-ε) log σ(β (log r(w) - log r(l))) + ε log σ(β (log r(l) - log r(w)))) / (1 - 2ε)",
+    source="Chowdhury et al. 2024, arXiv 2403.00409",
+    when="labels flipped at a known rate",
+    parameters={"beta": STRENGTH, "label_smoothing": LABEL_SMOOTHING},
+    pairs=True,
+    trl_loss_type="robust",
+)
 def robust_dpo(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossTerms:
     """Robust DPO: an unbiased estimate of DPO's loss on clean labels, from labels flipped with probability ε.
 

@@ -1,46 +1,24 @@
 """Objectives by name: from a name and its parameters to the function that computes the loss."""
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from infopo.losses import family, pairwise, unpaired
-from infopo.losses.catalog import OBJECTIVES, complete_parameters
+from infopo.losses import family, foreign, unpaired
+from infopo.losses.catalog import FOLDER, OBJECTIVES, complete_parameters, read_declarations, row_of
 from infopo.losses.coupling import StepStatistic
 from infopo.records import LossTerms, ResponseLogps
 
 LossFunction = Callable[[ResponseLogps], LossTerms]
 
 FUNCTIONS: Mapping[str, Callable[..., LossTerms]] = {
-    "infopo": family.infopo,
-    "infonce": family.infonce,
-    "interpolated": family.interpolated,
-    "js": family.js,
-    "chi2": family.chi2,
-    "hellinger": family.hellinger,
-    "dv": family.dv,
-    "smile": family.smile,
-    "mine": family.mine,
-    "dpo": pairwise.dpo,
-    "ipo": pairwise.ipo,
-    "hinge": pairwise.hinge,
-    "simpo": pairwise.simpo,
-    "fdpo": pairwise.fdpo,
-    "sft": unpaired.sft,
-    "cpo": pairwise.cpo,
-    "slic": pairwise.slic,
-    "orpo": pairwise.orpo,
-    "rdpo": pairwise.rdpo,
-    "dpop": pairwise.dpop,
-    "nca": pairwise.nca,
-    "exo": pairwise.exo,
-    "kto": unpaired.kto,
-    "apo_zero": unpaired.apo_zero,
-    "apo_down": pairwise.apo_down,
-    "cal_dpo": pairwise.cal_dpo,
-    "robust_dpo": pairwise.robust_dpo,
+    name: getattr(importlib.import_module(f"{__package__}.{path.stem}"), name)
+    for path in sorted(FOLDER.glob("*.py"))
+    for name in read_declarations(path)
 }
+"""The function of each of the package's own objectives."""
 
 
 def loss_function(name: str, parameters: Mapping[str, Any] | None = None) -> LossFunction:
@@ -56,7 +34,7 @@ def loss_function(name: str, parameters: Mapping[str, Any] | None = None) -> Los
     """
     # Unknown names are refused here, so the look-up below cannot fail.
     bound = complete_parameters(name, parameters or {})
-    return partial(FUNCTIONS[name], **bound)
+    return partial(FUNCTIONS[name] if name in OBJECTIVES else foreign.find(name).function, **bound)
 
 
 def step_statistic(name: str, parameters: Mapping[str, Any] | None = None) -> StepStatistic | None:
@@ -70,13 +48,26 @@ def step_statistic(name: str, parameters: Mapping[str, Any] | None = None) -> St
         ('log_mean', None)
     """
     bound = complete_parameters(name, parameters or {})
-    if not OBJECTIVES[name].statistic:
+    statistic = row_of(name).statistic
+    if not statistic:
         return None
-    if OBJECTIVES[name].statistic == "kl":
-        return unpaired.MISMATCH_KL
-    return family.log_mean_statistic(
-        bound["beta"],
-        bound["length_normalized"],
-        tau=bound.get("tau", math.inf),
-        rate=bound.get("rate", 1.0),
-    )
+    make = statistic if callable(statistic) else _STATISTICS[statistic]
+    return make(**bound)
+
+
+def _log_mean(
+    beta: float,
+    length_normalized: bool,
+    tau: float = math.inf,
+    rate: float = 1.0,
+    **others: Any,
+) -> StepStatistic:
+    return family.log_mean_statistic(beta, length_normalized, tau=tau, rate=rate)
+
+
+_STATISTICS: Mapping[str, Callable[..., StepStatistic]] = {
+    "log_mean": _log_mean,
+    "moving_log_mean": _log_mean,
+    "kl": lambda **parameters: unpaired.MISMATCH_KL,
+}
+"""What makes the statistic of each name in `STEP_STATISTICS` from the parameters of an objective."""

@@ -7,9 +7,28 @@ log r(l) = -1 nat, 2 and 4 tokens.
 import torch
 
 from infopo.losses.coupling import StepStatistic
+from infopo.losses.declaration import (
+    STRENGTH,
+    at_least_zero,
+    flag,
+    objective,
+)
 from infopo.records import LossTerm, LossTerms, ResponseLogps, Role
 
 
+@objective(
+    title="SFT on chosen",
+    formula="-log π_θ(w)",
+    source="maximum likelihood of the chosen responses",
+    when="the baseline of every comparison; as good as InfoPO where rejected responses tell nothing new",
+    parameters={
+        "token_mean": flag("Average over tokens of chosen responses (TRL's `sft`), not over responses.")
+    },
+    reference=(),
+    sides=("chosen",),
+    trl_loss_type="sft",
+    reward="logp",
+)
 def sft(logps: ResponseLogps, *, token_mean: bool = False) -> LossTerms:
     """Maximum likelihood of chosen responses: the baseline of every comparison.
 
@@ -23,6 +42,18 @@ def sft(logps: ResponseLogps, *, token_mean: bool = False) -> LossTerms:
     return [LossTerm(-logps.policy[logps.chosen], per="token" if token_mean else "chosen", name="chosen")]
 
 
+@objective(
+    title="KTO",
+    formula="λ_w σ(β (z - log r(w))), λ_l σ(β (log r(l) - z)), z the KL of policy from reference, at least 0",
+    source="Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7",
+    when="thumbs up and down; weigh the sides where one is rare",
+    parameters={
+        "beta": STRENGTH,
+        "desirable_weight": at_least_zero("λ_w, weight of chosen responses."),
+        "undesirable_weight": at_least_zero("λ_l, weight of rejected responses."),
+    },
+    statistic="kl",
+)
 def kto(
     logps: ResponseLogps,
     *,
@@ -59,6 +90,14 @@ MISMATCH_KL = StepStatistic(
 """max(0, E[log r(y')]) over responses y' to other prompts: KTO's estimate of KL(π‖π_ref), in nats."""
 
 
+@objective(
+    title="APO-zero",
+    formula="1 - σ(β log r(w)) + σ(β log r(l))",
+    source="D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7",
+    when="chosen responses better than the model's own; unpaired feedback",
+    parameters={"beta": STRENGTH},
+    trl_loss_type="apo_zero",
+)
 def apo_zero(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
     """APO-zero: pushes chosen up and rejected down, each by itself. For chosen responses better than the model's own.
 

@@ -1,0 +1,188 @@
+"""Losses from outside the package: callables, functions of a user's module, names that other packages register.
+
+Imports no torch itself. A loss is found under the name that a recipe gives it: `my_module:my_loss`, or a name in the
+entry-point group `infopo.objectives`. A callable that a script passes is registered under such a name.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from infopo.catalog import suggestion
+from infopo.errors import ConfigError
+from infopo.losses.declaration import Declaration, Objective, declared, signature_of, with_place
+from infopo.losses.fingerprint import code_of, digest
+
+GROUP = "infopo.objectives"
+"""Entry-point group in which other packages register losses."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A loss from outside: what it declares, and its function."""
+
+    row: Objective
+    function: Callable[..., Any]
+
+
+_found: dict[str, Foreign] = {}
+_folders: list[Path] = []
+_loaded_here: set[str] = set()
+
+
+def look_in(folder: str | Path) -> None:
+    """Adds a folder, as that of a recipe, in which modules of losses are looked for before the current one."""
+    folder = Path(folder).resolve()
+    if folder in _folders:
+        _folders.remove(folder)
+    _folders.insert(0, folder)
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Returns the losses that installed packages register, by name. It imports none."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name is that of a loss from outside: a registered one, or `module:function`."""
+    return name in _found or ":" in name or name in installed()
+
+
+def find(name: str) -> Foreign:
+    """Returns the loss of this name, which is imported when it is first asked for.
+
+    Raises:
+        ConfigError: It cannot be found or imported, or is no function.
+    """
+    if name not in _found:
+        points = {} if ":" in name else installed()
+        if name not in points and ":" not in name:
+            raise ConfigError(f"no objective {name!r}; expected a name, or MODULE:FUNCTION")
+        target = points[name].value if name in points else name
+        _found[name] = _described(_imported(target), name)
+    return _found[name]
+
+
+def register(function: Callable[..., Any]) -> str:
+    """Returns the name under which a callable is from now on known, `module:function`.
+
+    Two callables of one name, such as two closures, differ in what follows `#`.
+
+    Raises:
+        ConfigError: The declaration of the callable does not fit it.
+    """
+    inner = function.func if isinstance(function, partial) else function
+    module = getattr(inner, "__module__", None) or type(inner).__module__
+    qualified = getattr(inner, "__qualname__", None) or type(inner).__qualname__
+    if module.startswith("infopo.losses.") and declared(function):
+        return qualified
+    name = f"{module}:{qualified}"
+    found = _described(function, name)
+    if name in _found and _found[name].row.digest != found.row.digest:
+        name = f"{name}#{found.row.digest[:8]}"
+    _found[name] = found
+    return name
+
+
+def plain_name(name: str) -> str:
+    """Returns a name without what tells apart two callables of one name.
+
+    Example:
+        >>> plain_name("my_module:my_loss#0123abcd"), plain_name("dpo")
+        ('my_module:my_loss', 'dpo')
+    """
+    return name.partition("#")[0]
+
+
+def _described(function: Callable[..., Any], name: str) -> Foreign:
+    row = declared(function)
+    if row is None:
+        code = code_of(function)
+        reads_pairs = code is not None and bool({"pairs", "margins"} & set(code.co_names))
+        title = name.rpartition(":")[2].rpartition(".")[2]
+        words = (inspect.getdoc(function) or "not described").strip().splitlines()
+        try:
+            row = Declaration(title=title, formula=words[0], pairs=reads_pairs).row(
+                title, signature_of(function)
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{name}: its parameters cannot be read: {error}") from error
+    try:
+        place = inspect.getsourcefile(inspect.unwrap(function)) or ""
+    except TypeError:
+        place = inspect.getsourcefile(type(function)) or "" if not isinstance(function, partial) else ""
+    return Foreign(with_place(row, place, digest(function)), function)
+
+
+def _imported(target: str) -> Callable[..., Any]:
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute or "/" in module_name or module_name.endswith(".py"):
+        stem = Path(module_name).stem or "my_module"
+        raise ConfigError(
+            f"{target!r}: expected MODULE:FUNCTION, with the module's name as Python imports it, e.g. "
+            f"{stem}:{attribute or 'my_loss'}"
+        )
+    value: Any = _module(module_name, target)
+    for part in attribute.split("."):
+        known = [key for key, each in vars(value).items() if callable(each) and not key.startswith("_")]
+        if not hasattr(value, part):
+            where = getattr(value, "__file__", module_name)
+            raise ConfigError(f"{target!r}: {where} has no {part!r}{suggestion(part, known)}")
+        value = getattr(value, part)
+    if not callable(value) or inspect.isclass(value):
+        raise ConfigError(f"{target!r}: expected a function of ResponseLogps, got {type(value).__name__}")
+    return value
+
+
+def _module(name: str, target: str) -> Any:
+    folders = [*_folders, Path.cwd()]
+    top = name.partition(".")[0]
+    _forget_another(top, folders)
+    try:
+        with _searched(folders):
+            importlib.invalidate_caches()
+            is_new = top not in sys.modules
+            module = importlib.import_module(name)
+            if is_new:
+                _loaded_here.add(top)
+            return module
+    except Exception as error:
+        missing = getattr(error, "name", None)
+        if isinstance(error, ModuleNotFoundError) and missing and f"{name}.".startswith(f"{missing}."):
+            places = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+            raise ConfigError(
+                f"{target!r}: there is no module {missing!r}; looked in {places} and where Python looks"
+            ) from error
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(
+            f"{target!r}: the module cannot be imported: {type(error).__name__}: {error}{line}"
+        ) from error
+
+
+def _forget_another(top: str, folders: list[Path]) -> None:
+    """Unloads a module that was loaded for a loss from another folder, where one of the same name is now nearer."""
+    here = [
+        f for folder in folders for f in (folder / f"{top}.py", folder / top / "__init__.py") if f.is_file()
+    ]
+    loaded = getattr(sys.modules.get(top), "__file__", None)
+    if top in _loaded_here and here and loaded and Path(loaded).resolve() != here[0].resolve():
+        for key in [key for key in sys.modules if key == top or key.startswith(f"{top}.")]:
+            del sys.modules[key]
+
+
+@contextmanager
+def _searched(folders: list[Path]) -> Iterator[None]:
+    """Searches the folders first, as Python does that of a script. Afterwards they come last, for late imports."""
+    before = list(sys.path)
+    sys.path[:0] = [str(folder) for folder in folders]
+    try:
+        yield
+    finally:
+        sys.path[:] = [*before, *(str(folder) for folder in folders if str(folder) not in before)]
