@@ -39,7 +39,6 @@ from infopo.errors import (
 from infopo.hashing import hash_weights
 from infopo.lab import policy_path
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.logps.forward import with_layout
 from infopo.losses.registry import loss_function
 from infopo.metrics import MetricSums, non_finite_rows
 from infopo.models import disable_dropout
@@ -650,7 +649,7 @@ def test_a_term_that_is_not_finite_names_the_row_of_its_own_response(objective: 
     owned = (batch.example == spoiled) & (batch.role == Role.REJECTED)
     reference = torch.zeros(batch.num_responses, dtype=torch.float64)
     reference[owned.nonzero()[-1]] = math.nan
-    logps = with_layout(torch.full_like(reference, -3.0), reference, batch)
+    logps = batch.with_logps(torch.full_like(reference, -3.0), reference)
     assert non_finite_rows(batch, logps, loss_function(objective)(logps)) == [f"rows.jsonl:{spoiled + 1}"]
 
 

@@ -6,7 +6,7 @@ Shape names: `tokens` (positions of a packed batch), `segments`, `responses`, `c
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -146,12 +146,48 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
-class PackedBatch:
+class Responses:
+    """The responses of a batch: what each is, whose it is, and which are compared.
+
+    Attributes:
+        role: `Role` of each response.
+        example: Index (within the batch) of the example that each response belongs to.
+        length: Number of scored tokens of each response.
+        chosen: Indices of the chosen responses.
+        rejected: Indices of the rejected responses.
+        pairs: Every (chosen, rejected) couple of the same example, as indices into the responses.
+        reference: log π_ref(y|x) of each response (nats), NaN if it was not computed.
+    """
+
+    role: Int[Tensor, " responses"]
+    example: Int[Tensor, " responses"]
+    length: Int[Tensor, " responses"]
+    chosen: Int[Tensor, " chosen"]
+    rejected: Int[Tensor, " rejected"]
+    pairs: Int[Tensor, "pairs 2"]
+    reference: Float[Tensor, " responses"]
+
+    def with_logps(
+        self, policy: Float[Tensor, " responses"], reference: Float[Tensor, " responses"] | None = None
+    ) -> "ResponseLogps":
+        """Returns what a loss sees of these responses.
+
+        Args:
+            policy: log π_θ of each response (nats).
+            reference: log π_ref of each response (nats), if it is not `self.reference`.
+        """
+        values = {each.name: getattr(self, each.name) for each in fields(Responses)}
+        values["reference"] = (self.reference if reference is None else reference).to(policy.dtype)
+        return ResponseLogps(policy=policy, **values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch(Responses):
     """Token segments as a forest, in which a response is the path from a root to its leaf.
 
     Each segment is stored once, after its parent. What several responses share is therefore encoded and scored once:
     the prompt of all, and the common beginning of some of them. The lists stay on the CPU, the tensors move to the
-    device.
+    device. `reference` contains the stored values of the examples.
 
     Attributes:
         input_ids: Tokens of all segments, one after the other.
@@ -160,15 +196,8 @@ class PackedBatch:
         segment_parent: Parent of each segment, -1 for a root. A parent comes before its children.
         segment_scored: Whether the policy wrote the segment, which otherwise is prompt, or context within a response.
         leaf: Segment with which each response ends.
-        role: `Role` of each response.
-        example: Index (within the batch) of the example that each response belongs to.
-        length: Number of scored tokens of each response.
-        chosen: Indices of the chosen responses.
-        rejected: Indices of the rejected responses.
-        pairs: Every (chosen, rejected) couple of the same example, as indices into the responses.
         counts: Number of pairs, chosen responses, rejected responses, tokens of chosen responses, and of chosen and
             rejected responses together (order: `PER`).
-        reference: log π_ref of each response (nats), NaN if it was not computed.
         row_ids: Name of each example's row.
         roles: The entries of `role`, on the host.
         owners: The entries of `example`, on the host.
@@ -181,14 +210,7 @@ class PackedBatch:
     segment_parent: list[int]
     segment_scored: list[bool]
     leaf: list[int]
-    role: Int[Tensor, " responses"]
-    example: Int[Tensor, " responses"]
-    length: Int[Tensor, " responses"]
-    chosen: Int[Tensor, " chosen"]
-    rejected: Int[Tensor, " rejected"]
-    pairs: Int[Tensor, "pairs 2"]
     counts: Int[Tensor, " denominators"]
-    reference: Float[Tensor, " responses"]
     row_ids: tuple[str, ...]
     roles: list[int]
     owners: list[int]
@@ -215,13 +237,13 @@ class PackedBatch:
 
         A GPU gets them in one copy, for which the host does not wait, whatever `non_blocking` is.
         """
-        names = [name for name in self.__slots__ if isinstance(getattr(self, name), Tensor)]
+        names = [name for name in self.__dataclass_fields__ if isinstance(getattr(self, name), Tensor)]
         plan = self.plan.tensors if self.plan is not None else ()
         moved = to_device([*(getattr(self, name) for name in names), *plan], device)
-        fields: dict[str, Any] = dict(zip(names, moved, strict=False))
+        changed: dict[str, Any] = dict(zip(names, moved, strict=False))
         if self.plan is not None:
-            fields["plan"] = self.plan.with_tensors(moved[len(names) :])
-        return replace(self, **fields)
+            changed["plan"] = self.plan.with_tensors(moved[len(names) :])
+        return replace(self, **changed)
 
     def pin_memory(self) -> "PackedBatch":
         """Returns the batch itself, because `to` copies it to page-locked memory on its way to a GPU."""
@@ -243,31 +265,17 @@ def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
     return [part.view(t.dtype).reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value
-class ResponseLogps:
-    """The part of a batch that a loss sees: log-probs of responses, and each response's role and example.
+@dataclass(frozen=True, slots=True, eq=False)
+class ResponseLogps(Responses):
+    """The part of a batch that a loss sees: responses and their log-probs.
 
     Attributes:
         policy: log π_θ(y|x), summed over the response's tokens (nats), with its gradient.
-        reference: log π_ref(y|x) (nats), NaN if it was not computed.
-        length: Number of tokens of each response.
-        role: `Role` of each response.
-        example: Index of the example that each response belongs to.
-        chosen: Indices of the chosen responses.
-        rejected: Indices of the rejected responses.
-        pairs: Every (chosen, rejected) couple of one example, as indices into the responses.
         statistic: The number of the whole optimizer step that the objective's catalog row names (nats, without
             gradient). If it is None, this batch is the whole step, and the objective computes the number from it.
     """
 
     policy: Float[Tensor, " responses"]
-    reference: Float[Tensor, " responses"]
-    length: Int[Tensor, " responses"]
-    role: Int[Tensor, " responses"]
-    example: Int[Tensor, " responses"]
-    chosen: Int[Tensor, " chosen"]
-    rejected: Int[Tensor, " rejected"]
-    pairs: Int[Tensor, "pairs 2"]
     statistic: Float[Tensor, ""] | None = None
 
     @classmethod
@@ -280,15 +288,9 @@ class ResponseLogps:
         example: Int[Tensor, " responses"],
     ) -> "ResponseLogps":
         """Derives the index tensors from roles and examples. For tests and notebooks: it synchronises with the GPU."""
-        chosen, rejected, pairs = response_indices(role.tolist(), example.tolist())
-        return cls(
-            policy,
-            reference,
-            length,
-            role,
-            example,
-            *(t.to(policy.device) for t in (chosen, rejected, pairs)),
-        )
+        indices = response_indices(role.tolist(), example.tolist())
+        chosen, rejected, pairs = (t.to(policy.device) for t in indices)
+        return cls(role, example, length, chosen, rejected, pairs, reference, policy)
 
     @classmethod
     def pair(

@@ -49,7 +49,7 @@ from infopo.errors import (
 from infopo.finite import FiniteWatch
 from infopo.intake import Intake, RawDataset
 from infopo.logps import attention, router
-from infopo.logps.forward import response_logps, with_layout
+from infopo.logps.forward import response_logps
 from infopo.losses.catalog import mixture_in_words
 from infopo.losses.coupling import StepCoupling
 from infopo.losses.registry import loss_function, step_statistic
@@ -500,7 +500,7 @@ class InfoPOTrainer(SavingTrainer):
             policy = response_logps(model, batch)
         self._aux_loss = router.mean(found)
         reference = self._setup.train if mode == "train" else self._setup.evaluation
-        return with_layout(policy, reference(batch) if reference.sides else batch.reference, batch)
+        return batch.with_logps(policy, reference(batch) if reference.sides else None)
 
     def _record_aux(self, mode: str) -> None:
         if self._aux_loss is not None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +323,7 @@ def test_no_hook_stays_behind_even_when_the_model_fails() -> None:
     batch = pack(EXAMPLES)
     response_logps(model, batch, "padded")
     with pytest.raises(IndexError):
-        response_logps(model, PackedBatch(**{n: getattr(batch, n) for n in batch.__slots__} | {
-            "input_ids": batch.input_ids + 1000}), "padded")  # fmt: skip
+        response_logps(model, replace(batch, input_ids=batch.input_ids + 1000), "padded")
     assert not model.lm_head._forward_hooks
     assert not model.lm_head._forward_pre_hooks
     assert model(batch.input_ids[None]).logits.shape[-1] == 61

@@ -17,7 +17,7 @@ from infopo.data import sampling
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.data.sampling import PaddedSampler
-from infopo.logps.forward import response_logps, with_layout
+from infopo.logps.forward import response_logps
 from infopo.losses.catalog import OBJECTIVES
 from infopo.losses.registry import loss_function
 from infopo.records import Role
@@ -188,7 +188,7 @@ def test_ktos_reference_point_is_that_of_the_whole_step(
     batch = pack(list(data.mismatched(None)))
     with torch.no_grad():
         reference_logps = response_logps(other, batch)
-    logps = with_layout(response_logps(policy, batch), reference_logps, batch)
+    logps = batch.with_logps(response_logps(policy, batch), reference_logps)
     z = (logps.policy - logps.reference)[logps.role == Role.KL].mean()
     assert z > 0.1
     loss = loss_function("kto", {"beta": 0.3})(logps)[0].values.sum() / 8

@@ -18,7 +18,7 @@ from infopo.logps import attention, forest, lm_head, naive, padded, rope
 from infopo.logps.eligibility import obstacle
 from infopo.logps.registration import OWN_MASK
 from infopo.logps.wrappers import base_of, has_virtual_tokens
-from infopo.records import PackedBatch, ResponseLogps, sum_dtype, to_device
+from infopo.records import PackedBatch, sum_dtype, to_device
 
 TokenLogps = Callable[[nn.Module, PackedBatch], Float[Tensor, " response_tokens"]]
 
@@ -164,20 +164,6 @@ DISAGREEMENT = {
     "set logps_path to 'naive' to know.",
     "forest": "Its responses cannot share their prompt: set logps_path to 'naive'.",
 }
-
-
-def with_layout(policy: Tensor, reference: Tensor, batch: PackedBatch) -> ResponseLogps:
-    """What a loss sees: the log-probs, and the batch's account of who is who."""
-    return ResponseLogps(
-        policy=policy,
-        reference=reference.to(policy.dtype),
-        length=batch.length,
-        role=batch.role,
-        example=batch.example,
-        chosen=batch.chosen,
-        rejected=batch.rejected,
-        pairs=batch.pairs,
-    )
 
 
 def padding_noise(
