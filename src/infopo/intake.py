@@ -74,6 +74,19 @@ class Intake:
         """Whether the objective compares with responses to other prompts."""
         return any(objective.statistic == "kl" for objective in self.objectives)
 
+    def both(
+        self, train_data: RawDataset | ExampleStream, eval_data: Any, fit: Sequence[nn.Module]
+    ) -> tuple[ExampleDataset | ExampleStream, Any]:
+        """Returns training and evaluation data, of which the models `fit` can read every example.
+
+        Raises:
+            DataError, ConfigError, ModelError: See `training` and `evaluation`.
+        """
+        train_examples, eval_examples = self.training(train_data, fit), self.evaluation(eval_data)
+        for model in fit:
+            startup.check_fit(model, train_examples, eval_examples)
+        return train_examples, eval_examples
+
     def training(
         self, dataset: RawDataset | ExampleStream, fit: Sequence[nn.Module]
     ) -> ExampleDataset | ExampleStream:

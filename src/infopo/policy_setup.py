@@ -39,6 +39,16 @@ def name_of(model: str | nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or None
 
 
+def short_name(name: str | None) -> str:
+    """Returns the last part of a model's name or folder.
+
+    Example:
+        >>> short_name("org/sft/"), short_name(None)
+        ('sft', 'model')
+    """
+    return (name or "model").rstrip("/").split("/")[-1]
+
+
 def set_up_policy(
     model: str | nn.Module,
     ref_model: nn.Module | None,

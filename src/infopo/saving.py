@@ -4,7 +4,7 @@ No mathematics: `InfoPOTrainer` builds on this as on transformers' `Trainer`.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from infopo import checkpoints, models, ranks, resuming, run_state, sharding
+from infopo import checkpoints, durable, models, ranks, resuming, run_state, sharding
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, InfoPOError, NonFiniteWeightsError, SaveError
+from infopo.model_card import Card, render
 from infopo.output import get_logger
+from infopo.secrets import masked
 from infopo.sharding import ShardedTrainer, local_part
 
 logger = get_logger(__name__)
@@ -43,10 +45,6 @@ class SavingTrainer(ShardedTrainer):
 
     @property
     def kept_averages(self) -> list[float]:
-        raise NotImplementedError
-
-    def _card_text(self) -> str:
-        """The model card of what is saved."""
         raise NotImplementedError
 
     # ---- resuming --------------------------------------------------------------------------------------------------
@@ -176,9 +174,48 @@ class SavingTrainer(ShardedTrainer):
             if self.args.should_save:
                 folder = Path(output_dir if output_dir is not None else self.args.output_dir)
                 (folder / "training_args.bin").unlink(missing_ok=True)
-                (folder / "README.md").write_text(
-                    self._card_text(), encoding="utf-8"
-                )  # peft's is a blank form
+                # That of peft is a blank form.
+                (folder / "README.md").write_text(masked(render(self.card())), encoding="utf-8")
+
+    def card(
+        self, model_name: str | None = None, datasets: Sequence[str] = (), tags: Sequence[str] = ()
+    ) -> Card:
+        """What the model card says of this run."""
+        args = self.args
+        hub = (args.hub_model_id or "").split("/")[-1]
+        return Card(
+            name=model_name or hub or Path(args.output_dir).resolve().name,
+            base=self.base_name,
+            mixture=self.mixture,
+            reference=self.reference_in_words,
+            datasets=datasets or self.dataset_names,
+            rows=len(data) if isinstance(data := self.train_dataset, ExampleDataset) else None,
+            settings={
+                "learning rate": args.learning_rate,
+                "steps": self.state.global_step,
+                "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "longest row": f"{args.max_length} tokens",
+                "seed": args.seed,
+            },
+            is_adapter=models.is_peft_model(self.model),
+            tags=tags,
+        )
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Overrides `Trainer`'s to write the card of this library to `output_dir`, as TRL's trainers do theirs.
+
+        It leaves out transformers' other arguments (language, license, ...), which have no effect.
+        """
+        if self.is_world_process_zero():
+            data = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
+            text = render(self.card(model_name, data, [tags] if isinstance(tags, str) else list(tags or ())))
+            durable.write(Path(self.args.output_dir) / "README.md", [masked(text).encode()])
 
     def _set_optimizer(self, mode: Literal["train", "eval"]) -> None:
         """Schedule-free optimizers hold other weights for training than for evaluation and saving."""

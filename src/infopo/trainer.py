@@ -26,13 +26,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from infopo import (
     checkpoints,
-    durable,
     late_failures,
     learning,
-    models,
     noise,
     ranks,
-    run_state,
     sharding,
     startup,
 )
@@ -40,40 +37,27 @@ from infopo.arguments import InfoPOConfig, refuse_arguments
 from infopo.data import sampling
 from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
-from infopo.data.packing import PreferenceCollator, select
+from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
-from infopo.errors import (
-    NonFiniteLossError,
-    UnsupportedArgumentError,
-)
-from infopo.finite import FiniteWatch
+from infopo.errors import UnsupportedArgumentError
 from infopo.intake import Intake, RawDataset
-from infopo.logps import attention, router
-from infopo.logps.forward import response_logps
+from infopo.logps import attention
 from infopo.losses.catalog import mixture_in_words
-from infopo.losses.coupling import StepCoupling
-from infopo.losses.registry import loss_function, step_statistic
-from infopo.metrics import (
-    MetricRule,
-    MetricSums,
-    absent_in_training,
-    non_finite_rows,
-    preference_metrics,
-)
-from infopo.model_card import Card, render, tags_of
+from infopo.metrics import absent_in_training
+from infopo.model_card import tags_of
 from infopo.output import get_logger, shown
-from infopo.policy_setup import name_of, set_up_policy
-from infopo.records import PER, LossTerms, PackedBatch, ResponseLogps, Role, to_device
+from infopo.policy_setup import name_of, set_up_policy, short_name
+from infopo.records import PER, PackedBatch, to_device
 from infopo.reference import (
     StoredReference,
     is_exact,
     reference_sides,
     tolerance,
 )
-from infopo.reference_setup import ReferenceBuilder
+from infopo.reference_setup import ReferenceBuilder, ReferenceSetup
 from infopo.reference_store import ReferenceStore
 from infopo.saving import SavingTrainer
-from infopo.secrets import masked
+from infopo.step_loss import EvaluationLoss, RunLoss, StepLoss, row_tokens
 
 logger = get_logger(__name__)
 
@@ -131,9 +115,7 @@ class InfoPOTrainer(SavingTrainer):
             model, ref_model, args, data_collator, train_dataset, compute_metrics, quantization_config
         )
         self.base_name = name_of(model)
-        args = args or InfoPOConfig(
-            output_dir=f"{(self.base_name or 'model').rstrip('/').split('/')[-1]}-InfoPO"
-        )
+        args = args or InfoPOConfig(output_dir=f"{short_name(self.base_name)}-InfoPO")
         # The seed is set before an adapter is initialised at random.
         set_seed(args.seed)
         policy = set_up_policy(
@@ -142,78 +124,68 @@ class InfoPOTrainer(SavingTrainer):
         self._changed_config, self._quiet = policy.changed_config, policy.quiet
         self._router_coef, self.logps_in_words = policy.router_coef, policy.path
         self.mixture = args.mixture()
-        self._loss_functions = [(loss_function(n, p), weight) for n, p, weight in self.mixture]
+        self.dataset_names: Sequence[str] = ()
         self._intake = Intake.of(args, policy.tokenizer)
-        fit = [each for each in (policy.model, ref_model) if each is not None]
-        train_examples = self._intake.training(train_dataset, fit)
-        eval_examples = self._intake.evaluation(eval_dataset)
-        for each in fit:
-            startup.check_fit(each, train_examples, eval_examples)
+        train_examples, eval_examples = self._intake.both(
+            train_dataset, eval_dataset, fit=[each for each in (policy.model, ref_model) if each is not None]
+        )
         learning.refuse_schedule(args, optimizers, _length(train_examples))
         late_failures.check_best_metric(args, eval_examples, callbacks or [], trainer=type(self))
-        self._has_own_collator = data_collator is None
         super().__init__(
             model=policy.model,
             args=args,
-            data_collator=data_collator or startup.collator(policy.model, args, self._router_coef),
+            data_collator=data_collator,
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             processing_class=policy.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        ranks.leave_at_exit()
-        self.add_callback(ranks.StartLine(logger.info))
         startup.refuse_processes(self.args, policy.model, train_examples, self.accelerator)
-        if ranks.is_sharded(self.accelerator):
-            self.data_collator = data_collator or PreferenceCollator()
-        self._start_records()
-        self.dataset_names: Sequence[str] = ()
-        if hasattr(policy.model, "add_model_tags"):
-            policy.model.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]
-        if not ranks.is_sharded(self.accelerator):
-            self._check_gradients(train_examples)
-        name = model if isinstance(model, str) else ""
-        references = ReferenceBuilder(
+        self._has_own_collator = data_collator is None
+        self._references = ReferenceBuilder(
             self.model,
             args,
             self.accelerator,
             self.mixture,
-            policy_name=name,
+            policy_name=model if isinstance(model, str) else "",
             adapter_is_fresh=peft_config is not None,
             quantization_config=quantization_config,
             on_path=self._take_path,
         )
-        with self._compiling():
-            choice = references.choose(ref_model, train_examples, eval_examples)
-            if sharding.is_fsdp(self.accelerator):
-                self.shard()
-                self._check_gradients(train_examples)
-            self._references = replace(references, policy=self.model)
-            self._setup, self.train_dataset, self.eval_dataset = self._references.build(
-                choice, train_examples, eval_examples
-            )
-        self._sharing = [
-            weakref.ref(each)
-            for each in (policy.model, ref_model, self.ref_model)
-            if each is not None and attention.is_enabled(each)
-        ]
+        self._set_up_run(policy.model, ref_model)
+
+    def _set_up_run(self, policy: nn.Module, ref_model: nn.Module | None) -> None:
+        """Sets what the steps of a run need, when transformers' part of the constructor has set up the processes."""
+        ranks.leave_at_exit()
+        self.add_callback(ranks.StartLine(logger.info))
+        if hasattr(policy, "add_model_tags"):
+            policy.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]
+        self._take_path(self.logps_in_words)
+        self._setup = self._set_up_reference(ref_model)
+        both = (policy, ref_model, self.ref_model)
+        self._sharing = [weakref.ref(m) for m in both if m is not None and attention.is_enabled(m)]
+        self._loss = RunLoss(
+            self.mixture, self.args.device, self._gather, self.args.world_size, self._router_coef
+        )
+        self._steps = StepLoss(self._loss, self._setup.train)
+        self._is_checked = self._has_trained = self._is_running = False
         self._log_description()
 
-    def _start_records(self) -> None:
-        """Sets what is kept between the calls of a step: metrics, step statistics, and the rows of a step."""
-        self._metric_rule = MetricRule.of(self.mixture)
-        self._metric_sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._step_record: list[tuple[PackedBatch, ResponseLogps, LossTerms]] = []
-        self._unseen_step: list[list[PackedBatch]] = []
-        statistics = [step_statistic(n, p) for n, p, _ in self.mixture]
-        self._coupling = StepCoupling(statistics, self.args.device, self._gather)
-        self._aux_loss: Tensor | None = None
-        self._aux_share = 1.0
-        self._finite = FiniteWatch()
-        self._is_checked = False
-        self._has_trained = False
-        self._is_running = False
+    def _set_up_reference(self, ref_model: nn.Module | None) -> ReferenceSetup:
+        """Returns the reference, and sets the data with its precomputed values. A sharded policy is cut up before."""
+        if not ranks.is_sharded(self.accelerator):
+            self._check_gradients(self.train_dataset)
+        with self._compiling():
+            choice = self._references.choose(ref_model, self.train_dataset, self.eval_dataset)
+            if sharding.is_fsdp(self.accelerator):
+                self.shard()
+                self._check_gradients(self.train_dataset)
+                self._references = replace(self._references, policy=self.model)
+            setup, self.train_dataset, self.eval_dataset = self._references.build(
+                choice, self.train_dataset, self.eval_dataset
+            )
+        return setup
 
     def _check_gradients(self, dataset: ExampleDataset | ExampleStream) -> None:
         """Refuses a policy whose parameters get no gradient."""
@@ -236,7 +208,7 @@ class InfoPOTrainer(SavingTrainer):
             lines.append(f"reference store: {self.reference_store.in_words()}")
         lines.append(f"log-probs: {self.logps_in_words}")
         lines.append(self._dropout_in_words())
-        lines.append(absent_in_training(self._metric_rule, self.reference_sides) or "")
+        lines.append(absent_in_training(self._loss.metric_rule, self.reference_sides) or "")
         return [shown(line) for line in lines if line]
 
     def _dropout_in_words(self) -> str:
@@ -318,8 +290,12 @@ class InfoPOTrainer(SavingTrainer):
     def _take_path(self, description: str) -> None:
         """Collates batches for the path on which the policy's log-probs are now computed, which counts tokens."""
         self.logps_in_words = description
-        if self._has_own_collator and not ranks.is_sharded(self.accelerator):
-            self.data_collator = startup.collator(self.model, self.args, self._router_coef)
+        if not self._has_own_collator:
+            return
+        is_sharded = ranks.is_sharded(self.accelerator)
+        self.data_collator = (
+            PreferenceCollator() if is_sharded else startup.collator(self.model, self.args, self._router_coef)
+        )
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
@@ -393,7 +369,7 @@ class InfoPOTrainer(SavingTrainer):
         [counts] = to_device([counts], device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        self._unseen_step = batches
+        self._steps.expect(batches)
         return batches, counts
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -407,13 +383,13 @@ class InfoPOTrainer(SavingTrainer):
         late_failures.check_best_metric(
             self.args, self.eval_dataset, self.callback_handler.callbacks, trainer=type(self)
         )
-        self._coupling.reset()
+        averages = None
         if resume_from_checkpoint:
             resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
             self._has_trained = True
-            if self._coupling.keeps_averages:
-                self._coupling.reset(checkpoints.read_averages(Path(resume_from_checkpoint)))
-        self._metric_sums["train"], self._step_record, self._finite = MetricSums(), [], FiniteWatch()
+            if self._loss.coupling.keeps_averages:
+                averages = checkpoints.read_averages(Path(resume_from_checkpoint))
+        self._steps.start(averages)
         with self._running():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -430,39 +406,14 @@ class InfoPOTrainer(SavingTrainer):
         self._set_optimizer("train")
         if not self._is_checked:
             self._check_model(model, inputs[0].to(self.args.device))
-        self._look_ahead(model)
+        self._steps.look_ahead(model, self.compute_loss_context_manager)
         loss = torch.zeros((), device=self.args.device)
-        for number, batch in enumerate(inputs):
-            is_last = number == len(inputs) - 1
+        for batch, is_last in self._steps.pieces(inputs):
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                if self._intake.needs_mismatches:  # their part is done: z has no gradient
-                    batch = _only(batch, {Role.CHOSEN, Role.REJECTED})
-                self._aux_share = _row_tokens(batch) / max(1, sum(map(_row_tokens, inputs)))
                 loss = loss + super().training_step(model, batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._check_finite()
+            self._steps.refuse_non_finite(self.state.global_step + 1, self.args.output_dir)
         return loss
-
-    def _look_ahead(self, model: nn.Module) -> None:
-        """Computes the step statistics of the objectives before a step's first gradient, by a pass without gradient.
-
-        Only responses that enter the statistics are run. Dropout is off, because a statistic is one of the policy
-        itself.
-        """
-        batches, self._unseen_step = self._unseen_step, []
-        roles = self._coupling.roles
-        if not batches or not roles:
-            return
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            seen = [
-                self._logps(model, _only(b, roles))
-                for inputs in batches
-                for b in self._prepare_inputs(inputs)
-            ]
-        model.train(was_training)
-        self._metric_sums["train"].add(self._coupling.advance(seen))
 
     def compute_loss(
         self,
@@ -471,60 +422,13 @@ class InfoPOTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Overrides `Trainer`'s to return this piece's share of the optimizer step's loss.
+        """Overrides `Trainer`'s, which reads the loss from the model's output, to return a piece's share of the step's.
 
-        The share is Σ_terms Σ values / count, with the counts of the whole step. It is multiplied by the number of
-        ranks, because their gradients are averaged.
+        It leaves out label smoothing and `return_outputs`, because there are no logits.
         """
         noise.silence(self._quiet)
-        logps = self._logps(model, inputs)
-        terms = self._terms(logps, self._coupling.values)
-        self._record_metrics("train", logps)
-        self._record_aux("train")
-        detached = [replace(term, values=term.values.detach()) for term in terms]
-        self._step_record.append((inputs, replace(logps, policy=logps.policy.detach()), detached))
-        counts = num_items_in_batch if num_items_in_batch is not None else inputs.counts
-        counts = counts.to(logps.policy.dtype).clamp(min=1)
-        loss = sum(
-            (term.values.sum() / counts[PER.index(term.per)] for term in terms), logps.policy.sum() * 0
-        )
-        loss = loss * self.args.world_size
-        if self._aux_loss is not None:  # a mean over device batches and ranks, as in TRL
-            steps = getattr(self, "current_gradient_accumulation_steps", 1)
-            loss = loss + self._router_coef * self._aux_share / steps * self._aux_loss
-        self._finite.note([loss, *(term.values.sum() for term in detached)])
-        return loss
-
-    def _logps(self, model: nn.Module, batch: PackedBatch, mode: str = "train") -> ResponseLogps:
-        with router.aux_losses(self._router_coef != 0) as found:
-            policy = response_logps(model, batch)
-        self._aux_loss = router.mean(found)
-        reference = self._setup.train if mode == "train" else self._setup.evaluation
-        return batch.with_logps(policy, reference(batch) if reference.sides else None)
-
-    def _record_aux(self, mode: str) -> None:
-        if self._aux_loss is not None:
-            share = self._aux_share
-            self._metric_sums[mode].add({"aux_loss": (self._aux_loss.detach() * share, share)})
-
-    def _terms(self, logps: ResponseLogps, step_values: list[Tensor | None]) -> LossTerms:
-        return [
-            replace(term, values=weight * term.values)
-            for (function, weight), value in zip(self._loss_functions, step_values, strict=True)
-            for term in function(replace(logps, statistic=value))
-        ]
-
-    def _check_finite(self) -> None:
-        """Refuses an optimizer step whose loss is not finite, before it is taken."""
-        record, self._step_record = self._step_record, []
-        if self._finite.answer():
-            return
-        rows = [row for batch, logps, terms in record for row in non_finite_rows(batch, logps, terms)]
-        raise NonFiniteLossError(
-            f"step {self.state.global_step + 1}: the loss is not finite; rows: {', '.join(rows) or 'unknown'}. "
-            f"No update was made. {run_state.kept(self.args.output_dir)}. A lower learning_rate, which takes effect "
-            "from there on, or bf16 in place of fp16, is the usual remedy."
-        )
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        return self._steps.of_piece(model, inputs, num_items_in_batch, steps)
 
     def _check_model(self, model: nn.Module, batch: PackedBatch) -> None:
         """Runs the checks of the first step (see `startup`) on the model as it is distributed."""
@@ -545,10 +449,6 @@ class InfoPOTrainer(SavingTrainer):
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
 
-    def _record_metrics(self, mode: str, logps: ResponseLogps) -> None:
-        sides = self.reference_sides if mode == "train" else self.eval_reference_sides
-        self._metric_sums[mode].add(*preference_metrics(logps, self._metric_rule, sides))
-
     def _gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values) if self.args.world_size > 1 else values
 
@@ -559,7 +459,7 @@ class InfoPOTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Overrides `Trainer`'s to add the metrics since the last record, by one reduction over ranks."""
         if "loss" in logs:
-            logs |= self._metric_sums["train"].reduce(self._gather)
+            logs |= self._steps.metrics()
         super().log(logs, start_time)
 
     def evaluate(
@@ -606,11 +506,9 @@ class InfoPOTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Overrides `Trainer`'s to compute loss and metrics over the whole set, with each example once.
+        """Overrides `Trainer`'s, which gathers logits and labels, to compute loss and metrics over the whole set.
 
-        They are sums divided by counts, whatever the batches and ranks. Step statistics are computed over the whole
-        set, so that MINE equals DV here. `Trainer`'s loop gathers logits and labels, which do not exist here. This one
-        leaves out predictions and `compute_metrics`.
+        It leaves out predictions and `compute_metrics`, because there are no logits.
         """
         model = self._wrap_model(self.model, training=False)
         is_prepared = sharding.is_fsdp(self.accelerator) or len(self.accelerator._models) > 0
@@ -619,30 +517,12 @@ class InfoPOTrainer(SavingTrainer):
         model.eval()
         self._set_optimizer("eval")
         self.callback_handler.eval_dataloader = dataloader
-        losses = MetricSums()
-        seen: list[tuple[Tensor, ResponseLogps]] = []
-        # An evaluation that was interrupted has left a part of its sums.
-        self._metric_sums["eval"] = MetricSums()
+        loss = EvaluationLoss(self._loss, self._setup.evaluation)
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in dataloader:
-                pieces = self._prepare_inputs(inputs)
-                for batch in pieces:
-                    self._aux_share = _row_tokens(batch) / max(1, sum(map(_row_tokens, pieces)))
-                    logps = self._logps(model, batch, "eval")
-                    self._record_aux("eval")
-                    seen.append((batch.counts, logps))
-                    self._record_metrics("eval", logps)
+                loss.add(model, self._prepare_inputs(inputs))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        statistics, of_set = self._coupling.over([logps for _, logps in seen])
-        self._metric_sums["eval"].add(of_set)
-        for numbers, logps in seen:
-            counts = numbers.tolist()
-            for index, term in enumerate(self._terms(logps, statistics)):
-                losses.add({f"{index}": (term.values.sum(), int(counts[PER.index(term.per)]))})
-        metrics = {"loss": sum(losses.reduce(self._gather).values())}
-        metrics |= self._metric_sums["eval"].reduce(self._gather)
-        metrics["loss"] += self._router_coef * metrics.get("aux_loss", 0.0)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in loss.metrics().items()}
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset)
         )
@@ -653,12 +533,12 @@ class InfoPOTrainer(SavingTrainer):
         This overrides `Trainer`'s, which expects a dict.
         """
         parameters = self.model.num_parameters(exclude_embeddings=True)
-        return 6.0 * parameters * sum(_row_tokens(batch) for batch in inputs)
+        return 6.0 * parameters * sum(row_tokens(batch) for batch in inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Overrides `Trainer`'s, which counts tokens in a dict."""
         if self.args.include_num_input_tokens_seen != "no":
-            tokens = torch.tensor([sum(_row_tokens(batch) for batch in inputs)], device=self.args.device)
+            tokens = torch.tensor([sum(row_tokens(batch) for batch in inputs)], device=self.args.device)
             self.state.num_input_tokens_seen += int(self._gather(tokens).sum())
 
     def _identity(self) -> dict[str, Any]:
@@ -669,49 +549,6 @@ class InfoPOTrainer(SavingTrainer):
             "data": self.data_hash(),
         }
 
-    def card(
-        self, model_name: str | None = None, datasets: Sequence[str] = (), tags: Sequence[str] = ()
-    ) -> Card:
-        """What the model card says of this run."""
-        args = self.args
-        hub = (args.hub_model_id or "").split("/")[-1]
-        return Card(
-            name=model_name or hub or Path(args.output_dir).resolve().name,
-            base=self.base_name,
-            mixture=self.mixture,
-            reference=self.reference_in_words,
-            datasets=datasets or self.dataset_names,
-            rows=_length(self.train_dataset),
-            settings={
-                "learning rate": args.learning_rate,
-                "steps": self.state.global_step,
-                "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "longest row": f"{args.max_length} tokens",
-                "seed": args.seed,
-            },
-            is_adapter=models.is_peft_model(self.model),
-            tags=tags,
-        )
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | Sequence[str] | None = None,
-        tags: str | Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Overrides `Trainer`'s to write the card of this library to `output_dir`, as TRL's trainers do theirs.
-
-        It leaves out transformers' other arguments (language, license, ...), which have no effect.
-        """
-        if self.is_world_process_zero():
-            data = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
-            text = render(self.card(model_name, data, [tags] if isinstance(tags, str) else list(tags or ())))
-            durable.write(Path(self.args.output_dir) / "README.md", [masked(text).encode()])
-
-    def _card_text(self) -> str:
-        return masked(render(self.card()))
-
     def data_hash(self) -> str | None:
         """SHA-256 of the tokens that are trained on; None of a stream, whose end is not known."""
         return self.train_dataset.content_hash() if isinstance(self.train_dataset, ExampleDataset) else None
@@ -719,19 +556,8 @@ class InfoPOTrainer(SavingTrainer):
     @property
     def kept_averages(self) -> list[float]:
         """Logarithm of each objective's moving average (nats), NaN if it keeps none."""
-        return [float(average) for average in self._coupling.averages]
+        return [float(average) for average in self._loss.coupling.averages]
 
 
 def _length(dataset: ExampleDataset | ExampleStream) -> int | None:
     return len(dataset) if isinstance(dataset, ExampleDataset) else None
-
-
-def _only(batch: PackedBatch, roles: set[Role]) -> PackedBatch:
-    """The batch with its responses of these roles. Waits for the device."""
-    return select(batch, [i for i, role in enumerate(batch.roles) if role in roles])
-
-
-def _row_tokens(batch: PackedBatch) -> int:
-    """Tokens of all responses with their prompts, as rows."""
-    start = batch.segment_start
-    return sum(start[s + 1] - start[s] for r in range(batch.num_responses) for s in batch.path(r))
