@@ -24,7 +24,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_public_names():
-    assert infopo.__all__ == ["InfoPOConfig", "InfoPOTrainer", "__version__"]
+    of_losses = ["LossTerm", "ResponseLogps", "__version__", "check_loss", "objective"]
+    assert infopo.__all__ == ["InfoPOConfig", "InfoPOTrainer", *of_losses]
 
 
 def test_public_names_resolve_to_what_they_say():

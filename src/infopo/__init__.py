@@ -8,13 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infopo.arguments import InfoPOConfig
+    from infopo.losses.declaration import objective
+    from infopo.losses.judgement import check_loss
+    from infopo.records import LossTerm, ResponseLogps
     from infopo.trainer import InfoPOTrainer
 
 __version__ = "0.1.0"
 
-_HOME = {"InfoPOConfig": "infopo.arguments", "InfoPOTrainer": "infopo.trainer"}
+_HOME = {
+    "InfoPOConfig": "infopo.arguments",
+    "InfoPOTrainer": "infopo.trainer",
+    "LossTerm": "infopo.records",
+    "ResponseLogps": "infopo.records",
+    "check_loss": "infopo.losses.judgement",
+    "objective": "infopo.losses.declaration",
+}
 
-__all__ = ["InfoPOConfig", "InfoPOTrainer", "__version__"]
+__all__ = [
+    "InfoPOConfig",
+    "InfoPOTrainer",
+    "LossTerm",
+    "ResponseLogps",
+    "__version__",
+    "check_loss",
+    "objective",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any, ClassVar, NewType
+from typing import TYPE_CHECKING, Any, ClassVar, NewType
 
 import datasets
 import torch
@@ -18,7 +18,9 @@ from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
 from infopo.data.templates import check_variables
 from infopo.errors import ConfigError, UnsupportedArgumentError
-from infopo.losses.catalog import complete_parameters
+from infopo.losses import foreign
+from infopo.losses.catalog import OBJECTIVES, complete_parameters
+from infopo.losses.judgement import judge
 from infopo.settings import (
     DataSettings,
     ModelSettings,
@@ -32,6 +34,12 @@ from infopo.validation import PYTHON, Settings, setting
 
 Fsdp = NewType("Fsdp", object)
 """True, or the text that transformers took before. As the parser of command lines calls it, it is no union."""
+
+
+if TYPE_CHECKING:
+    LossName = str | Callable[..., Any]
+else:  # no union, as for Fsdp
+    LossName = NewType("LossName", object)
 
 
 def argument(section: type[Settings], name: str) -> Any:
@@ -53,8 +61,8 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     is True if there is an accelerator.
 
     Attributes:
-        objective: Name of the loss (see `infopo.catalog.OBJECTIVES`). If None, `loss_type` decides, or else it is
-            InfoPO.
+        objective: Name of the loss (see `infopo objectives`), `my_module:my_loss` for one of yours, or the function
+            itself, in whose place its name stands afterwards. If None, `loss_type` decides, or else it is InfoPO.
         loss_type: TRL's name(s) of the loss, e.g. `sigmoid` (DPO), `ipo`, `bco_pair`, `kto`, `simpo`, or any other of
             `infopo.trl_names.LOSS_TYPES`. Several are added up.
         loss_weights: Weights of several loss types, 1 each by default.
@@ -92,7 +100,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     logging_nan_inf_filter: bool = setting(False, "Must stay off: it hides NaN losses.")
     remove_unused_columns: bool = setting(True, "Has no effect: rows are tokenized here.")
 
-    objective: str | None = setting(None, "Name of the loss; default InfoPO.")
+    objective: LossName | None = setting(None, "Name of the loss; default InfoPO.")
     loss_type: list[str] | None = setting(None, "TRL's name(s) of the loss.")
     loss_weights: list[float] | None = setting(None, "Weights of several loss types.")
     beta: float | None = setting(None, "beta of the objective.")
@@ -144,6 +152,8 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
+        if callable(self.objective):
+            self.objective = foreign.register(self.objective)
         if ranks.must_use_cpu():
             self.use_cpu = True
         if self.bf16 is None:
@@ -174,7 +184,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
         ranks.refuse_strangers(self.world_size)
 
     def _problems(self) -> list[str]:
-        problems = self._loss().problems()
+        problems = self._loss().problems() or self._judged()
         for name in ("model_init_kwargs", "objective_parameters"):
             if not isinstance(getattr(self, name), dict | None):
                 problems.append(
@@ -192,6 +202,15 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
                 "float32 without a word. Leave it out, or set bf16=True"
             )
         return problems + self._loader_problems()
+
+    def _judged(self) -> list[str]:
+        """Returns what is wrong with losses from outside the package."""
+        return [
+            problem
+            for name, parameters, _ in self.mixture()
+            if name not in OBJECTIVES
+            for problem in judge(name, parameters)
+        ]
 
     def _problems_of(self, section: type[Settings]) -> list[str]:
         """Returns what is wrong with the settings of a section, under the names that they have here."""

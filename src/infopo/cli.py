@@ -1,4 +1,4 @@
-"""The command line: infopo demo · train · reference · check. It parses arguments and prints errors, nothing else."""
+"""The command line: demo, train, reference, check, objectives. It parses arguments and prints errors, nothing else."""
 
 import argparse
 import atexit
@@ -145,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
         "--store", metavar="DIR", help="with --list and --prune: the store (default: the user's)"
     )
     reference.set_defaults(run=_reference, parser=reference)
+
+    objectives = commands.add_parser(
+        "objectives", help="list the losses; with a name, show its formula, parameters, needs and source"
+    )
+    objectives.add_argument("name", nargs="?", metavar="NAME", help="e.g. infopo, or my_module:my_loss")
+    objectives.set_defaults(run=_objectives)
     return parser
 
 
@@ -205,6 +211,15 @@ def _reference(arguments: argparse.Namespace) -> None:
         from infopo.workflows.reference import reference
 
         reference(arguments.recipe, arguments.overrides)
+
+
+def _objectives(arguments: argparse.Namespace) -> None:
+    from infopo.workflows.objectives import list_objectives, show_objective
+
+    if arguments.name is None:
+        list_objectives()
+    else:
+        show_objective(arguments.name)
 
 
 def _check(arguments: argparse.Namespace) -> None:

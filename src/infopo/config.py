@@ -13,6 +13,7 @@ from typing import Any
 
 from infopo.catalog import suggestion
 from infopo.errors import ConfigError
+from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name
 from infopo.places import SYNONYMS
 from infopo.secrets import learn, masked_tree
@@ -88,7 +89,7 @@ RESUME = TrainField("resume_from_checkpoint", (bool, str, NoneType))
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), train_fields: Mapping[str, TrainField] | None = None
 ) -> Recipe:
-    """Reads and checks a recipe file (see `parse_recipe`).
+    """Reads and checks a recipe file (see `parse_recipe`). Losses of the user's are looked for in its folder, too.
 
     Raises:
         ConfigError: The file cannot be read, or anything in it or in the overrides is wrong.
@@ -107,6 +108,7 @@ def load_recipe(
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from error
+    foreign.look_in(Path(path).parent)
     return parse_recipe(text, source=source, overrides=overrides, train_fields=train_fields)
 
 

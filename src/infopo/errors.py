@@ -2,7 +2,8 @@
 
     InfoPOError
     ├── ConfigError                a recipe, an argument or a combination of them is wrong (lists every problem)
-    │   └── UnsupportedArgumentError   an argument is understood but cannot be honoured here
+    │   ├── UnsupportedArgumentError   an argument is understood but cannot be honoured here
+    │   └── ObjectiveError             a loss from outside the package is not what it declares
     ├── DataError                  a data file or one of its rows cannot be used (names the file and the row)
     │   └── RunDirectoryError          a file of a run directory cannot be read or written (in runs.py)
     ├── ModelError                 a model, tokenizer or adapter cannot be loaded or is not what it must be
@@ -88,6 +89,10 @@ RecipeError = ConfigError
 
 class UnsupportedArgumentError(ConfigError, NotImplementedError):
     """An argument is understood but cannot be honoured. The message says why, and what to use instead."""
+
+
+class ObjectiveError(ConfigError):
+    """A loss from outside the package is not what it declares, or not what every loss must be."""
 
 
 class DataError(InfoPOError, ValueError):

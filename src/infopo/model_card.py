@@ -70,7 +70,8 @@ def tags_of(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> list[str
     >>> tags_of([("dpo", {}, 1.0), ("sft", {}, 0.5)])
     ['infopo', 'dpo', 'sft']
     """
-    return list(dict.fromkeys(["infopo", *(name for name, _, _ in mixture)]))
+    names = (name.partition("#")[0].rpartition(":")[2] for name, _, _ in mixture)
+    return list(dict.fromkeys(["infopo", *names]))
 
 
 def render(card: Card) -> str:
@@ -113,8 +114,10 @@ def _body(card: Card) -> list[str]:
         lines += [
             f"| objective `{name}` | {_cell(values)} |",
             f"| loss | {_cell(row_of(name).formula)} |",
-            f"| published in | {_cell(row_of(name).source)} |",
+            f"| published in | {_cell(row_of(name).source or 'not said')} |",
         ]
+        if digest := row_of(name).digest:
+            lines.append(f"| source of the loss | `{_cell(name)}`, SHA-256 {digest} |")
     lines.append(f"| reference | {_cell(card.reference)} |")
     if names or card.rows is not None:
         lines.append(f"| data | {_cell(names)}{f' ({card.rows} rows)' if card.rows is not None else ''} |")

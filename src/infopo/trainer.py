@@ -42,6 +42,7 @@ from infopo.data.streaming import ExampleStream
 from infopo.errors import UnsupportedArgumentError
 from infopo.intake import Intake, RawDataset
 from infopo.logps import attention
+from infopo.losses import foreign
 from infopo.losses.catalog import mixture_in_words
 from infopo.metrics import absent_in_training
 from infopo.model_card import tags_of
@@ -545,8 +546,9 @@ class InfoPOTrainer(SavingTrainer):
         return {
             "reference": self.reference_hash,
             "reference_sides": sorted(self.reference_sides),
-            "objective": [[name, parameters, weight] for name, parameters, weight in self.mixture],
+            "objective": [[foreign.plain_name(name), *rest] for name, *rest in self.mixture],
             "data": self.data_hash(),
+            **({"source of the loss": source} if (source := foreign.sources(self.mixture)) else {}),
         }
 
     def data_hash(self) -> str | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from infopo.catalog import suggestion
-from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name
+from infopo.losses import foreign
+from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name, row_of
 
 _OF_DPO_TRAINER = {spec.trl_loss_type: name for name, spec in OBJECTIVES.items() if spec.trl_loss_type}
 LOSS_TYPES: Mapping[str, str] = _OF_DPO_TRAINER | {n: n for n in OBJECTIVES if n not in _OF_DPO_TRAINER}
@@ -157,13 +158,15 @@ class LossSettings:
         for name in self.loss_type or []:
             if name in TOLD:
                 problems.append(f"loss_type={name!r}: {TOLD[name]}")
+            elif foreign.is_foreign(name):
+                problems += _of_name(name)
             elif name not in LOSS_TYPES:
                 problems.append(
                     f"loss_type: {name!r} is not implemented{suggestion(str(name), LOSS_TYPES)}; there are "
                     f"{', '.join(LOSS_TYPES)}"
                 )
         if self.objective is not None and self.objective not in OBJECTIVES:
-            problems += [in_arguments(problem) for problem in check_objective(self.objective, {})]
+            problems += _of_name(self.objective)
         return problems
 
     def _weights(self) -> list[str]:
@@ -196,7 +199,7 @@ class LossSettings:
     def _foreign(self) -> list[str]:
         """Settings of KTOConfig and CPOConfig beside an objective that has no such parameter."""
         losses = [name for name, _, _ in self.mixture()]
-        title = " + ".join(OBJECTIVES[name].title for name in losses)
+        title = " + ".join(row_of(name).title for name in losses)
         problems = []
         for setting, (_, owners, remedy) in PARAMETERS.items():
             value = getattr(self, setting)
@@ -213,7 +216,7 @@ class LossSettings:
             return [self._as_divergence(self.objective or "infopo", self._given(), 1.0)]
         weights = self.loss_weights or [1.0] * len(self.loss_type)
         return [
-            self._as_divergence(LOSS_TYPES[loss], self._of_trl(loss), weight)
+            self._as_divergence(LOSS_TYPES.get(loss, loss), self._of_trl(loss), weight)
             for loss, weight in zip(self.loss_type, weights, strict=True)
         ]
 
@@ -224,7 +227,7 @@ class LossSettings:
             given["beta"] = self.beta
         if self.label_smoothing:
             given["label_smoothing"] = self.label_smoothing
-        names = [self.objective] if self.objective else [LOSS_TYPES[loss] for loss in self.loss_type or []]
+        names = [self.objective] if self.objective else [LOSS_TYPES.get(n, n) for n in self.loss_type or []]
         for setting, (parameter, owners, _) in PARAMETERS.items():
             if getattr(self, setting) is not None and set(owners) & set(names):
                 given[parameter] = getattr(self, setting)
@@ -235,7 +238,7 @@ class LossSettings:
 
         Of several losses each takes what it knows; a single one takes all that is given, to refuse what it does not.
         """
-        known = OBJECTIVES[LOSS_TYPES[loss_type]].parameters
+        known = row_of(LOSS_TYPES.get(loss_type, loss_type)).parameters
         given = self._given()
         if len(self.loss_type or []) > 1:
             given = {name: value for name, value in given.items() if name in known}
@@ -260,6 +263,12 @@ _DEFAULT_BETA_OF_TRL = {*_OF_DPO_TRAINER, "kto", "simpo", "cpo", "orpo"}
 """Losses of TRL, whose β is 0.1 where none is set; others take the catalog's."""
 
 
+def _of_name(name: Any) -> list[str]:
+    """What is wrong with the name of an objective, whatever its parameters are."""
+    problems = check_objective(str(name), {})
+    return [in_arguments(problem) for problem in problems if problem.startswith("objective.name: ")]
+
+
 def in_arguments(problem: str) -> str:
     """A problem of an objective, under the name of the argument that a caller from Python has set.
 
@@ -281,7 +290,7 @@ def canonical(name: Any) -> Any:
     >>> canonical("KTO"), canonical("APO-zero"), canonical("Sigmoid"), canonical("nonsense")
     ('kto', 'apo_zero', 'sigmoid', 'nonsense')
     """
-    if not isinstance(name, str):
+    if not isinstance(name, str) or ":" in name:
         return name
     lower = name.lower()
     return lower if lower in LOSS_TYPES or lower in TOLD else objective_name(name)

@@ -10,6 +10,7 @@
 | `declaration.py` | `@objective(...)`, which says what the function below it needs |
 | `catalog.py` | the declarations as a table, read without importing torch |
 | `foreign.py`, `fingerprint.py` | losses from outside the package, and a hash of what they compute |
+| `judgement.py` | whether a loss is what it declares, on small random batches |
 | `registry.py` | name and parameters -> function |
 
 Notation in all of them: π = policy, r = π/π_ref, w = chosen, l = rejected, |y| = number of tokens,

@@ -83,6 +83,8 @@ def objective_name(name: str) -> str:
     def bare(text: str) -> str:
         return re.sub(r"[^\w]|_", "", text.lower())
 
+    if ":" in name:
+        return name
     titles = {bare(spec.title): key for key, spec in OBJECTIVES.items()}
     names = {bare(key): key for key in OBJECTIVES}
     return (titles | names).get(bare(name), name)

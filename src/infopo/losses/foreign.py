@@ -7,9 +7,9 @@ entry-point group `infopo.objectives`. A callable that a script passes is regist
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from infopo.catalog import suggestion
 from infopo.errors import ConfigError
 from infopo.losses.declaration import Declaration, Objective, declared, signature_of, with_place
-from infopo.losses.fingerprint import code_of, digest
+from infopo.losses.fingerprint import digest
 
 GROUP = "infopo.objectives"
 """Entry-point group in which other packages register losses."""
@@ -91,6 +91,17 @@ def register(function: Callable[..., Any]) -> str:
     return name
 
 
+def is_undeclared(name: str) -> bool:
+    """Whether a loss comes from outside and declares nothing."""
+    return name in _found and declared(_found[name].function) is None
+
+
+def compares_pairs(name: str) -> Objective:
+    """Notes that a loss which declares nothing was seen to compare pairs, and returns its row."""
+    _found[name] = replace(_found[name], row=replace(_found[name].row, pairs=True))
+    return _found[name].row
+
+
 def plain_name(name: str) -> str:
     """Returns a name without what tells apart two callables of one name.
 
@@ -101,17 +112,26 @@ def plain_name(name: str) -> str:
     return name.partition("#")[0]
 
 
+def sources(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> dict[str, str]:
+    """Returns the hash of the source of each loss that comes from outside, by name. Empty if there is none."""
+    return {plain_name(name): _found[name].row.digest for name, _, _ in mixture if name in _found}
+
+
+def records(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> list[dict[str, str]]:
+    """Returns name, file and SHA-256 of the source of each loss that comes from outside."""
+    return [
+        {"name": name, "file": _found[name].row.location, "sha256": source}
+        for name, source in sources(mixture).items()
+    ]
+
+
 def _described(function: Callable[..., Any], name: str) -> Foreign:
     row = declared(function)
     if row is None:
-        code = code_of(function)
-        reads_pairs = code is not None and bool({"pairs", "margins"} & set(code.co_names))
         title = name.rpartition(":")[2].rpartition(".")[2]
         words = (inspect.getdoc(function) or "not described").strip().splitlines()
         try:
-            row = Declaration(title=title, formula=words[0], pairs=reads_pairs).row(
-                title, signature_of(function)
-            )
+            row = Declaration(title=title, formula=words[0]).row(title, signature_of(function))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{name}: its parameters cannot be read: {error}") from error
     try:

@@ -16,6 +16,7 @@ from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.data.examples import ExampleDataset
 from infopo.errors import ConfigError, SaveError
+from infopo.losses import foreign
 from infopo.output import say
 from infopo.preflight import preflight
 from infopo.runs import RunDirectoryError, RunWriter, environment
@@ -189,5 +190,6 @@ def _environment(recipe: Recipe, trainer: InfoPOTrainer) -> dict[str, Any]:
                 for a in trainer.data_counts.values()
             ],
             "processes": trainer.args.world_size,
+            "losses_from_outside": foreign.records(trainer.mixture),
         },
     )
