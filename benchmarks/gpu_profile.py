@@ -111,6 +111,73 @@ def step(job: Result, autocast: bool, compiled: bool, rounds: int, rate: float) 
     }  # fmt: skip
 
 
+def fused_heads(rounds: int, scored: int = 8192, width: int = 2048, vocabulary: int = 128256) -> Result:
+    """Measures heads of other libraries beside ours: milliseconds, MiB, and the error of gradients with weights.
+
+    The weights of the gradient are random between -4 and 4, as those of a preference loss may be. The error is the norm
+    of the difference from whole logits in float32, relative to the norm.
+    """
+    torch.cuda.empty_cache()
+    torch.manual_seed(0)
+    hidden = torch.randn(scored, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocabulary, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
+    targets = torch.randint(vocabulary, (scored,), device="cuda")
+    signs = torch.empty(scored, device="cuda").uniform_(-4, 4)
+
+    def whole(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return -torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+
+    exact = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(weight, dtype=torch.float32)
+    for rows in torch.arange(scored, device="cuda").split(1024):
+        h, w = hidden[rows].detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(h @ w.T, targets[rows], reduction="none")
+        (-loss * signs[rows]).sum().backward()
+        exact[0][rows] = h.grad
+        exact[1].add_(w.grad)
+
+    heads: dict[str, Callable[..., torch.Tensor]] = {
+        "infopo": lambda h, w: lm_head.token_logps(h, w, None, targets),
+        "whole logits": whole,
+    }
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        heads["liger"] = lambda h, w: (
+            -liger_fused_linear_cross_entropy(h, w, targets, reduction="none", accum_dtype=torch.float32)
+        )
+    except ImportError as error:
+        print(f"no Liger: {error}")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        heads["cce_exact"] = lambda h, w: (
+            -linear_cross_entropy(h, w, targets, reduction="none", impl="cce_exact")
+        )
+    except ImportError as error:
+        print(f"no CCE: {error}")
+    found: Result = {}
+    for name, run in heads.items():
+        try:
+
+            def both(run: Callable[..., torch.Tensor] = run) -> None:
+                hidden.grad = weight.grad = None
+                (run(hidden, weight).float() * signs).sum().backward()
+
+            both()
+            torch.cuda.reset_peak_memory_stats()
+            start = torch.cuda.memory_allocated()
+            times = milliseconds(both, rounds)
+            peak = (torch.cuda.max_memory_allocated() - start) / 2**20
+            errors = [
+                float((p.grad.float() - e).norm() / e.norm())
+                for p, e in zip((hidden, weight), exact, strict=True)
+            ]
+            found[name] = {"ms": times, "mib": peak, "errors of gradients": errors}
+        except Exception as error:
+            found[name] = {"failed": repr(error)[:300]}
+    return found
+
+
 def head(rounds: int, scored: int = 8192, width: int = 2048, vocabulary: int = 128256) -> Result:
     """Measures forward and backward pass of the head, as it is and in tiles of other sizes: milliseconds and MiB."""
     torch.cuda.empty_cache()
@@ -155,6 +222,7 @@ def main() -> None:
     parser.add_argument("--regime", default="i")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--heads-only", action="store_true", help="only the head, beside other libraries'")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("infopo").setLevel(logging.INFO)
@@ -168,15 +236,17 @@ def main() -> None:
     job = {"model": args.model, "vocabulary": vocabulary, "device": "cuda", "variant": "infopo",
            "regime": args.regime, "batch": args.batch}  # fmt: skip
     result["steps"] = []
-    for autocast, compiled in ((False, False), (True, False), (False, True)):
+    for autocast, compiled in () if args.heads_only else ((False, False), (True, False), (False, True)):
         result["steps"].append(step(job, autocast, compiled, args.rounds, result["ceilings"]["tflops"]))
         write()
         shown = {name: value for name, value in result["steps"][-1].items() if name != "top"}
         print(json.dumps(shown), flush=True)
     result["head"] = head(args.rounds)
+    write()
+    result["fused heads"] = fused_heads(args.rounds)
     result["kernels"] = {str(call): kernel.name for call, kernel in kernels._chosen.items()}
     write()
-    print(json.dumps(result["head"], indent=1))
+    print(json.dumps([result["head"], result["fused heads"]], indent=1))
 
 
 if __name__ == "__main__":

@@ -107,10 +107,13 @@ class Worker:
 @contextmanager
 def workers(jobs: Sequence[Mapping[str, Any]]) -> Iterator[list[Worker]]:
     """Starts one process per job, and ends them when the block is left."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         started = []
         for number, job in enumerate(jobs):
-            log = stack.enter_context(Path(folder, f"{number}.log").open("w", encoding="utf-8"))
+            folder = Path(job["logs"] or temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"{job['kind']}-{job.get('regime')}-{job['variant']}-{number}.log"
+            log = stack.enter_context((folder / name).open("w", encoding="utf-8"))
             started.append(Worker(job, log))
             stack.callback(started[-1].stop)
         yield started
@@ -187,7 +190,7 @@ def measure_regime(name: str, job: Mapping[str, Any], variants: Sequence[str], r
         },
         "mfu": {
             v: _needed(job, turns[1:-1]) / sum(seconds[v]) / job["tflops"] / 1e12 for v in variants
-        } if job["tflops"] else None,
+        } if job["tflops"] and not job["lora"] else None,
         "loss": answers["infopo"][0]["losses"][0],
         "losses": {v: answers[v][0]["losses"][0] for v in variants},
         "loss_difference": None,
@@ -447,6 +450,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--together", action="store_true", help="on a GPU: all variants at once, in turns, as on a CPU"
     )
+    parser.add_argument(
+        "--lora", action="store_true", help="train adapters of rank 16 on all linear layers, as TRL with PEFT"
+    )
+    parser.add_argument(
+        "--logs", type=Path, help="folder for what the processes print, and where they stand every 20 s"
+    )
     parser.add_argument("--model", choices=tuple(SHAPES), help="default: a4k on a CPU, 1b on a GPU")
     parser.add_argument("--vocab", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -483,7 +492,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     job = {"model": args.model, "vocabulary": args.vocab, "device": args.device, "threads": args.threads,
            "steps": args.steps, "batch": args.pairs_per_step, "seed": args.seed, "parts": args.overhead,
-           "autocast": args.autocast, "together": args.together}  # fmt: skip
+           "autocast": args.autocast, "together": args.together, "lora": args.lora,
+           "logs": args.logs and str(args.logs)}  # fmt: skip
     rates = None
     if args.device == "cuda":
         from card import ceilings
@@ -506,6 +516,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.device == "cuda"
             else "float32",
             "gradient_checkpointing": args.device == "cuda",
+            "lora": args.lora,
             "device": args.device,
             "threads": args.threads,
             "allocator": ALLOCATOR,

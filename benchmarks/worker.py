@@ -6,6 +6,7 @@ one line of JSON on what was standard output. All that libraries print goes to s
 
 import copy
 import ctypes
+import faulthandler
 import gc
 import json
 import os
@@ -101,7 +102,10 @@ def turns_of(job: Job) -> list[regimes.Turn]:
 
 def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
     """Returns the variant's trainer over all turns, in their order."""
-    policy, reference = build_model(job, seed=0), build_model(job, seed=1)
+    policy = build_model(job, seed=0)
+    # With adapters, the reference is the model without them.
+    reference = None if job.get("lora") else build_model(job, seed=1)
+    adapter = {"peft_config": lora()} if job.get("lora") else {}
     examples = [e for turn in turns for step in turn for e in step]
     common = settings(job, folder) | {"per_device_train_batch_size": len(turns[0][0])}
     if job["variant"] == "trl_accumulated":
@@ -121,6 +125,7 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
             args=InfoPOConfig(**common, reference_store="off"),
             train_dataset=ExampleDataset.from_examples(examples),
             processing_class=tokenizer,
+            **adapter,
         )
     from trl import DPOConfig
 
@@ -133,11 +138,22 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
         args=DPOConfig(**common, precompute_ref_log_probs=precomputed),
         train_dataset=dataset_of(examples),
         processing_class=tokenizer,
+        **adapter,
     )
     if precomputed:
         # Its values are computed, so that it would only take memory.
         trainer.ref_model = None
     return trainer
+
+
+def lora() -> Any:
+    """Returns adapters for all linear layers but the head.
+
+    They begin at 0, so that the first loss is log 2 in each variant. The losses of the next steps tell variants apart.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 class _Watched(InfoPOTrainer):
@@ -395,6 +411,9 @@ KINDS = {"train": train, "reference": reference, "linearity": linearity, "end_to
 def main() -> None:
     line = Line()
     job = json.loads(sys.argv[1])
+    if job.get("logs"):
+        # A run that is cut off, or that waits for something, leaves where it was.
+        faulthandler.dump_traceback_later(20, repeat=True)
     torch.set_num_threads(job["threads"])
     KINDS[job["kind"]](copy.deepcopy(job), line)
 
