@@ -453,9 +453,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lora", action="store_true", help="train adapters of rank 16 on all linear layers, as TRL with PEFT"
     )
-    parser.add_argument(
-        "--logs", type=Path, help="folder for what the processes print, and where they stand every 20 s"
-    )
+    parser.add_argument("--logs", type=Path, help="folder in which what the processes print is kept")
     parser.add_argument("--model", choices=tuple(SHAPES), help="default: a4k on a CPU, 1b on a GPU")
     parser.add_argument("--vocab", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))

@@ -6,7 +6,6 @@ one line of JSON on what was standard output. All that libraries print goes to s
 
 import copy
 import ctypes
-import faulthandler
 import gc
 import json
 import os
@@ -411,9 +410,6 @@ KINDS = {"train": train, "reference": reference, "linearity": linearity, "end_to
 def main() -> None:
     line = Line()
     job = json.loads(sys.argv[1])
-    if job.get("logs"):
-        # A run that is cut off, or that waits for something, leaves where it was.
-        faulthandler.dump_traceback_later(20, repeat=True)
     torch.set_num_threads(job["threads"])
     KINDS[job["kind"]](copy.deepcopy(job), line)
 
