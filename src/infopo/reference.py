@@ -29,6 +29,7 @@ from infopo.hashing import WeightsHash, config_hash
 from infopo.lockstep import Lockstep
 from infopo.logps import attention
 from infopo.logps.forward import path_of, response_lengths, response_logps, token_logps
+from infopo.logps.rounding import moved_by_rounding
 from infopo.losses.catalog import row_of
 from infopo.noise import evaluating
 from infopo.output import get_logger
@@ -263,7 +264,7 @@ def precompute(
     def values(score: Score) -> Values:
         """Returns log π_ref of each response, 0 if it is not wanted or another rank computes it."""
         if store is not None:
-            _through_store(work, score, progress, store, dataset, width)
+            _through_store(work, score, progress, store, dataset, width, model)
             return work.values({key: response.logp for key, response in store.found.items()})
         batches = work.batches if is_sharded else work.batches[rank::world_size]
         return work.values(_in_memory(work, batches, score, progress, width))
@@ -397,6 +398,7 @@ def _through_store(
     store: ReferenceStore,
     dataset: ExampleDataset,
     width: int,
+    model: nn.Module,
 ) -> None:
     """Fills `store.found` with what is stored, what this process computes, and what others compute meanwhile.
 
@@ -406,7 +408,7 @@ def _through_store(
     batches are claimed at a time, which is how many `score` computes at once.
     """
     store.want(work.first)
-    _spot_check(work, score, store, dataset)
+    _spot_check(work, score, store, dataset, model)
     contents = [
         [key for response in batch if (key := work.keys[response]) is not None] for batch in work.batches
     ]
@@ -463,7 +465,13 @@ def _row(dataset: ExampleDataset, response: int) -> str:
     return f"{dataset.row_ids[example]} ({side})"
 
 
-def _spot_check(work: _Work, score: Score, store: ReferenceStore, dataset: ExampleDataset) -> None:
+def _sums(score: Score, responses: list[int]) -> Tensor:
+    return torch.tensor([summed(tokens) for tokens in score([responses])[0]], dtype=torch.float64)
+
+
+def _spot_check(
+    work: _Work, score: Score, store: ReferenceStore, dataset: ExampleDataset, model: nn.Module
+) -> None:
     """Computes a few stored responses again, because stored values must be those that this model gives here and now.
 
     They are chosen at random, so that in time all are checked. The global random generators are not used.
@@ -473,6 +481,10 @@ def _spot_check(work: _Work, score: Score, store: ReferenceStore, dataset: Examp
     for key, (tokens,) in zip(chosen, score([[work.first[key]] for key in chosen]), strict=True):
         there, here = store.found[key], summed(tokens)
         allowed = tolerance(len(tokens), is_exact=store.identity.is_exact)
+        if not abs(there.logp - here) <= allowed:
+            # No run is refused for what rounding does to this very response.
+            again = partial(_sums, score, [work.first[key]])
+            allowed = max(allowed, float(moved_by_rounding(model, again)))
         if not abs(there.logp - here) <= allowed:
             raise ReferenceMismatchError(
                 f"{_row(dataset, work.first[key])}: {store.folder / there.shard} holds log π_ref = {there.logp:.6g}, "
@@ -490,7 +502,8 @@ def tolerance(tokens: int, *, is_exact: bool, noise: float | None = None) -> flo
     rounded independently. c is 5e-4 in float32, where other kernels differ by 1e-5 per token. In half precision it is
     0.1, where one unit in the last place of a bfloat16 logit of 16 is 0.125. If the noise of this model was measured,
     it is five times that, from 0.02 to 0.1. Stored values, the start-up test and the check of step 0 are all judged by
-    it.
+    it. A response that differs by more is computed again before anything is refused, to see what rounding does to it:
+    see `logps.rounding`.
 
     Args:
         tokens: Number of tokens of the response.
