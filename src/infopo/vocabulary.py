@@ -3,6 +3,7 @@
 Imports no torch: recipes are checked against it. What the columns hold is the business of `infopo.data`.
 """
 
+import re
 from collections.abc import Mapping
 
 from infopo.catalog import suggestion
@@ -125,7 +126,7 @@ def guessed(found: list[str]) -> dict[str, str]:
 
 
 def _may_be(column: str, target: str) -> bool:
-    words = set(column.lower().replace("-", "_").split("_"))
+    words = set(re.split(r"[\W_]+", column.lower()))
     if words & {"non", "not"}:
         return target == "rejected" and bool(words & _SYNONYMS["chosen"])
     return bool(words & _SYNONYMS[target])

@@ -96,7 +96,24 @@ def _lines_of(file: io.BufferedIOBase, name: str) -> Iterator[RawRow]:
             while line and not line.endswith(b"\n"):
                 line = file.readline(LONGEST_ROW)
         elif line.strip():
-            yield number, _json_value(line, f"{name}:{number}")
+            value = _json_value(line, f"{name}:{number}")
+            if number == 1 and _is_table_by_columns(value):
+                problem = (
+                    "expected rows, got one object with all values of each column; pandas writes rows with "
+                    'to_json(path, orient="records", lines=True)'
+                )
+                raise DataError(problem, name, "not an object")
+            yield number, value
+
+
+def _is_table_by_columns(value: object) -> bool:
+    """Whether a JSON object is a whole table: of each column a list of texts, or an object of numbered values."""
+    if not isinstance(value, dict) or len(value) < 2:
+        return False
+    columns = list(value.values())
+    if all(isinstance(column, list) and column for column in columns):
+        return all(isinstance(cell, str) for column in columns for cell in column)
+    return all(isinstance(column, dict) and column and all(map(str.isdigit, column)) for column in columns)
 
 
 def _too_long(row_id: str) -> DataError:
@@ -239,6 +256,9 @@ def _csv_rows(path: Path, name: str, door: Door | None) -> Iterator[RawRow]:
             )
             lines = csv.reader(_bounded_lines(stack.enter_context(text), name), strict=True)
             header = next(lines, [])
+            if len(header) == 1 and (between := next((mark for mark in ";\t|" if mark in header[0]), "")):
+                problem = f"expected commas between cells, got {between!r} in the header {header[0]!r:.80}"
+                raise DataError(f"{problem}; save the file with commas", name, "invalid CSV")
             if len(set(header)) < len(header):
                 twice = next(column for column in header if header.count(column) > 1)
                 raise DataError(f"column {twice!r} stands in the header twice", name, "invalid CSV")

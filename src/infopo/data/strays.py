@@ -55,7 +55,7 @@ def no_shape(found: Sequence[str], where: str, shape: str | None = None) -> Data
         f"expected the columns {expected} ({nearest}); {absent} missing among {names(found) or 'none'}. "
     )
     if guess:
-        mapping = ", ".join(f"{target}: {column}" for target, column in guess.items())
+        mapping = ", ".join(f"{target}: {_as_yaml(column)}" for target, column in guess.items())
         problem += f"Perhaps data.columns: {{{mapping}}} (`columns` of InfoPOConfig) reads them"
     elif missing == ["prompt"] and (asking := [column for column in PROMPTS if column in found]):
         problem += f"Perhaps data.columns: {{prompt: {asking[0]}}} (`columns` of InfoPOConfig) reads them"
@@ -68,6 +68,11 @@ def no_shape(found: Sequence[str], where: str, shape: str | None = None) -> Data
     else:
         problem += "Columns of other names are read with data.columns: {chosen: YOURS, ...}"
     return DataError(f"{problem}. Shapes: docs/data.md", where, "missing column")
+
+
+def _as_yaml(column: str) -> str:
+    """The name as a recipe takes it: quoted if it is more than a word, such as one with a space before it."""
+    return column if re.fullmatch(r"[\w.-]+", column) else json.dumps(column, ensure_ascii=False)
 
 
 def columns_to_read(
