@@ -1,6 +1,8 @@
 """Chat templates: what ends a turn, what is missing, variables and dates, content in parts, and templates that hang."""
 
+import os
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from infopo.data.encode import (
     Encoder,
     encode_rows,
 )
+from infopo.data.memory_limit import MemoryLimit
 from infopo.data.survey import token_problem_lines
 from infopo.data.templates import TODAY, ChatTemplate
-from infopo.errors import DataError, RecipeError
+from infopo.errors import DataError, ModelError, RecipeError
 from infopo.intake import encoder_of
 from infopo.lab import policy_path
 from infopo.records import Message, PreferenceRow
@@ -377,6 +380,57 @@ def test_a_template_that_loops_for_ever_is_a_named_error(
     with pytest.raises(DataError, match=r"f:1: .* has not rendered it in 0\.4 seconds") as caught:
         encode_rows([row_of(said("Yes"))], Encoder(tokenizer), DataCounts(), num_proc=num_proc)
     assert caught.value.reason == "template takes too long"
+
+
+DOUBLING = (
+    "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the system does not tell what a process has"
+)
+@pytest.mark.parametrize(
+    "endless",
+    ["{{ 'a' * 2000000000 }}", DOUBLING, "{{ '%2000000000d' % 1 }}", "{{ ([1] * 200000000) | length }}"],
+)
+def test_a_template_that_takes_memory_without_end_is_a_named_error(
+    endless: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(templates._memory_limit, "bytes", 2**27)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    assert reason(tokenizer_of(endless + CHATML), row_of(said("Yes"))) == "template takes too much memory"
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_rendering_longer_than_any_row_is_a_named_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(templates, "_LONGEST", 1000)
+    assert reason(tokenizer_of(CHATML), row_of(said("Yes" * 400))) == "template takes too much memory"
+
+
+def test_a_power_is_refused_and_named_arguments_are_not():
+    chosen_text(tokenizer_of("{{ dict(**{'a': 2}) | length }}" + CHATML), row_of(said("Yes")))
+    for power in ("{{ 9 ** (9 ** 9) }}", "{% if 0 %}{{ x**y }}{% endif %}"):
+        with pytest.raises(ModelError, match="computes a power"):
+            Encoder(tokenizer_of(power + CHATML)).encode(row_of(said("Yes")))
+
+
+def test_a_limit_of_memory_ends_with_the_last_of_the_threads_within_it_and_in_a_forked_process():
+    limit = MemoryLimit(2**30)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    first, second = limit(), limit()
+    for block in (first, second):
+        block.__enter__()
+    forked = os.fork()
+    if not forked:
+        os._exit(resource.getrlimit(resource.RLIMIT_AS) != before)
+    assert os.waitpid(forked, 0)[1] == 0
+    first.__exit__(None, None, None)
+    lowered = resource.getrlimit(resource.RLIMIT_AS)
+    second.__exit__(None, None, None)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    if Path("/proc/self/statm").exists():
+        assert lowered != before
 
 
 # What `infopo check` says

@@ -179,9 +179,9 @@ class Encoder:
         Raises:
             DataError: The row cannot be used. Reasons are `empty prompt`, `empty chosen`, `empty rejected`,
                 `prompt too long`, `too long`, `chosen = rejected`, `chosen = rejected after truncation`, `template
-                refuses the row`, `template takes too long`, `template rewrites the prompt`, `template drops content`,
-                `turns cannot be told apart`, `generation prompt closes reasoning`, `reserved template argument`, `not
-                tokenizable`.
+                refuses the row`, `template takes too long`, `template takes too much memory`, `template rewrites the
+                prompt`, `template drops content`, `turns cannot be told apart`, `generation prompt closes reasoning`,
+                `reserved template argument`, `not tokenizable`.
             ModelError: The row is a conversation, and the tokenizer has no chat template.
         """
         [result] = self.encode_all([row])

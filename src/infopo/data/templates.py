@@ -1,13 +1,14 @@
 """A tokenizer's chat template: what it writes for a conversation, what ends a turn in it, which date it gets.
 
-A template is a program that came with a model. It runs in transformers' sandbox, for a limited time, and whatever it
-raises is a `DataError` of the row.
+A template is a program that came with a model. It runs in transformers' sandbox, for a limited time and with limited
+memory, and whatever it raises is a `DataError` of the row.
 
 **Dates.** Some templates (Llama 3.2's, gpt-oss's) write today's date. Tokens that change at midnight would end a
 resumed run and the use of stored reference log-probs, so "today" is always `TODAY` here, the date that Llama 3.2's
 template falls back to, unless the template variable `strftime_now` names another: `{"strftime_now": "2026-11-26"}`.
 """
 
+import gc
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,10 @@ from datetime import datetime
 from inspect import signature
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
+from infopo.data.memory_limit import MemoryLimit
 from infopo.data.time_limit import TimeLimit, TimeLimitError
 from infopo.errors import DataError, ModelError
 from infopo.records import Message
@@ -40,6 +42,14 @@ _time_limit = TimeLimit(SECONDS_PER_RENDERING)
 TAKES_TOO_LONG = "template takes too long"
 """Reason of a row that the template has not rendered in `SECONDS_PER_RENDERING`."""
 
+BYTES_PER_RENDERING = 2**31
+_memory_limit = MemoryLimit(BYTES_PER_RENDERING)
+_LONGEST = 2**27
+"""Characters of a rendering. A row has at most half as many bytes."""
+
+TAKES_TOO_MUCH = "template takes too much memory"
+"""Reason of a row for which the template needs more than `BYTES_PER_RENDERING`, or writes more than `_LONGEST`."""
+
 _DIRECTIVES = "aAbBdHIjmMpSUwWxXyYcfGuVZz"
 
 _PIECE = re.compile(r"<[^<>\s]{1,80}>|\[[^\[\]\s]{1,80}\]|\w+|\s|.", re.DOTALL)
@@ -61,6 +71,7 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         self._ends: dict[str, str] = {}
         self._known_reads: dict[str, tuple[bool, bool]] = {}
+        self._known_bounded = set[str]()
 
     def render(
         self,
@@ -158,11 +169,12 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> str:
         try:
+            self._check_bounded(template)
             if DATE in template:
                 template = _with_date(template, str(values.get(DATE, TODAY)))
             values = {name: value for name, value in values.items() if name != DATE}
-            with _time_limit():
-                return str(
+            with _memory_limit(), _time_limit():
+                text = str(
                     self.tokenizer.apply_chat_template(
                         list(turns),
                         tools=tools,
@@ -172,6 +184,9 @@ class ChatTemplate:
                         **values,
                     )
                 )
+            if len(text) > _LONGEST:
+                raise MemoryError
+            return text
         except TemplateSyntaxError as error:
             raise ModelError(
                 f"the chat template of {self.tokenizer.name_or_path!r} is not valid: {error}"
@@ -182,12 +197,34 @@ class ChatTemplate:
                 "it may loop for ever: use another template"
             )
             raise DataError(problem, row_id, TAKES_TOO_LONG) from None
+        except MemoryError as error:
+            # What the template has made would live as long as the error that is raised here.
+            error.__traceback__ = error.__context__ = None
+            gc.collect()
+            problem = (
+                f"the tokenizer's chat template takes more than {_memory_limit.bytes >> 20} MiB for it, or writes more "
+                f"than {_LONGEST >> 20} million characters: use another template"
+            )
+            raise DataError(problem, row_id, TAKES_TOO_MUCH) from None
+        except ModelError:
+            raise
         # Templates are programs: on data they were not written for they fail in any way.
         except Exception as error:
             problem = (
                 f"the tokenizer's chat template cannot render it: {str(error) or type(error).__name__:.300}"
             )
             raise DataError(problem, row_id, "template refuses the row") from error
+
+    def _check_bounded(self, template: str) -> None:
+        """Refuses what is a single step for Python, takes for ever, and cannot be interrupted: `9 ** 9 ** 9`."""
+        if template in self._known_bounded:
+            return
+        if "**" in template and Environment(autoescape=True).parse(template).find(nodes.Pow):
+            raise ModelError(
+                f"the chat template of {self.tokenizer.name_or_path!r} computes a power (`**`), which may take for "
+                "ever and which no conversation needs: use another template"
+            )
+        self._known_bounded.add(template)
 
     def _as_read(self, turn: Message, template: str, values: dict[str, Any]) -> Message:
         """The turn with its content as text or as a list of parts, whichever the template reads."""
