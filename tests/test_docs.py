@@ -149,3 +149,32 @@ def test_the_layers_of_the_design_are_those_of_the_import_contract():
         layers = tomllib.load(file)["tool"]["importlinter"]["contracts"][0]["layers"]
     shown = DESIGN.split("may not import each other:\n\n```text\n")[1].split("\n```")[0]
     assert shown.splitlines() == [re.sub(r"[()]", "", layer) for layer in layers]
+
+
+def named_in_code(text: str) -> list[str]:
+    """Names of Python in backticks, without files and without what is written in a recipe or a shell."""
+    spans = re.findall(r"`([A-Za-z_][\w.]*)`", text)
+    return [name for name in spans if not re.search(r"\.(py|md|json|jsonl|yaml|zst|pt)$", name)]
+
+
+def test_the_design_names_nothing_that_the_source_does_not_have():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    words = set(re.findall(r"\w+", source))
+    names = named_in_code(re.sub(r"```.*?```", "", DESIGN, flags=re.DOTALL))
+    assert len(names) > 40
+    modules = {path.stem for path in (ROOT / "src").rglob("*.py")} | {
+        path.name for path in (ROOT / "src").rglob("*") if path.is_dir()
+    }
+    assert [n for n in names if not set(n.split(".")) <= words | modules] == []
+
+
+def test_what_a_newcomer_looks_for_stands_in_the_file_that_the_design_names():
+    """Of each row of the table, every name is defined in one of the files that stand beside it."""
+    rows = DESIGN.split("| to find out | read |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(rows) > 8
+    for row in rows:
+        files = re.findall(r"`([\w/]+\.py)`", row)
+        text = "".join((ROOT / "src" / "infopo" / file).read_text(encoding="utf-8") for file in files)
+        names = [part for name in named_in_code(row.split("|")[2]) for part in name.split(".")]
+        of_python = [n for n in names if n not in ("transformers", "TRL", "torch_compile")]
+        assert [n for n in of_python if not re.search(rf"\b{n}\b", text)] == [], row

@@ -392,7 +392,10 @@ def test_impossible_lengths_are_refused_all_at_once():
     with pytest.raises(RecipeError) as caught:
         Encoder(tokenizer_of(), max_length=1, max_prompt_length=0)
     assert len(caught.value.problems) == 2
-    with pytest.raises(RecipeError, match="to leave room for a response"):
+    with pytest.raises(
+        RecipeError,
+        match=r"^max_prompt_length: 8 leaves no room for a response within max_length \(8 tokens\)$",
+    ):
         Encoder(tokenizer_of(), max_length=8, max_prompt_length=8)
 
 

@@ -281,19 +281,6 @@ def folder(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def test_file_hash_is_sha256(tmp_path: Path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    # FIPS 180-2, appendix B.1
-    assert runs.file_sha256(tmp_path / "abc") == (
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
-
-
-def test_hash_of_a_missing_file_is_refused(tmp_path: Path):
-    with pytest.raises(RunDirectoryError, match="No such file"):
-        runs.file_sha256(tmp_path / "absent")
-
-
 # --- provenance ---
 
 

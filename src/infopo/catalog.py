@@ -41,9 +41,6 @@ ON_BAD_ROW = ("raise", "skip")
 REFERENCE_MODES = ("auto", "live", "precompute", "adapter-off")
 """Where reference log-probs come from (besides a model's path)."""
 
-REFERENCE_STORES = ("auto", "off")
-"""Where precomputed values are kept: in the user's cache, or in memory only (besides a folder's path)."""
-
 REFERENCE_SIDES = ("auto", "needed", "both")
 """Whose reference log-probs are computed: those the loss needs, all (for metrics), or all in evaluation only."""
 

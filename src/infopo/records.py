@@ -232,6 +232,11 @@ class PackedBatch(Responses):
             segment = self.segment_parent[segment]
         return path[::-1]
 
+    def row_tokens(self) -> int:
+        """Returns the number of tokens of all responses with their prompts, as rows."""
+        start = self.segment_start
+        return sum(start[s + 1] - start[s] for r in range(self.num_responses) for s in self.path(r))
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """Returns the same batch with its tensors on `device`. The lists that describe the layout stay on the CPU.
 

@@ -11,7 +11,6 @@ turns them back into numbers in the metrics. This module imports neither torch n
 
 import contextlib
 import errno
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -311,16 +310,6 @@ def _named(path: Path) -> Iterator[None]:
 
 
 # --- provenance ---
-
-
-def file_sha256(path: str | Path) -> str:
-    """Returns the SHA-256 of a file, which is read in pieces.
-
-    Raises:
-        RunDirectoryError: The file cannot be read.
-    """
-    with _named(Path(path)), Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def environment(

@@ -17,15 +17,16 @@ from infopo import checkpoints, durable, models, ranks, resuming, run_state, sha
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, InfoPOError, NonFiniteWeightsError, SaveError
+from infopo.loading import LoadingTrainer
 from infopo.model_card import Card, render
 from infopo.output import get_logger
 from infopo.secrets import masked
-from infopo.sharding import ShardedTrainer, local_part
+from infopo.sharding import local_part
 
 logger = get_logger(__name__)
 
 
-class SavingTrainer(ShardedTrainer):
+class SavingTrainer(LoadingTrainer):
     """transformers' `Trainer`; subclasses say which run a checkpoint belongs to.
 
     Attributes:

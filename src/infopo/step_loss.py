@@ -109,14 +109,14 @@ class StepLoss:
         self._sums = MetricSums()
         self._finite = FiniteWatch()
         self._seen: list[tuple[Piece, LossTerms]] = []
-        self._ahead: list[list[PackedBatch]] = []
         self._share = 1.0
 
-    def expect(self, batches: list[list[PackedBatch]]) -> None:
-        """Takes note of the device batches of the next optimizer step."""
-        self._ahead = batches
-
-    def look_ahead(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    def look_ahead(
+        self,
+        model: nn.Module,
+        batches: Sequence[Sequence[PackedBatch]],
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
         """Computes the step statistics of the objectives before a step's first gradient, by a pass without gradient.
 
         Only responses that enter the statistics are run. Dropout is off, because a statistic is one of the policy
@@ -124,9 +124,9 @@ class StepLoss:
 
         Args:
             model: The policy as it is distributed.
+            batches: The device batches of the step, in pieces. There are none except before its first gradient.
             context: Context of the forward pass.
         """
-        batches, self._ahead = self._ahead, []
         roles = self._run.coupling.roles
         if not batches or not roles:
             return
@@ -232,15 +232,9 @@ class EvaluationLoss:
         return metrics
 
 
-def row_tokens(batch: PackedBatch) -> int:
-    """Returns the number of tokens of all responses with their prompts, as rows."""
-    start = batch.segment_start
-    return sum(start[s + 1] - start[s] for r in range(batch.num_responses) for s in batch.path(r))
-
-
 def _with_shares(batches: Sequence[PackedBatch]) -> Iterator[tuple[PackedBatch, float]]:
     """Yields the pieces of a device batch with the part of its tokens that each has."""
-    tokens = [row_tokens(batch) for batch in batches]
+    tokens = [batch.row_tokens() for batch in batches]
     for batch, own in zip(batches, tokens, strict=True):
         yield batch, own / max(1, sum(tokens))
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -34,7 +33,6 @@ from infopo import (
     startup,
 )
 from infopo.arguments import InfoPOConfig, refuse_arguments
-from infopo.data import sampling
 from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator
@@ -48,7 +46,7 @@ from infopo.metrics import absent_in_training
 from infopo.model_card import tags_of
 from infopo.output import get_logger, shown
 from infopo.policy_setup import name_of, set_up_policy, short_name
-from infopo.records import PER, PackedBatch, to_device
+from infopo.records import PackedBatch
 from infopo.reference import (
     StoredReference,
     is_exact,
@@ -58,7 +56,7 @@ from infopo.reference import (
 from infopo.reference_setup import ReferenceBuilder, ReferenceSetup
 from infopo.reference_store import ReferenceStore
 from infopo.saving import SavingTrainer
-from infopo.step_loss import EvaluationLoss, RunLoss, StepLoss, row_tokens
+from infopo.step_loss import EvaluationLoss, RunLoss, StepLoss
 
 logger = get_logger(__name__)
 
@@ -298,81 +296,6 @@ class InfoPOTrainer(SavingTrainer):
             PreferenceCollator() if is_sharded else startup.collator(self.model, self.args, self._router_coef)
         )
 
-    # ---- data ----------------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Overrides `Trainer`'s for streams, of which it returns batches of this process's share.
-
-        A stream's loader is not prepared by accelerate, which would divide the stream among processes once more, and
-        split batches as if they were tensors.
-        """
-        if not isinstance(self.train_dataset, ExampleStream):
-            return super().get_train_dataloader()
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-
-    def _get_train_sampler(self, train_dataset: ExampleDataset | None = None) -> Sampler[int] | None:
-        """Overrides `Trainer`'s to group by length without a generator, and to fill up ranks with empty examples.
-
-        `Trainer`'s length grouping draws from the global random state, which differs in a resumed run. With several
-        ranks, accelerate would repeat rows, which would weigh twice.
-        """
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        # The loader of a stream asks for no sampler.
-        assert isinstance(dataset, ExampleDataset)
-        usual = partial(super()._get_train_sampler, dataset)
-        return sampling.for_training(
-            dataset, usual, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0)
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Overrides `Trainer`'s so that evaluation is over the whole set, whatever `dataloader_drop_last` is."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            # transformers keeps the loader of persistent workers under the same name for every dataset that is passed.
-            vars(self).get("_eval_dataloaders", {}).pop("eval", None)
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def _get_eval_sampler(self, eval_dataset: ExampleDataset) -> Sampler[int] | None:
-        """Overrides `Trainer`'s to fill up ranks with empty examples, where accelerate would repeat rows."""
-        return sampling.for_evaluation(eval_dataset, self.args)
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """Overrides `Trainer`'s, which moves tensors in dicts and lists, to move packed batches to the device."""
-        return (
-            [b.to(self.args.device) for b in inputs]
-            if isinstance(inputs, list)
-            else inputs.to(self.args.device)
-        )
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[list[PackedBatch]], Tensor]:
-        """Overrides `Trainer`'s to return the items (`PER`) of the step over all ranks in place of its token count.
-
-        Returns:
-            The device batches of one optimizer step, and the counts that its loss terms are divided by.
-        """
-        if self.state.global_step >= self.state.max_steps:
-            # If a run is resumed after its last step, inside an epoch, transformers would take one step more.
-            self.control.should_training_stop = True
-            num_batches = 0
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        each = [b.counts for batch in batches for b in batch]
-        counts = torch.stack(each).sum(0) if each else torch.zeros(len(PER), dtype=torch.int64)
-        [counts] = to_device([counts], device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        self._steps.expect(batches)
-        return batches, counts
-
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -407,7 +330,8 @@ class InfoPOTrainer(SavingTrainer):
         self._set_optimizer("train")
         if not self._is_checked:
             self._check_model(model, inputs[0].to(self.args.device))
-        self._steps.look_ahead(model, self.compute_loss_context_manager)
+        ahead, self.next_step = self.next_step, []
+        self._steps.look_ahead(model, ahead, self.compute_loss_context_manager)
         loss = torch.zeros((), device=self.args.device)
         for batch, is_last in self._steps.pieces(inputs):
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -449,9 +373,6 @@ class InfoPOTrainer(SavingTrainer):
             )
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
-
-    def _gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values) if self.args.world_size > 1 else values
 
     def _summed(self, values: Tensor) -> Tensor:
         values = values.to(self.args.device)
@@ -527,20 +448,6 @@ class InfoPOTrainer(SavingTrainer):
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset)
         )
-
-    def floating_point_ops(self, inputs: Any) -> float:
-        """Returns 6 x parameters x tokens of the batch, for forward and backward pass without attention.
-
-        This overrides `Trainer`'s, which expects a dict.
-        """
-        parameters = self.model.num_parameters(exclude_embeddings=True)
-        return 6.0 * parameters * sum(row_tokens(batch) for batch in inputs)
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Overrides `Trainer`'s, which counts tokens in a dict."""
-        if self.args.include_num_input_tokens_seen != "no":
-            tokens = torch.tensor([sum(row_tokens(batch) for batch in inputs)], device=self.args.device)
-            self.state.num_input_tokens_seen += int(self._gather(tokens).sum())
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was never stopped, and a checkpoint is whole or not there."""
 
+import hashlib
 import json
 import math
 import os
@@ -32,7 +33,6 @@ from infopo.lab import policy_path
 from infopo.lab.preferences import make_pairs
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.models import load_policy
-from infopo.runs import file_sha256
 from infopo.trainer import InfoPOTrainer
 from infopo.workflows.train import MetricsFile, train
 from worlds import random_dataset, tiny_llama, tiny_of
@@ -104,7 +104,9 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def final_weights(run_dir: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in run_dir.glob("*.safetensors")}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in run_dir.glob("*.safetensors")
+    }
 
 
 @pytest.fixture

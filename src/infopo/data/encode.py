@@ -41,7 +41,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from infopo.catalog import ON_TOO_LONG
 from infopo.data.conversation import (
     EMPTY_BLOCK_DROPPED,
     MERGED_TOKENS,
@@ -61,6 +60,7 @@ from infopo.data.templates import DATE, TODAY, ChatTemplate, check_variables
 from infopo.data.tokenization import Tokenization
 from infopo.errors import ConfigError, DataError, ModelError
 from infopo.records import Message, PreferenceExample, PreferenceRow, Text, cut_response
+from infopo.settings import RowSettings
 
 PROMPT_CUT = "prompt cut"
 RESPONSE_CUT = "response cut"
@@ -123,8 +123,7 @@ class Encoder:
 
     Raises:
         ModelError: The tokenizer has no EOS token, or is no tokenizer.
-        ConfigError: A length is not positive, the prompt's length leaves no room for a response, `on_too_long` is
-            unknown, or a template variable cannot be set.
+        ConfigError: These settings are none that `RowSettings` takes, or a template variable cannot be set.
 
     Example:
         >>> from infopo.lab.tokenizer import build_tokenizer
@@ -144,7 +143,9 @@ class Encoder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         as_chat: bool = False,
     ) -> None:
-        _check_settings(max_length, max_prompt_length, on_too_long, chat_template_kwargs or {})
+        RowSettings(max_length=max_length, max_prompt_length=max_prompt_length, on_too_long=on_too_long)
+        if problems := check_variables(chat_template_kwargs or {}, "data.chat_template_kwargs"):
+            raise ConfigError(problems)
         self.tokens = Tokenization(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -317,25 +318,6 @@ def prompt_ids(
         return tokens.text(prompt, row_id)
     text = template.render(prompt, row_id, tools=tools, variables=variables, add_generation_prompt=True)
     return tokens.bare(text, row_id)
-
-
-def _check_settings(
-    max_length: int | None, max_prompt_length: int | None, on_too_long: str, variables: Mapping[str, Any]
-) -> None:
-    problems = check_variables(variables, "data.chat_template_kwargs")
-    if on_too_long not in ON_TOO_LONG:
-        problems.append(f"data.on_too_long: expected {' or '.join(ON_TOO_LONG)}, got {on_too_long!r}")
-    if max_length is not None and max_length < 2:
-        problems.append(f"data.max_length: expected at least 2 (a prompt and a response), got {max_length}")
-    if max_prompt_length is not None and max_prompt_length < 1:
-        problems.append(f"data.max_prompt_length: expected at least 1, got {max_prompt_length}")
-    if max_length is not None and max_prompt_length is not None and max_prompt_length >= max_length:
-        problems.append(
-            f"data.max_prompt_length: expected less than max_length={max_length}, to leave room for a response, "
-            f"got {max_prompt_length}"
-        )
-    if problems:
-        raise ConfigError(problems)
 
 
 def _as_conversation(row: PreferenceRow) -> PreferenceRow:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from infopo.catalog import SCORE_RULES, suggestion
+from infopo.catalog import SCORE_RULES
 from infopo.data.columns import shown, value_of
 from infopo.data.counts import TIE
 from infopo.data.messages import OTHERS_ROLES
-from infopo.errors import ConfigError, DataError
+from infopo.errors import DataError
+from infopo.settings import RowSettings
 
 if TYPE_CHECKING:
     from infopo.records import Text
@@ -39,13 +40,7 @@ class ScoreRule:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in SCORE_RULES:
-            hint = f"{suggestion(self.name, SCORE_RULES)}; there are {', '.join(SCORE_RULES)}"
-            raise ConfigError(f"data.score_rule: no rule {self.name!r}{hint}")
-        if (self.name == "threshold") != (self.threshold is not None):
-            raise ConfigError(
-                "data.score_threshold: goes with data.score_rule: threshold, and the rule needs it"
-            )
+        RowSettings(score_rule=self.name, score_threshold=self.threshold)
 
     def split(self, scores: Sequence[float]) -> tuple[list[int], list[int]]:
         """Returns the indices of the chosen and of the rejected responses, both empty if the scores prefer nothing."""

@@ -151,7 +151,7 @@ def parse_row(row: object, shape: str, row_id: str, rule: ScoreRule | None = Non
             )
     row = published.openai_tools(row) if shape == "openai" else row
     if shape in _SCORED:
-        prompt, chosen, rejected = _SCORED[shape](row, row_id, rule or ScoreRule())
+        prompt, chosen, rejected = _SCORED[shape](row, row_id, rule or _BY_SCORE)
     else:
         prompt, chosen, rejected = _PARSERS[shape](row, row_id)
     # As in LLaMA-Factory, a conversation that begins with a system turn of its own keeps that one.
@@ -290,6 +290,7 @@ _SCORED: Mapping[str, Callable[[Mapping[str, Any], str, ScoreRule], Parts]] = {
     "scored": _scored,
     "rated": published.rated,
 }
+_BY_SCORE = ScoreRule()
 
 _WITHOUT_SIDES = (
     "votes", "openai", "swift", "compared", "rated", "scored", "unpaired", "unpaired_messages", "alpaca_unpaired",
