@@ -23,7 +23,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.hashing import hash_weights
 from infopo.logps import attention
 from infopo.records import PreferenceExample
-from infopo.reference import precompute
+from infopo.reference_pass import precompute
 
 PROMPT, RESPONSE = 200, 100
 """Tokens of each prompt and each response."""

@@ -31,7 +31,7 @@ from infopo.data.packing import pack
 from infopo.logps import attention
 from infopo.logps.forward import response_logps
 from infopo.records import PreferenceExample, Role
-from infopo.reference import precompute
+from infopo.reference_pass import precompute
 from shapes import build_model, build_tokenizer
 
 BETA = 0.1

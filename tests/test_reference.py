@@ -25,7 +25,8 @@ from infopo.hashing import config_hash, hash_weights
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.models import load_policy
 from infopo.records import PreferenceExample
-from infopo.reference import precompute, resolve, tolerance
+from infopo.reference import resolve, tolerance
+from infopo.reference_pass import precompute
 from infopo.reference_store import ReferenceStore
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, random_examples, tiny_llama
@@ -268,7 +269,7 @@ def test_a_shard_is_as_large_as_its_time_allows(
     store: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, shards: int
 ) -> None:
     """A kill loses one shard's work at most. Eight batches: one by one, or 1, 2, 4 and the last."""
-    monkeypatch.setattr("infopo.reference.SECONDS_PER_SHARD", seconds)
+    monkeypatch.setattr("infopo.reference_pass.SECONDS_PER_SHARD", seconds)
     model, opened = tiny_llama(), store_of(store, tiny_llama())
     dataset, rejected = random_dataset(16), frozenset({"rejected"})
     precompute(dataset, model, rejected, store=opened, batch_size=2, device=torch.device("cpu"))

@@ -30,10 +30,10 @@ from infopo.reference import (
     StoredReference,
     identity_of,
     is_exact,
-    precompute,
     reference_sides,
     resolve,
 )
+from infopo.reference_pass import precompute
 from infopo.reference_store import ReferenceStore, check_folder, folder_of
 
 logger = get_logger(__name__)

@@ -43,7 +43,7 @@ from infopo.lab.evaluation import MAX_NEW_TOKENS, accuracy, as_prompt
 from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.records import PreferenceExample, Role
-from infopo.reference import precompute
+from infopo.reference_pass import precompute
 from infopo.runs import environment, write_json_atomic
 from infopo.trainer import InfoPOTrainer
 from infopo.workers import WorkerPool

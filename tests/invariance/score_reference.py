@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from infopo import reference
+from infopo import reference_pass
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.lab.tokenizer import build_tokenizer
@@ -23,7 +23,7 @@ from worlds import PLAIN_SGD, random_examples, tiny_llama
 
 folder, first, end, seconds = sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4])
 torch.set_num_threads(1)
-reference.SECONDS_PER_SHARD = 4 * seconds
+reference_pass.SECONDS_PER_SHARD = 4 * seconds
 rank = int(os.environ.get("RANK", "0"))
 model = tiny_llama()
 

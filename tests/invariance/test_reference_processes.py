@@ -15,7 +15,7 @@ import torch
 
 from infopo.data.examples import ExampleDataset
 from infopo.logps import attention
-from infopo.reference import precompute
+from infopo.reference_pass import precompute
 from worlds import random_examples, tiny_llama
 
 SCRIPT = str(Path(__file__).with_name("score_reference.py"))

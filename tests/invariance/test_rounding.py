@@ -29,7 +29,8 @@ from infopo.logps.forward import response_logps, self_test
 from infopo.logps.rounding import moved_by_rounding, rounded_otherwise
 from infopo.models import disable_dropout
 from infopo.records import PackedBatch, PreferenceExample
-from infopo.reference import identity_of, precompute
+from infopo.reference import identity_of
+from infopo.reference_pass import precompute
 from infopo.reference_store import ReferenceStore
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, tiny_of

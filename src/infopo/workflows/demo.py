@@ -34,7 +34,7 @@ from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_demo
 from infopo.records import PreferenceExample, Role
-from infopo.reference import precompute
+from infopo.reference_pass import precompute
 from infopo.report.figures import draw_demo
 from infopo.runs import (
     RunDirectoryError,
