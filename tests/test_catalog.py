@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from infopo.catalog import suggestion
 from infopo.errors import RecipeError
-from infopo.losses.catalog import OBJECTIVES, Parameter, check_objective, complete_parameters
+from infopo.losses.catalog import OBJECTIVES, Parameter, check_objective, complete_parameters, with_defaults
 from infopo.losses.declaration import declared
 from infopo.losses.registry import FUNCTIONS
 
@@ -200,6 +200,13 @@ def test_complete_parameters_keeps_what_is_given_and_adds_the_rest() -> None:
     given_ = {"cap": 3}
     assert complete_parameters("infopo", given_) == {"beta": 1.0, "length_normalized": False, "cap": 3}
     assert given_ == {"cap": 3}
+
+
+def test_a_checkpoint_made_before_a_parameter_existed_has_its_default() -> None:
+    before = [["dpo", {"beta": 0.2, "label_smoothing": 0.0, "nll_weight": 0.0}, 1.0]]
+    assert with_defaults(before) == [["dpo", complete_parameters("dpo", {"beta": 0.2}), 1.0]]
+    for foreign in (None, [["my_module:my_loss", {}, 1.0]], [["dpo"]]):
+        assert with_defaults(foreign) == foreign
 
 
 def test_complete_parameters_raises_all_problems_at_once() -> None:

@@ -24,7 +24,6 @@ INERT = {
     "resume_from_checkpoint": "read by scripts, which hand it to train()",
     "local_rank": "set by the launcher",
     "log_on_each_node": "decides which ranks log; there is one line a record in any case",
-    "discopop_tau": "of a loss that is refused",
     "ref_model_mixup_alpha": "goes with sync_ref_model, which is refused",
     "ref_model_sync_steps": "goes with sync_ref_model, which is refused",
 }
@@ -57,6 +56,7 @@ OF_TRL = {
     "precompute_ref_log_probs", "precompute_ref_batch_size", "loss_type", "loss_weights", "f_divergence_type",
     "f_alpha_divergence_coef", "label_smoothing", "beta", "pad_token", "desirable_weight", "undesirable_weight",
     "simpo_gamma", "cpo_alpha",
+    "alpha", "discopop_tau",
 }  # fmt: skip
 """Honoured under TRL's name."""
 
@@ -105,7 +105,7 @@ def test_what_is_said_to_be_inert_changes_nothing(tmp_path: Path) -> None:
     other = {
         "remove_unused_columns": False, "length_column_name": "len", "eval_do_concat_batches": False,
         "eval_use_gather_object": True, "do_train": True, "do_eval": True, "do_predict": True,
-        "resume_from_checkpoint": "nowhere", "log_on_each_node": False, "discopop_tau": 0.2,
+        "resume_from_checkpoint": "nowhere", "log_on_each_node": False,
         "ref_model_mixup_alpha": 0.1, "ref_model_sync_steps": 3,
     }  # fmt: skip
     assert other.keys() == INERT.keys() - {"local_rank"}

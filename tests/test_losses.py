@@ -106,12 +106,20 @@ CASES = [
     Case("dpo", {"beta": 1.0, "label_smoothing": 0.25}, (math.log(17) + math.log(9) - 3.25 * B) / 2),
     Case("dpo", {"beta": 1.0, "nll_weight": 2.0}, (math.log(17) + math.log(9) - 3 * B) / 2 + 3.5 * B),
     Case("dpo", {"beta": 1.0, "nll_weight": 0.5}, (math.log(17) + math.log(9) - 3 * B) / 2 + 0.875 * B),
+    Case("dpo", {"beta": 1.0, "length_normalized": True}, (math.log1p(2 ** (5 / 3)) + LOG9 - 3 * B) / 2),
+    Case("dpo", {"beta": 1.0, "rejected_weight": 0.5}, (LOG9 + math.log1p(2**-2.5)) / 2),
     Case("ipo", {"beta": 1 / (2 * B)}, 50 / 9 * B**2),
     Case("ipo", {"beta": 1 / (2 * B), "length_normalized": False}, 14.5 * B**2),
     Case("hinge", {"beta": 1 / (4 * B)}, 1.125),
     Case("hinge", {"beta": 1 / (2 * B)}, 1.5),
     Case("simpo", {"beta": 1.0, "gamma": B}, math.log(3) - B / 2),
     Case("simpo", {"beta": 2.0, "gamma": B}, 1.5 * (math.log(3) - B)),
+    Case("simpo", {"beta": 1.0, "gamma": B, "alpha": 1.0}, (math.log(3) + softplus(B - 48)) / 2),
+    Case(
+        "fdpo", {"beta": 1.0, "divergence": "chi2_kl"}, (softplus(3.75 + 4 * B) + softplus(-3.5 - 3 * B)) / 2
+    ),
+    Case("fdpo", {"beta": 1.0, "divergence": "chi2_kl", "clip": 1.0}, (softplus(1) + softplus(-1)) / 2),
+    Case("fdpo", {"beta": 1.0, "divergence": "squared"}, (softplus(8.5 * B) + softplus(-2.5 * B)) / 2),
     Case("fdpo", {"beta": 1.0}, (LOG5 + math.log(17 / 12)) / 2),
     Case("fdpo", {"beta": 1.0, "divergence": "forward_kl"}, (softplus(3.75) + softplus(-1.75)) / 2),
     Case(
@@ -149,6 +157,20 @@ CASES = [
     Case("apo_zero", {"beta": 1.0}, 16 / 15),
     Case("apo_down", {"beta": 1.0}, 157 / 153),
     Case("cal_dpo", {"beta": 1 / (2 * B)}, (LOG17 + LOG9 - 3 * B + 19 * B**2) / 2),
+    Case("simper", {}, -3 / 128),
+    Case("ddro", {"cap": 1.0}, 6 * B - math.log(3) / 2),
+    Case("ddro", {"cap": 1.0, "length_normalized": True}, 4.5 * B - math.log(3) / 2),
+    Case("sppo_hard", {"beta": 1 / (2 * B)}, 9.5 * B**2),
+    Case("bpo", {"beta": 1.0, "power": 0.0, "scale": 1.0}, (16 + 1 / 8 + B) / 2),
+    Case("bpo", {"beta": 1.0, "power": 1.0, "cap": 6.0}, (128 + 15 / 16 + 1 / 128 - 7) / 8),
+    Case("bpo", {"beta": 1.0, "power": 1.0, "cap": B}, (15 / 16 + 1 / 128 + 3 * B) / 8),
+    Case("repo", {"gamma": 4 * B}, 3 * B),
+    Case("discopop", {"beta": 1.0, "tau": 0.5}, (256 * LOG17 + 16) / 514 + (LOG9 - 3 * B + 8) / 130),
+    Case(
+        "discopop",
+        {"beta": 1.0, "tau": 0.5, "cap": B},
+        (256 * LOG17 + 2 + 6 * B) / 514 + (LOG9 - 3 * B + 8) / 130,
+    ),
     Case("robust_dpo", {"beta": 1.0}, (LOG17 + LOG9 - 3 * B) / 2),
     Case("robust_dpo", {"beta": 1.0, "label_smoothing": 0.25}, (LOG17 + LOG9 - 2.5 * B) / 2),
 ]
@@ -306,6 +328,16 @@ def test_golden_values(case: Case) -> None:
     APO-zero: (4/5 + 1/5)/2 + (4/5 + 1/3)/2 = 16/15. APO-down: 1/5 + 16/17, 4/5 + 1/9: 157/153.
     Cal-DPO, target b: 9b² + 9b², b² + 0, beside DPO's terms.
     Robust DPO, ε=1/4: (3/4 log 17 - 1/4 (log 17 - 4b))/(1/2) = log 17 + 2b, and log 9 - 4.5b.
+    DPO a token, β=1: f = -2b/3 - b, 2b + b, as InfoNCE there. λ=1/2: -2b - b = -3b, 2b + b/2.
+    AlphaPO, α=β=1, γ=b: ρ = 1 - 1/p = -1, -1 and -15, -63: x = -b, 48 - b.
+    χPO: r + log r: 1/4 - 2b - 4 - 2b, 4 + 2b - 1/2 + b. SquaredPO: log r / r: -8b - b/2, b/2 + 2b.
+    SimPER: p = 1/2, 1/2 and 1/16, 1/64: -(1/2 + 1/16)/2 + (1/2 + 1/64)/2.
+    DDRO, cap=1: the edge is r = 1, where the value is b: b + 2b, and -log 3/4 = 2b - log 3, beside 3.5b.
+        A token: r = 2: b + b, beside 2.5b.
+    SPPO, target b: 9b² + 9b², b² + 0.
+    BPO: R = 16, 1/8. KLIEP: 16 + 4b, 1/8 - 3b. λ=1, s=4: (R²/2 - 1/R + 1)/4: 128 - 1/16 + 1, 1/128 - 8 + 1.
+        cap=b: R² = 256 becomes 2(1 + 8b - b), and 1/R = 8 becomes 2(1 + 3b - b).
+    RePO: margins 0, 2b. DiscoPOP, τ=1/2: m = 1/257, 64/65. cap=b: 16 becomes 2(1 + 4b - b).
     """
     assert_close(step_loss(case.loss, golden_batch()).detach(), case.golden)
 
@@ -545,6 +577,7 @@ SLOPES: dict[str, Callable[[int], float]] = {
     "dv": lambda k: 1.0,
     "smile": lambda k: 1.0,
     "mine": lambda k: 1.0,
+    "ddro": lambda k: 1.0,
 }
 """Gradient at π = π_ref relative to InfoPO's, with K rejected responses a prompt (docstrings of `losses/`)."""
 
@@ -558,10 +591,94 @@ def test_at_the_reference_every_member_of_the_family_pulls_as_infopo_does(
     logps = random_batch(seed=4, examples=3, rejected=rejected)
     at_reference = replace(logps, policy=logps.reference.clone().requires_grad_())
     parameters = {"beta": beta}
+    if name == "ddro":  # which has no β
+        parameters, beta = {}, 1.0
     ours = gradient(step_loss(loss_function(name, parameters), at_reference), at_reference)
-    infopos = gradient(step_loss(loss_function("infopo", parameters), at_reference), at_reference)
+    infopos = gradient(step_loss(loss_function("infopo", {"beta": beta}), at_reference), at_reference)
     assert infopos.abs().min() > 0
     assert_close(ours, SLOPES[name](rejected) * infopos)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
+def test_bpo_at_the_reference_pulls_as_dpo_does(power: float) -> None:
+    logps = random_batch(seed=4)
+    at_reference = replace(logps, policy=logps.reference.clone().requires_grad_())
+    ours, dpos = (
+        gradient(step_loss(loss_function(name, parameters), at_reference), at_reference)
+        for name, parameters in (("bpo", {"beta": 0.3, "power": power}), ("dpo", {"beta": 0.3}))
+    )
+    assert_close(ours, dpos)
+
+
+def test_bpos_kliep_is_the_bound_of_infopo_with_the_critic_of_the_pair() -> None:
+    """NWJ: 1 + E[f] - E[e^f] under the order (w, l), and the same pair in the wrong order as the other law."""
+    logps = random_batch(seed=3, examples=6)
+    x = 0.3 * logps.margins(logps.policy - logps.reference)
+    ours = step_loss(loss_function("bpo", {"beta": 0.3, "power": 0.0, "scale": 1.0}), logps)
+    assert_close(ours.detach(), (1 - estimators.nwj(x, -x)).detach())
+    near = step_loss(loss_function("bpo", {"beta": 0.3, "power": 1e-9, "scale": 1.0}), logps)
+    assert_close(near.detach(), ours.detach(), relative=1e-6)
+
+
+def test_ddro_stays_below_twice_the_reference_and_is_half_of_a_classifier() -> None:
+    """-log(r/2) - log(1 - r/2) is the loss of a classifier with the probability r/2: p_w/(p_w + p_l) at its optimum."""
+    logps = batch((0, CHOSEN, -1.0, -1.2, 2), (0, REJECTED, -3.0, -2.5, 2))
+    share = (logps.policy - logps.reference).exp() / 2
+    expected = -torch.log(share[0]) - torch.log(1 - share[1])
+    value = step_loss(loss_function("ddro"), logps)
+    assert_close(value.detach() + logps.reference[0] + math.log(2), expected.detach())
+    pushes = []
+    for log_ratio in (0.5, math.log(2), 1.0, 3.0):
+        near = batch((0, CHOSEN, -1.0, -1.0, 1), (0, REJECTED, log_ratio - 5, -5.0, 1))
+        pushes.append(gradient(step_loss(loss_function("ddro", {"cap": 20.0}), near), near)[1].item())
+    assert pushes == sorted(pushes)
+    assert pushes[1:] == pytest.approx([20.0] * 3)
+
+
+def test_dpo_shift_at_1_and_alphapo_near_0_are_what_they_extend() -> None:
+    logps = random_batch(seed=6)
+    assert torch.equal(
+        step_loss(loss_function("dpo", {"rejected_weight": 1.0}), logps),
+        step_loss(loss_function("dpo"), logps),
+    )
+    near, simpo = (step_loss(loss_function("simpo", p), logps) for p in ({"alpha": 1e-8}, {}))
+    assert_close(near.detach(), simpo.detach(), relative=1e-6)
+
+
+def test_repo_is_simpo_whose_beta_is_large() -> None:
+    logps = random_batch(seed=6, examples=5)
+    simpo = step_loss(loss_function("simpo", {"beta": 1e6, "gamma": 0.5e6}), logps)
+    assert_close(simpo.detach() / 1e6, step_loss(loss_function("repo", {"gamma": 0.5}), logps).detach(), 1e-5)
+
+
+def test_discopop_is_logistic_for_wrong_orders_and_exponential_for_right_ones() -> None:
+    for margin, curve in ((-3.0, softplus(3.0)), (3.0, math.exp(-3.0))):
+        logps = batch((0, CHOSEN, margin - 4, -4.0, 4), (0, REJECTED, -5.0, -5.0, 2))
+        assert_close(step_loss(loss_function("discopop", {"beta": 1.0}), logps).detach(), curve)
+
+
+def test_sppo_is_zero_exactly_at_its_targets() -> None:
+    logps = batch((0, CHOSEN, -1.0, -6.0, 1), (1, REJECTED, -8.0, -3.0, 1))
+    value = step_loss(loss_function("sppo_hard", {"beta": 0.1}), logps)
+    assert_close(value.detach(), 0.0)
+
+
+def test_simper_at_equal_perplexities_is_zero_and_pulls_by_probability() -> None:
+    """p = e^-1 on both sides: 0; the slope in log π is p/|y|."""
+    logps = batch((0, CHOSEN, -2.0, math.nan, 2), (0, REJECTED, -4.0, math.nan, 4))
+    value = step_loss(loss_function("simper"), logps)
+    assert_close(value.detach(), 0.0)
+    assert_close(gradient(value, logps), torch.tensor([-math.exp(-1) / 2, math.exp(-1) / 4], dtype=F64))
+
+
+@pytest.mark.parametrize(("divergence", "slope"), [("chi2_kl", 2.0), ("squared", 1.0), ("js", 0.5)])
+def test_f_dpo_at_the_reference_pulls_as_dpo_by_its_curvature(divergence: str, slope: float) -> None:
+    """d φ'(e^z)/dz at z = 0: e^z + 1 = 2, (1 - z)/e^z = 1, 1/2."""
+    logps = random_batch(seed=4)
+    at_reference = replace(logps, policy=logps.reference.clone().requires_grad_())
+    ours = gradient(step_loss(loss_function("fdpo", {"divergence": divergence}), at_reference), at_reference)
+    dpos = gradient(step_loss(loss_function("dpo"), at_reference), at_reference)
+    assert_close(ours, slope * dpos)
 
 
 def test_interpolated_at_alpha_0_is_infopo() -> None:

@@ -904,7 +904,7 @@ def test_contradictions_are_listed_together(tmp_path: Path) -> None:
             output_dir=str(tmp_path),
             use_cpu=True,
             objective="dpo",
-            loss_type=["sigmoid", "sppo_hard"],
+            loss_type=["sigmoid", "kto_pair"],
             loss_weights=[1.0],
             on_bad_row="drop",
             reference="live",
@@ -915,7 +915,7 @@ def test_contradictions_are_listed_together(tmp_path: Path) -> None:
             logging_nan_inf_filter=True,
         )
     text = str(caught.value)
-    for name in ("give one of the two", "'sppo_hard'", "loss_weights", "on_bad_row", "precompute_ref_log_probs",
+    for name in ("give one of the two", "'kto_pair'", "loss_weights", "on_bad_row", "precompute_ref_log_probs",
                  "reference_sides", "max_length", "max_tokens_per_forward", "logging_nan_inf_filter"):  # fmt: skip
         assert name in text
     assert len(caught.value.problems) == 9

@@ -58,6 +58,10 @@ def message(**settings: Any) -> str:
         ({"objective": "slic", "cpo_alpha": 0.5}, "slic", {"nll_weight": 0.5}),
         ({"loss_type": "orpo", "beta": 0.3}, "orpo", {"beta": 0.3}),
         ({"loss_type": "infopo"}, "infopo", {}),
+        ({"loss_type": "sigmoid_norm"}, "dpo", {"length_normalized": True}),
+        ({"loss_type": "alphapo", "alpha": 0.25}, "simpo", {"alpha": 0.25, "beta": 0.1}),
+        ({"loss_type": "discopop", "discopop_tau": 0.2}, "discopop", {"tau": 0.2}),
+        ({"loss_type": "sppo_hard"}, "sppo_hard", {}),
         (
             {"loss_type": "sigmoid", "f_divergence_type": "js_divergence", "beta": 0.2},
             "fdpo",
@@ -109,7 +113,8 @@ def test_an_objective_is_found_by_name_and_title_in_any_case(name: str) -> None:
         ({"cpo_alpha": 1.0, "loss_type": "sigmoid"}, "objective='cpo'"),  # CPOConfig's default loss
         ({"cpo_alpha": 0.5, "loss_type": "simpo"}, "loss_type=['simpo', 'sft']"),
         ({"loss_type": "apo_zero_unpaired"}, "objective='apo_zero'"),
-        ({"loss_type": "alphapo"}, "loss_type='simpo'"),
+        ({"alpha": 0.25}, "loss_type='simpo'"),
+        ({"discopop_tau": 0.1, "loss_type": "sigmoid"}, "loss_type='discopop'"),
         ({"loss_type": "kto_pair"}, "objective='kto'"),
         ({"f_divergence_type": "js_divergence"}, "loss_type='sigmoid'"),
         ({"f_divergence_type": "js_divergence", "loss_type": "hinge"}, "loss_type='sigmoid'"),
@@ -245,7 +250,7 @@ def test_everything_that_is_not_honoured_is_refused_at_once_and_by_name() -> Non
         "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "train_sampling_strategy": "batch_rebalance",
         "average_tokens_across_devices": False, "include_for_metrics": ["inputs"], "label_names": ["labels"],
         "liger_kernel_config": {"rope": True}, "eval_accumulation_steps": 2, "padding_value": 0,
-        "max_completion_length": 9, "alpha": 0.1, "ld_alpha": 0.5,
+        "max_completion_length": 9, "ld_alpha": 0.5,
         "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "parallelism_config": ParallelismConfig(),
     }  # fmt: skip
     settings = {name: other.get(name, True) for name in trl_names.NOT_HONOURED} | {"fp16_full_eval": False}

@@ -18,6 +18,7 @@ from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, InfoPOError, NonFiniteWeightsError, SaveError
 from infopo.loading import LoadingTrainer
+from infopo.losses.catalog import with_defaults
 from infopo.model_card import Card, render
 from infopo.output import get_logger
 from infopo.secrets import masked
@@ -70,6 +71,7 @@ class SavingTrainer(LoadingTrainer):
         run_dir = self.args.output_dir
         path = ranks.from_first(lambda: run_state.find(resume_from_checkpoint, run_dir), self.args)
         saved = run_state.read_identity(path)
+        saved = saved | {"objective": with_defaults(saved.get("objective"))}
         checkpoints.check_identity(path, saved, self._identity())
         with _readable(path, run_state.STATE):
             step = int(TrainerState.load_from_json(str(path / run_state.STATE)).global_step)

@@ -13,18 +13,24 @@ from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name, row_of
 
 _OF_DPO_TRAINER = {spec.trl_loss_type: name for name, spec in OBJECTIVES.items() if spec.trl_loss_type}
-LOSS_TYPES: Mapping[str, str] = _OF_DPO_TRAINER | {n: n for n in OBJECTIVES if n not in _OF_DPO_TRAINER}
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "sigmoid_norm": ("dpo", {"length_normalized": True}),
+    "alphapo": ("simpo", {}),
+}
+"""Loss types of TRL that are an objective with other parameters -> that objective and these."""
+
+LOSS_TYPES: Mapping[str, str] = (
+    _OF_DPO_TRAINER
+    | {name: objective for name, (objective, _) in VARIANTS.items()}
+    | {n: n for n in OBJECTIVES if n not in _OF_DPO_TRAINER}
+)
 """Names that `loss_type` takes -> objective: those of TRL's DPOTrainer, and every name of the catalog."""
 
 TOLD: Mapping[str, str] = {
     "apo_zero_unpaired": "objective='apo_zero' is this loss; it adds the means of both sides (1.0 at the start), where "
     "TRL takes one mean over them (0.5)",
-    "alphapo": "AlphaPO is not implemented; loss_type='simpo' is the nearest",
-    "sigmoid_norm": "it is not implemented; loss_type='simpo' normalises by length too",
-    "sppo_hard": "it is not implemented; objective='nca' and objective='cal_dpo' pull log-ratios to targets too",
     "aot": "it is not implemented; loss_type='sigmoid' compares the pairs one by one",
     "aot_unpaired": "it is not implemented; objective='kto' takes unpaired data too",
-    "discopop": "it is not implemented; loss_type='sigmoid' is what it modulates",
     "kto_pair": "TRL removed it; objective='kto' takes pairs too",
 }
 """Loss types of TRL that are not here -> what to write."""
@@ -34,6 +40,8 @@ PARAMETERS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "desirable_weight": ("desirable_weight", ("kto",), FEEDBACK),
     "undesirable_weight": ("undesirable_weight", ("kto",), FEEDBACK),
     "simpo_gamma": ("gamma", ("simpo",), "is SimPO's margin; write loss_type='simpo' beside it"),
+    "alpha": ("alpha", ("simpo",), "is the shape of AlphaPO's reward; write loss_type='simpo' beside it"),
+    "discopop_tau": ("tau", ("discopop",), "is DiscoPOP's τ; write loss_type='discopop' beside it"),
     "cpo_alpha": (
         "nll_weight",
         ("cpo", "slic"),
@@ -70,10 +78,6 @@ NOT_HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     ),
     "is_encoder_decoder": ((None, False), "models are decoders: causal language models"),
     "generate_during_eval": ((False,), "generate in a TrainerCallback's on_evaluate"),
-    "alpha": (
-        (0.0,),
-        "AlphaPO is not implemented; parameters of an objective go into objective_parameters",
-    ),
     "ld_alpha": ((None,), "the length-desensitised loss (LD-DPO) is not implemented"),
     "use_weighting": ((False,), "the WPO weighting is not implemented"),
     "activation_offloading": ((False,), "use gradient_checkpointing to save memory"),
@@ -136,6 +140,8 @@ class LossSettings:
     undesirable_weight: float | None = None
     simpo_gamma: float | None = None
     cpo_alpha: float | None = None
+    alpha: float = 0.0
+    discopop_tau: float = 0.05
 
     def problems(self) -> list[str]:
         """Everything that is wrong with them, one sentence each."""
@@ -205,7 +211,7 @@ class LossSettings:
             value = getattr(self, setting)
             # TRL's CPOTrainer reads the margin of SimPO with that loss only, and takes a weight of 0 with every loss.
             is_ignored = setting == "simpo_gamma" and bool({"cpo", "slic"} & set(losses))
-            is_neutral = value is None or is_ignored or (setting == "cpo_alpha" and value == 0)
+            is_neutral = value is None or is_ignored or _NEUTRAL.get(setting) == value
             if not is_neutral and not set(owners) & set(losses):
                 problems.append(f"{setting}={value!r}: {remedy} (the loss is {title})")
         return problems
@@ -244,6 +250,7 @@ class LossSettings:
             given = {name: value for name, value in given.items() if name in known}
         is_trls = loss_type in _DEFAULT_BETA_OF_TRL
         defaults = {"token_mean": True} | ({"beta": 0.1} if is_trls else {})
+        defaults |= VARIANTS.get(loss_type, ("", {}))[1]
         return {name: value for name, value in defaults.items() if name in known} | given
 
     def _as_divergence(
@@ -259,7 +266,10 @@ class LossSettings:
         return "fdpo", of_divergence | parameters, weight
 
 
-_DEFAULT_BETA_OF_TRL = {*_OF_DPO_TRAINER, "kto", "simpo", "cpo", "orpo"}
+_NEUTRAL = {"cpo_alpha": 0, "alpha": 0, "discopop_tau": 0.05}
+"""Values of such settings that say nothing, whatever the loss is."""
+
+_DEFAULT_BETA_OF_TRL = {*_OF_DPO_TRAINER, *VARIANTS, "kto", "simpo", "cpo", "orpo"}
 """Losses of TRL, whose β is 0.1 where none is set; others take the catalog's."""
 
 

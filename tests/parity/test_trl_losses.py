@@ -188,8 +188,24 @@ def run_trl(
         (["bco_pair"], [1.0], "js", {}),
         (["apo_zero"], [1.0], "apo_zero", {}),
         (["apo_down"], [1.0], "apo_down", {}),
+        (["sppo_hard"], [1.0], "sppo_hard", {}),
+        (["discopop"], [1.0], "discopop", {"cap": 1e3}),
+        (["sigmoid_norm"], [1.0], "dpo", {"length_normalized": True}),
     ],
-    ids=["sigmoid", "sigmoid+sft", "ipo", "hinge", "sft", "nca_pair", "bco_pair", "apo_zero", "apo_down"],
+    ids=[
+        "sigmoid",
+        "sigmoid+sft",
+        "ipo",
+        "hinge",
+        "sft",
+        "nca_pair",
+        "bco_pair",
+        "apo_zero",
+        "apo_down",
+        "sppo_hard",
+        "discopop",
+        "sigmoid_norm",
+    ],
 )
 def test_loss_and_gradient_are_those_of_trls_dpo_trainer(
     dpo_trainer: DPOTrainer,
@@ -385,8 +401,10 @@ def test_kto_is_that_of_trls_kto_trainer(tmp_path: Path, beta: float, seeds: tup
     assert ours_mismatched == [[row["KL_completion_ids"]] for row in in_order]
 
 
-@pytest.mark.parametrize(("beta", "gamma"), [(2.0, 0.5), (10.0, 3.0)])
-def test_simpo_is_that_of_trls_cpo_trainer(tmp_path: Path, beta: float, gamma: float) -> None:
+@pytest.mark.parametrize(
+    ("beta", "gamma", "alpha"), [(2.0, 0.5, 0.0), (10.0, 3.0, 0.0), (2.0, 0.5, 0.25), (2.0, 0.5, -0.5)]
+)
+def test_simpo_is_that_of_trls_cpo_trainer(tmp_path: Path, beta: float, gamma: float, alpha: float) -> None:
     """`loss_type="simpo"`, `cpo_alpha=0`: it subtracts γ/β before it multiplies by β, so its γ is ours."""
     trainer = CPOTrainer(
         model=copy.deepcopy(POLICY),
@@ -396,13 +414,14 @@ def test_simpo_is_that_of_trls_cpo_trainer(tmp_path: Path, beta: float, gamma: f
             cpo_alpha=0.0,
             beta=beta,
             simpo_gamma=gamma,
+            alpha=alpha,
             max_length=32,
             **COMMON,
         ),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer(),
     )
-    assert_same_as_pairwise_trainer(trainer, "simpo", {"beta": beta, "gamma": gamma})
+    assert_same_as_pairwise_trainer(trainer, "simpo", {"beta": beta, "gamma": gamma, "alpha": alpha})
 
 
 def test_the_batch_tells_the_losses_apart(dpo_trainer: DPOTrainer) -> None:

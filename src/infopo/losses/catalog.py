@@ -144,6 +144,29 @@ def complete_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, A
     return {key: float(value) if specs[key].kind is float else value for key, value in values.items()}
 
 
+def with_defaults(objectives: Any) -> Any:
+    """Returns objectives as a checkpoint records them, with the defaults of parameters that are younger than it.
+
+    A new parameter of an objective has the default at which the loss is what it was.
+
+    Example:
+        >>> with_defaults([["ipo", {"beta": 0.2}, 1.0]])
+        [['ipo', {'beta': 0.2, 'length_normalized': True}, 1.0]]
+    """
+    if not isinstance(objectives, list):
+        return objectives
+    return [
+        [each[0], _defaults(each[0]) | each[1], *each[2:]]
+        if isinstance(each, list) and len(each) > 1 and each[0] in OBJECTIVES and isinstance(each[1], dict)
+        else each
+        for each in objectives
+    ]
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    return {key: parameter.default for key, parameter in OBJECTIVES[name].parameters.items()}
+
+
 def mixture_in_words(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> str:
     """Returns names and parameters of a loss that is made of (objective, parameters, weight).
 

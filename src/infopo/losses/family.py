@@ -55,7 +55,9 @@ def infopo(
     reference of a rejected response (NaN) makes the loss NaN.
 
     References:
-        Xiao et al., 2025, arXiv 2505.08507. Bound: Nguyen, Wainwright, Jordan, 2010, arXiv 0809.0853.
+        Xiao et al., 2025, arXiv 2505.08507, which prints sums over tokens. The public code of its first author
+        (DIL, arXiv 2503.05079, loss UKL) takes means over tokens: `length_normalized`. Bound: Nguyen, Wainwright,
+        Jordan, 2010, arXiv 0809.0853.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
@@ -169,16 +171,16 @@ def interpolated(
 
 
 @objective(
-    title="JS (MIO)",
+    title="JS",
     formula="-log σ(β log r(w)) - log σ(-β log r(l))",
-    source="Lv et al. 2025 (MIO), arXiv 2506.22578; bound: Nowozin et al. 2016, arXiv 1606.00709",
+    source="Xiao et al. 2025 (DIL), arXiv 2503.05079, its BCE; bound: Nowozin et al. 2016, arXiv 1606.00709",
     when="noisy or unpaired labels: no single response pulls harder than β",
     bound="2 JS(p_w, p_l), at most 2 log 2",
     parameters={"beta": CRITIC, "length_normalized": LENGTH_NORMALIZED},
     trl_loss_type="bco_pair",
 )
 def js(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = False) -> LossTerms:
-    """Jensen-Shannon: each response classified by itself, chosen against rejected. The objective of MIO.
+    """Jensen-Shannon: each response classified by itself, chosen against rejected. The BCE loss of DIL at β = 1.
 
         L = E_w[-log σ(f)] + E_l[-log σ(-f)],   f = β log r
 
@@ -186,7 +188,7 @@ def js(logps: ResponseLogps, *, beta: float = 1.0, length_normalized: bool = Fal
     no cap is needed. At π = π_ref the gradient is 1/2 of InfoPO's. TRL's `bco_pair`.
 
     References:
-        Lv et al., 2025 (MIO), arXiv 2506.22578. Bound: Nowozin et al., 2016, arXiv 1606.00709.
+        Xiao et al., 2025 (DIL), arXiv 2503.05079. Bound: Nowozin et al., 2016, arXiv 1606.00709.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
@@ -216,7 +218,8 @@ def chi2(
 
         L = E_w[-2 (r^β - 1)] + E_l[r^2β - 1]
 
-    -L ≤ χ²(p_w‖p_l). At π = π_ref the gradient is 2 times InfoPO's. Beyond `cap` nats of β log r, both
+    -L ≤ χ²(p_w‖p_l). At β = 1 it is 2 LSIF + 1, with LSIF of DIL (arXiv 2503.05079). At π = π_ref the
+    gradient is 2 times InfoPO's. Beyond `cap` nats of β log r, both
     exponentials are extended linearly.
 
     References:

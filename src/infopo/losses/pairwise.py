@@ -18,6 +18,7 @@ from infopo.losses.declaration import (
     at_least_zero,
     choice,
     flag,
+    number,
     objective,
     positive,
     within,
@@ -27,31 +28,51 @@ from infopo.records import LossTerm, LossTerms, ResponseLogps
 
 @objective(
     title="DPO",
-    formula="-(1-ε) log σ(β (log r(w) - log r(l))) - ε log σ(-β (log r(w) - log r(l))) + a NLL(w)",
+    formula="-(1-ε) log σ(β (log r(w) - λ log r(l))) - ε log σ(-β (log r(w) - λ log r(l))) + a NLL(w)",
     source="Rafailov et al. 2023, arXiv 2305.18290; label smoothing: Mitchell 2023, 'A note on DPO with noisy "
-    "preferences'; NLL: Pang et al. 2024, arXiv 2404.19733",
+    "preferences'; NLL: Pang et al. 2024, arXiv 2404.19733; per token: Lambert et al. 2024, arXiv 2411.15124; λ: "
+    "Yang et al. 2025 (DPO-Shift), arXiv 2502.07599",
     when="the usual baseline; add `nll_weight` where the chosen log-prob falls",
-    parameters={"beta": STRENGTH, "label_smoothing": LABEL_SMOOTHING, "nll_weight": NLL_WEIGHT},
+    parameters={
+        "beta": STRENGTH,
+        "label_smoothing": LABEL_SMOOTHING,
+        "nll_weight": NLL_WEIGHT,
+        "length_normalized": LENGTH_NORMALIZED,
+        "rejected_weight": within(
+            "(0, 1]", "The λ of DPO-Shift: weight of the rejected response's log-ratio."
+        ),
+    },
     pairs=True,
     trl_loss_type="sigmoid",
 )
 def dpo(
-    logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 0.0
+    logps: ResponseLogps,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 0.0,
+    length_normalized: bool = False,
+    rejected_weight: float = 1.0,
 ) -> LossTerms:
     """DPO, with conservative label smoothing ε and an optional likelihood term.
 
-        L = E_pairs[-(1-ε) log σ(β Δ) - ε log σ(-β Δ)] + a Σ_w -log π(w) / Σ_w |w|,   Δ = log r(w) - log r(l)
+        L = E_pairs[-(1-ε) log σ(β Δ) - ε log σ(-β Δ)] + a Σ_w -log π(w) / Σ_w |w|,   Δ = log r(w) - λ log r(l)
+
+    With `length_normalized`, each log-ratio is divided by |y| first (Tülu 3, OLMo 2; TRL's `sigmoid_norm`). A
+    `rejected_weight` λ below 1 is DPO-Shift, which keeps the chosen response likely at the cost of a smaller margin.
 
     References:
         Rafailov et al., 2023, arXiv 2305.18290, eq. 7. Label smoothing: Mitchell, 2023, "A note on DPO with noisy
         preferences", eq. 3. Likelihood term (as a token mean over the step): Pang et al., 2024, arXiv 2404.19733.
+        Length-normalised: Lambert et al., 2024, arXiv 2411.15124. λ: Yang et al., 2025, arXiv 2502.07599.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
         >>> [round(term.values.item(), 4) for term in dpo(pair)]
         [0.5981]
     """
-    logits = beta * logps.margins(logps.policy - logps.reference)
+    scores = critic_scores(logps, beta, length_normalized)
+    logits = scores[logps.pairs[:, 0]] - rejected_weight * scores[logps.pairs[:, 1]]
     values = smoothed_nll(logits, label_smoothing)
     return [LossTerm(values, per="pair", name="preference"), *likelihood(logps, nll_weight)]
 
@@ -115,46 +136,58 @@ def hinge(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
 
 @objective(
     title="SimPO",
-    formula="-log σ(β log π_θ(w)/|w| - β log π_θ(l)/|l| - γ)",
-    source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
+    formula="-log σ(β ρ(w) - β ρ(l) - γ), ρ = log π_θ(y)/|y|, or (1 - e^(-α log π_θ(y)/|y|))/α",
+    source="Meng et al. 2024, arXiv 2405.14734, eq. 6; α: Gupta et al. 2025 (AlphaPO), arXiv 2501.03884",
     when="no reference model, responses of unequal length",
     parameters={
         "beta": positive("Scale of the length-normalised reward."),
         "gamma": at_least_zero("Target reward margin."),
+        "alpha": number("Shape of AlphaPO's reward; 0 is SimPO."),
     },
     reference=(),
     pairs=True,
     reward="mean_logp",
 )
-def simpo(logps: ResponseLogps, *, beta: float = 2.0, gamma: float = 0.5) -> LossTerms:
+def simpo(logps: ResponseLogps, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0) -> LossTerms:
     """SimPO: length-normalised log-probs as rewards, a target margin γ, no reference.
 
         L = E_pairs[-log σ(β log π(w)/|w| - β log π(l)/|l| - γ)]
 
+    An `alpha` other than 0 is AlphaPO, whose rewards are (1 - p^-α)/α with p = π(y)^(1/|y|) in the place of log p,
+    which is the limit α → 0. Beyond 20 nats of -α log p, the exponential is extended linearly.
+
     References:
-        Meng et al., 2024, arXiv 2405.14734, eq. 6.
+        Meng et al., 2024, arXiv 2405.14734, eq. 6. AlphaPO: Gupta et al., 2025, arXiv 2501.03884, as TRL's
+        `CPOTrainer` has it.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
         >>> [round(term.values.item(), 4) for term in simpo(pair)]
         [1.3133]
     """
-    margin = beta * logps.margins(logps.policy / logps.length)
-    return [LossTerm(-F.logsigmoid(margin - gamma), per="pair", name="preference")]
+    rewards = logps.policy / logps.length
+    if alpha:
+        rewards = (1 - capped_exp(-alpha * rewards, 20.0)) / alpha
+    return [LossTerm(-F.logsigmoid(beta * logps.margins(rewards) - gamma), per="pair", name="preference")]
 
 
 @objective(
     title="f-DPO",
     formula="-log σ(β (φ'(r(w)) - φ'(r(l)))), φ the divergence's generator",
-    source="Wang et al. 2023, arXiv 2309.16240, table 1",
+    source="Wang et al. 2023, arXiv 2309.16240, table 1; χPO: Huang et al. 2024, arXiv 2407.13399; SquaredPO: arXiv "
+    "2602.06788 (both second-hand)",
     when="DPO with more weight on covering the reference (forward KL, JS)",
     parameters={
         "beta": STRENGTH,
         "divergence": choice(
-            ("forward_kl", "js", "alpha"), "Divergence from the reference (reverse KL is DPO)."
+            ("forward_kl", "js", "alpha", "chi2_kl", "squared"),
+            "Divergence from the reference (reverse KL is DPO).",
         ),
         "alpha": within("(0, 1)", "α of the α-divergence; the others ignore it."),
         "cap": CAP,
+        "clip": at_least_zero(
+            "Margin β(φ'(r(w)) - φ'(r(l))) beyond which a pair has no gradient; 0 is none."
+        ),
     },
     pairs=True,
 )
@@ -165,16 +198,21 @@ def fdpo(
     divergence: str = "js",
     alpha: float = 0.5,
     cap: float = 20.0,
+    clip: float = 0.0,
 ) -> LossTerms:
     """f-DPO: DPO with another divergence from the reference than reverse KL (with which it is DPO).
 
         L = E_pairs[-log σ(β (φ'(r(w)) - φ'(r(l))))],
-        φ'(r) = 1 - 1/r (forward KL),   log(2r/(1 + r)) (JS),   (1 - r^-α)/α (α-divergence, forward KL at α = 1)
+        φ'(r) = 1 - 1/r (forward KL),   log(2r/(1 + r)) (JS),   (1 - r^-α)/α (α-divergence, forward KL at α = 1),
+        r + log r (χPO: χ² and KL),   log r / r (SquaredPO)
 
-    Beyond `cap` nats of -log r (or -α log r), 1/r is extended linearly (`capped_exp`). TRL's α is 1 - α here.
+    Beyond `cap` nats, the exponential is extended linearly (`capped_exp`). χPO's paper clips the argument of σ at
+    twice the largest reward, beyond which a pair has no gradient; `clip` does so, and 0 does not. TRL's α is
+    1 - α here.
 
     References:
-        Wang et al., 2023, arXiv 2309.16240, table 1.
+        Wang et al., 2023, arXiv 2309.16240, table 1. χPO: Huang et al., 2024, arXiv 2407.13399, algorithm 1.
+        SquaredPO: arXiv 2602.06788. The formulas of these two are second-hand: their papers could not be read.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
@@ -184,10 +222,16 @@ def fdpo(
     log_ratio = logps.policy - logps.reference
     if divergence == "js":
         score = math.log(2) + F.logsigmoid(log_ratio)
+    elif divergence == "chi2_kl":
+        score = capped_exp(log_ratio, cap) + log_ratio
+    elif divergence == "squared":
+        score = log_ratio * capped_exp(-log_ratio, cap)
     else:
         power = 1.0 if divergence == "forward_kl" else alpha
         score = (1 - capped_exp(-power * log_ratio, cap)) / power
-    return [LossTerm(-F.logsigmoid(beta * logps.margins(score)), per="pair", name="preference")]
+    logits = beta * logps.margins(score)
+    logits = logits.clamp(-clip, clip) if clip else logits
+    return [LossTerm(-F.logsigmoid(logits), per="pair", name="preference")]
 
 
 @objective(
@@ -358,7 +402,8 @@ def nca(logps: ResponseLogps, *, beta: float = 0.1) -> LossTerms:
         L = E_pairs[-log σ(f(w)) - ½ log σ(-f(w)) - ½ log σ(-f(l))],   f = β log r
 
     References:
-        Chen et al., 2024, arXiv 2402.05369, its pairwise preference form (TRL's `nca_pair`).
+        Chen et al., 2024, arXiv 2402.05369, its pairwise preference form (TRL's `nca_pair`). By second-hand accounts
+        this is also the pair loss of MIO (Lv et al., 2025, arXiv 2506.22578, eq. 15).
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
