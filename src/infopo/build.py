@@ -269,7 +269,7 @@ def build_examples(
 
 
 def build_stream(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> ExampleStream:
-    """The training data, read and encoded while they are trained on; its ledger is `counts`.
+    """Returns the training data, which are read and encoded while they are trained on. Its ledger is `counts`.
 
     Raises:
         DataError: A source cannot be opened.
@@ -327,7 +327,7 @@ def _open_rows(
 
 
 def build_trainer(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> InfoPOTrainer:
-    """Everything a recipe asks for, ready to train; `data_counts` has the accounts of its data."""
+    """Returns everything a recipe asks for, ready to train. `data_counts` has the accounts of its data."""
     build_arguments(recipe)  # what is wrong with them should not cost the reading of the data
     tokenizer = build_tokenizer(recipe)
     evaluation: ExampleDataset | None = None

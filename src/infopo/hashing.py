@@ -23,14 +23,14 @@ from infopo.models import DROPOUT_NAMES, is_peft_model
 
 @dataclass(frozen=True)
 class WeightsHash:
-    """What a model's values are: SHA-256 over names, shapes, dtypes and the XXH3 of each weight's bytes.
+    """Hashes of a model's values: SHA-256 over names, shapes, dtypes and the XXH3 of each weight's bytes.
 
     Attributes:
         whole: Of all weights.
-        base: Of the weights beneath a PEFT adapter, under the names they have without it; equal to `whole` where
-            there is none.
-        adapter: Of the adapter's weights and settings. None: there is no adapter, or it changes nothing yet (LoRA
-            whose B is zero), so that the model is the same function as its base.
+        base: Of the weights beneath a PEFT adapter, under the names they have without it. It equals `whole` if there
+            is none.
+        adapter: Of the adapter's weights and settings. It is None if there is no adapter, or if it changes nothing yet
+            (LoRA whose B is zero), so that the model is the same function as its base.
     """
 
     whole: str
@@ -155,7 +155,7 @@ def _changes_nothing(configs: Mapping[str, Any], added: Mapping[str, torch.Tenso
 
 
 def _tensor_digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """XXH3 of each tensor's bytes, in pieces and on several threads; a tensor that is tied to another once."""
+    """Returns the XXH3 of each tensor's bytes, by several threads. A tensor that is tied to another is read once."""
     done: dict[tuple[Any, ...], list[Future[bytes]]] = {}
     pieces: dict[str, list[Future[bytes]]] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -107,7 +107,7 @@ def check_best_metric(
     *,
     trainer: type[Trainer],
 ) -> None:
-    """Refuses a `metric_for_best_model` that no evaluation will give; transformers finds out after the first one.
+    """Refuses a `metric_for_best_model` that no evaluation will give, which transformers finds out after the first one.
 
     A callback or subclass of the user's may add metrics of its own, so that with one every name is taken.
 
@@ -166,7 +166,7 @@ def _metric_problems(
 
 
 def dropout_in_words(model: nn.Module, *, is_fresh: bool) -> str:
-    """What becomes of the dropout of the policy's adapters while `disable_dropout` is on; empty if they have none.
+    """Returns what becomes of the adapters' dropout while `disable_dropout` is on, or empty text if they have none.
 
     Args:
         model: The policy.

@@ -1,6 +1,6 @@
-"""Whether a run can change its policy: judged before anything is computed for it.
+"""Judges whether a run can change its policy, before anything is computed for it.
 
-A run that cannot learn logs losses for hours and saves the model that it was given. Settings are judged first; then
+A run that cannot learn logs losses for hours and saves the model that it was given. Settings are judged first. Then
 one row goes through the policy in both directions, which shows whatever the reason is.
 """
 
@@ -85,7 +85,7 @@ def refuse_schedule(args: InfoPOConfig, optimizers: Optimizers, rows: int | None
     Args:
         args: The settings.
         optimizers: The user's own optimizer and schedule, or None for each.
-        rows: Of the training data; None: they are not known.
+        rows: Number of rows of the training data, or None if it is not known.
 
     Raises:
         ConfigError: There is no step, or the learning rate never rises above 0.
@@ -181,7 +181,7 @@ def check_gradients(
 
 
 def _probe(example: PreferenceExample) -> PreferenceExample:
-    """Two short responses to a short prompt; the second repeats the prompt, so that some token is no certainty."""
+    """Returns two short responses to a prompt, of which the second repeats it, so that some token is no certainty."""
     prompt = list(example.prompt_ids)[-PROBE_TOKENS:]
     response = list(example.response_ids[0])[:PROBE_TOKENS]
     return PreferenceExample(prompt, [response], [prompt[::-1]], example.row_id)

@@ -1,6 +1,6 @@
 """A trainer that loads, moves and counts packed batches. It contains no mathematics.
 
-Each method overrides one of transformers' `Trainer`, which expects dicts of padded rows.
+Methods override those of transformers' `Trainer`, which expects dicts of padded rows.
 """
 
 from collections.abc import Iterator
@@ -71,11 +71,17 @@ class LoadingTrainer(ShardedTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def _get_eval_sampler(self, eval_dataset: ExampleDataset) -> Sampler[int] | None:
-        """Overrides `Trainer`'s to fill up ranks with empty examples, where accelerate would repeat rows."""
+        """Overrides `Trainer`'s to fill up ranks with empty examples, where accelerate would repeat rows.
+
+        It leaves out grouping by length.
+        """
         return sampling.for_evaluation(eval_dataset, self.args)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Overrides `Trainer`'s, which moves tensors in dicts and lists, to move packed batches to the device."""
+        """Overrides `Trainer`'s, which moves tensors in dicts and lists, to move packed batches to the device.
+
+        It leaves out DeepSpeed's cast of inputs, because token ids are integers.
+        """
         return (
             [b.to(self.args.device) for b in inputs]
             if isinstance(inputs, list)
@@ -104,15 +110,18 @@ class LoadingTrainer(ShardedTrainer):
         return batches, counts
 
     def floating_point_ops(self, inputs: Any) -> float:
-        """Returns 6 x parameters x tokens of the batch, for forward and backward pass without attention.
+        """Overrides `Trainer`'s, which expects a dict, to return 6 x parameters x tokens of the batch.
 
-        This overrides `Trainer`'s, which expects a dict.
+        That is the work of forward and backward pass. It leaves out attention.
         """
         parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6.0 * parameters * sum(batch.row_tokens() for batch in inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Overrides `Trainer`'s, which counts tokens in a dict."""
+        """Overrides `Trainer`'s, which counts tokens in a dict.
+
+        It leaves out the difference between `all` and `non_padding`, because there is no padding.
+        """
         if self.args.include_num_input_tokens_seen != "no":
             tokens = torch.tensor([sum(batch.row_tokens() for batch in inputs)], device=self.args.device)
             self.state.num_input_tokens_seen += int(self._gather(tokens).sum())

@@ -46,8 +46,8 @@ class Card:
         base: Name or path of the model that training started from.
         mixture: The objectives, each as (name, parameters, weight).
         reference: Where reference log-probs came from, in words.
-        datasets: Names of the data; empty if they are not known.
-        rows: Number of rows trained on; None of a stream.
+        datasets: Names of the data, which are empty if they are not known.
+        rows: Number of rows trained on, or None for a stream.
         settings: What else a reader wants to know of the run: learning rate, steps, ...
         is_adapter: Whether an adapter is saved and not a whole model.
         tags: Further tags.

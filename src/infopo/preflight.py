@@ -55,7 +55,7 @@ def preflight(recipe_path: str | Path, overrides: Sequence[str] = (), *, makes_a
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """Judges the run directory and the checkpoint to resume from; leaves everything as it was.
+    """Judges the run directory and the checkpoint to resume from, and leaves everything as it was.
 
     Raises:
         ConfigError: The directory cannot be made or written to.
@@ -94,7 +94,7 @@ def refuse_second_run(recipe: Recipe) -> None:
 
 
 def check_store(recipe: Recipe) -> None:
-    """Judges the folder of the reference store, where the recipe names one; makes nothing.
+    """Judges the folder of the reference store if the recipe names one, and makes nothing.
 
     Raises:
         ConfigError: It cannot be made or written to.
@@ -105,7 +105,7 @@ def check_store(recipe: Recipe) -> None:
 
 
 def is_installed(*modules: str) -> bool:
-    """Whether one of these modules can be imported; imports none."""
+    """Returns whether one of these modules can be imported, without importing it."""
     return any(importlib.util.find_spec(module) is not None for module in modules)
 
 

@@ -28,7 +28,7 @@ RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def launched() -> int:
-    """How many processes a launcher such as `torchrun` or `mpirun` has started for this run; 1 without a launcher."""
+    """Returns how many processes a launcher such as `torchrun` has started for this run, which is 1 without one."""
     sizes = (os.environ.get(name, "") for name in SIZES)
     return next((int(size) for size in sizes if size.isdecimal() and int(size) > 0), 1)
 
@@ -94,7 +94,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def from_first(function: Callable[[], T], args: TrainingArguments) -> T:
-    """What `function` gives on the first rank, on all of them; an `InfoPOError` of it likewise."""
+    """Returns, on all ranks, what `function` returns on the first, or raises its `InfoPOError`."""
     if args.world_size == 1:
         return function()
     outcome: list[Any] = [None]
@@ -169,7 +169,7 @@ def largest(number: int, args: TrainingArguments) -> int:
 
 
 class StartLine(TrainerCallback):
-    """Says what is about to run, e.g. `2 processes, cpu, float32, 20 steps of 32 pairs`; once, by the first rank.
+    """Says once, on the first rank, what is about to run: `2 processes, cpu, float32, 20 steps of 32 pairs`.
 
     Args:
         say: Takes the line, as `print` does.

@@ -74,7 +74,7 @@ def check_settings(
         saved: The checkpoint's `infopo_state.json`. Without settings (of an earlier version), nothing is compared.
         now: `settings_of` this run.
         step: Optimizer steps that the checkpoint has behind it.
-        steps_now: Optimizer steps that this run is asked for; None: not known.
+        steps_now: Optimizer steps that this run is asked for, or None if they are not known.
 
     Returns:
         The settings that differ and take effect, each with its values then and now.
@@ -111,11 +111,11 @@ def _differing(then: Any, now: dict[str, Any]) -> list[str]:
 
 
 def steps_of(args: InfoPOConfig, rows: int | None) -> int | None:
-    """Optimizer steps that these settings ask for; None if neither they nor the number of rows say so.
+    """Returns the optimizer steps that these settings ask for, or None if neither they nor the number of rows say so.
 
     Args:
         args: Settings of the run.
-        rows: Number of rows to train on; None for a stream.
+        rows: Number of rows to train on, or None for a stream.
     """
     if args.max_steps > 0:
         return int(args.max_steps)
@@ -144,7 +144,7 @@ def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
 
 
 def learning_rate_factor(saved: dict[str, Any], args: InfoPOConfig) -> float:
-    """Learning rate now / learning rate that the checkpoint was made with; 1 if that is not known."""
+    """Returns learning rate now / learning rate that the checkpoint was made with, or 1 if that is not known."""
     then = saved.get(SETTINGS)
     changeable = then.get("changeable") if isinstance(then, dict) else None
     rate = changeable.get("learning_rate") if isinstance(changeable, dict) else None

@@ -49,7 +49,7 @@ def checkpoints_in(run_dir: str | Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint has behind it, by its `trainer_state.json`; 0 if it does not say."""
+    """Returns the optimizer steps of a checkpoint by its `trainer_state.json`, or 0 if it does not say."""
     try:
         step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -118,7 +118,7 @@ def read_identity(checkpoint: Path) -> dict[str, Any]:
 
 
 def look_at(checkpoint: Path) -> dict[str, Any]:
-    """What `infopo_state.json` says of a folder that looks like a checkpoint; its other files are not read.
+    """Returns what `infopo_state.json` says of a folder that looks like a checkpoint, whose other files are not read.
 
     Raises:
         CheckpointError: It is none, or not one of ours.
@@ -164,7 +164,9 @@ def _digest(path: Path) -> list[Any]:
 
 
 def find(resume_from_checkpoint: str | bool, run_dir: str | Path) -> Path:
-    """The checkpoint to resume from: the one named; or (True) the newest sound one, with a warning for each damaged.
+    """Returns the checkpoint to resume from: the one named, or (True) the newest sound one.
+
+    It warns about each that is damaged.
 
     Raises:
         CheckpointError: There is none, or the one named is damaged.

@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 
 class SavingTrainer(LoadingTrainer):
-    """transformers' `Trainer`; subclasses say which run a checkpoint belongs to.
+    """transformers' `Trainer` with such checkpoints. Subclasses say which run a checkpoint belongs to.
 
     Attributes:
         kept_averages: Logarithm of each objective's moving average (nats), NaN if it keeps none.
@@ -52,18 +52,18 @@ class SavingTrainer(LoadingTrainer):
     # ---- resuming --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `Trainer`; no other run may use `output_dir` meanwhile."""
+        """Overrides `Trainer`'s to keep other runs out of `output_dir` meanwhile."""
         writes = self.args.save_strategy != "no" and self.is_world_process_zero()
         with run_state.in_use(self.args.output_dir) if writes else contextlib.nullcontext():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        """The checkpoint to resume from, if it is sound and belongs to this run.
+        """Returns the checkpoint to resume from, if it is sound and belongs to this run.
 
         Settings that differ from those it was made with, and take effect, are warned about.
 
         Raises:
-            CheckpointError: There is none; the one that is named is damaged; or it was made with another reference,
+            CheckpointError: There is none, the one that is named is damaged, or it was made with another reference,
                 objective or data, or with settings that cannot be changed.
         """
         if resume_from_checkpoint == self._verified:
@@ -90,16 +90,19 @@ class SavingTrainer(LoadingTrainer):
         return str(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Overrides `Trainer`'s to name the checkpoint in errors, and to load weights of other names."""
         with _readable(resume_from_checkpoint, "its weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self._complete(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        """Overrides `Trainer`'s as `_load_from_checkpoint` does."""
         with _readable(self.state.best_model_checkpoint, "its weights"):
             super()._load_best_model()
             self._complete(str(self.state.best_model_checkpoint))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Overrides `Trainer`'s to keep the result for `_complete`. It leaves out the warnings of missing weights."""
         self._load_result = load_result
 
     def _complete(self, checkpoint: str) -> None:
@@ -120,16 +123,19 @@ class SavingTrainer(LoadingTrainer):
         self.model.load_state_dict(loaded.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Overrides `Trainer`'s, which would bring back the old learning rate, to take over a changed one."""
         with _readable(checkpoint, "optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._rate_factor != 1:
             resuming.scale_learning_rate(self.optimizer, self.lr_scheduler, self._rate_factor)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
+        """Overrides `Trainer`'s to name the checkpoint in errors."""
         with _readable(checkpoint, "scaler.pt"):
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Overrides `Trainer`'s to name the checkpoint in errors."""
         with _readable(checkpoint, "the state of random numbers (rng_state.pth)"):
             super()._load_rng_state(checkpoint)
 
@@ -153,7 +159,7 @@ class SavingTrainer(LoadingTrainer):
             self.save_model(str(new))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; weights that are not finite are refused, and those of a sharded model are saved whole.
+        """Overrides `Trainer`'s to refuse weights that are not finite, and to save those of a sharded model as a whole.
 
         `Trainer` saves nothing here if FSDP's checkpoints are made of shards, and the run would end without a model.
 
@@ -166,7 +172,7 @@ class SavingTrainer(LoadingTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Without `training_args.bin`: it is a pickle, nothing reads it, and it may hold secrets."""
+        """Overrides `Trainer`'s to leave out `training_args.bin`, a pickle that may hold secrets."""
         self._set_optimizer("eval")
         token, self.args.hub_token = self.args.hub_token, None
         try:
@@ -226,14 +232,16 @@ class SavingTrainer(LoadingTrainer):
             switch()
 
     def _get_output_dir(self, trial: Any) -> str:
+        """Overrides `Trainer`'s to give the temporary folder while a checkpoint is written."""
         return self._staging or super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # while staged, the folder is about to be renamed under the upload
+        """Overrides `Trainer`'s to upload no checkpoint before it has its name."""
+        if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes under a temporary name, makes it durable, renames: a checkpoint is whole or not there."""
+        """Overrides `Trainer`'s to write under another name and rename: a checkpoint is whole or not there."""
         self._refuse_non_finite([*self._weights(), *self._optimizer_state()])
         run_dir = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
@@ -328,7 +336,7 @@ def _written(run_dir: Path, what: str) -> Iterator[None]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """What the file system says in an error, whichever library reports it; None if it is another kind of error."""
+    """Returns what the file system says in an error of any library, or None if it is another kind of error."""
     if isinstance(error, InfoPOError):
         return None if error.__cause__ is None else _refusal(error.__cause__)
     if isinstance(error, OSError):  # those of the network have no number, or are of these classes

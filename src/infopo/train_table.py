@@ -136,7 +136,7 @@ def quick_train_fields() -> Mapping[str, TrainField]:
 
 
 def _values(node: ast.ClassDef) -> tuple[str, ...]:
-    """The texts of an enumeration; empty of another class."""
+    """Returns the texts of an enumeration, which are none for another class."""
     if not any(isinstance(base, ast.Name) and base.id.endswith("Enum") for base in node.bases):
         return ()
     constants = [each.value for each in node.body if isinstance(each, ast.Assign)]
@@ -168,7 +168,7 @@ _NAMES: Mapping[str, type] = {
 def _kinds(
     annotation: ast.expr, enumerations: Mapping[str, tuple[str, ...]]
 ) -> tuple[tuple[type, ...], tuple[str, ...]]:
-    """Accepted types and texts; empty if a part of the annotation is not understood."""
+    """Returns accepted types and texts, which are none if a part of the annotation is not understood."""
     kinds: list[type] = []
     choices: list[str] = []
     for part in ast.unparse(annotation).strip("'\"").split("|"):

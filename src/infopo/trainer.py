@@ -2,6 +2,8 @@
 
 A step is the same for all objectives. It computes log-probs of the batch's responses under the policy (`logps`) and the
 reference (`reference`), and loss terms (`losses`). Each term is divided by its count in the whole optimizer step.
+
+Methods that override `Trainer`'s say what they replace. Those that do not call `Trainer`'s own say what they leave out.
 """
 
 import contextlib
@@ -15,23 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import (
-    checkpoints,
-    late_failures,
-    learning,
-    noise,
-    ranks,
-    sharding,
-    startup,
-)
+from infopo import checkpoints, late_failures, learning, noise, ranks, sharding, startup
 from infopo.arguments import InfoPOConfig, refuse_arguments
 from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
@@ -47,12 +36,7 @@ from infopo.model_card import tags_of
 from infopo.output import get_logger, shown
 from infopo.policy_setup import name_of, set_up_policy, short_name
 from infopo.records import PackedBatch
-from infopo.reference import (
-    StoredReference,
-    is_exact,
-    reference_sides,
-    tolerance,
-)
+from infopo.reference import StoredReference, is_exact, reference_sides, tolerance
 from infopo.reference_setup import ReferenceBuilder, ReferenceSetup
 from infopo.reference_store import ReferenceStore
 from infopo.saving import SavingTrainer
@@ -299,7 +283,7 @@ class InfoPOTrainer(SavingTrainer):
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does, but refuses a checkpoint that was made with another reference, objective or data.
+        """Overrides `Trainer`'s to refuse a checkpoint that was made with another reference, objective or data.
 
         Raises:
             CheckpointError: The checkpoint does not belong to this run.
@@ -390,8 +374,7 @@ class InfoPOTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluates as `Trainer` does. A dataset given here is tokenized, and its reference computed, as by the
-        constructor.
+        """Overrides `Trainer`'s to tokenize a dataset that is given here, and to compute its reference.
 
         Raises:
             ConfigError: The reference was computed before training, and its model cannot be had any more.

@@ -84,7 +84,7 @@ _SYNONYMS: Mapping[str, frozenset[str]] = {
 
 
 def check_columns(columns: Mapping[str, object]) -> list[str]:
-    """Everything wrong with a mapping of the names that shapes know to those of a file; empty if nothing is.
+    """Returns everything wrong with a mapping of the names that shapes know to those of a file.
 
     A name that is mapped to None is left out of the rows, whatever it is.
 
@@ -110,7 +110,7 @@ def check_columns(columns: Mapping[str, object]) -> list[str]:
 
 
 def guessed(found: list[str]) -> dict[str, str]:
-    """A mapping that the names of a file's columns suggest, for a message; empty unless both sides are found.
+    """Returns a mapping that the names of a file's columns suggest, for a message, if both sides are found.
 
     >>> guessed(["question", "good_answer", "bad_answer"])
     {'prompt': 'question', 'chosen': 'good_answer', 'rejected': 'bad_answer'}

@@ -337,6 +337,9 @@ class Doubled(torch.nn.Module):
         self.inner = tiny_llama()
         self.config = self.inner.config
 
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.inner.get_input_embeddings()
+
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.inner.lm_head
 

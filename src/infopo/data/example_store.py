@@ -1,11 +1,11 @@
 """Encoded examples on disk, with the account of their rows: made once, found by content, shared by processes.
 
     <folder>/                         $INFOPO_CACHE/examples, else ~/.cache/infopo/examples
-      <key>.examples                  one dataset; the key (`content.examples_key`) is all that decides its content
+      <key>.examples                  one dataset, whose key (`content.examples_key`) is all that decides its content
       .<random>.tmp                   one that is being written, or that a killed process has left
 
 A file is `_MAGIC`, the XXH3 of all that follows, the length of the header, the header (JSON: account, and place of each
-array), and the arrays. It is written under another name and renamed, so that it is whole or does not exist; two
+array), and the arrays. It is written under another name and renamed, so that it is whole or does not exist. Two
 processes that write the same key write the same content. It is never changed, only replaced or removed, so that
 processes can map it into their memory, and share it. Whoever opens it compares the hash, and removes it if it is
 damaged.

@@ -23,9 +23,9 @@ class Plan:
 
     Attributes:
         layout: Which tokens attend to which.
-        tensors: Position that predicts each scored token; its own position; for each token of each response, response
-            after response, its place among the scored ones (empty if that is the same); and then those of the layout's
-            `KeyIndex`.
+        tensors: The position that predicts each scored token, its own position, for each token of each response,
+            response after response, its place among the scored ones (empty if that is the same), and then those of the
+            layout's `KeyIndex`.
 
     Example:
         >>> from infopo.data.packing import pack
@@ -96,7 +96,7 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
 
 
 def _mask(batch: PackedBatch) -> Tensor:
-    """Returns a mask that attention ignores; where routers are balanced, it says how often each token counts.
+    """Returns a mask that attention ignores. If routers are balanced, it says how often each token counts.
 
     Models take a mask of four dimensions as finished, and forest attention ignores it. Without a mask, a model would
     look for packed rows in the position ids, which synchronises with the GPU.

@@ -1,7 +1,7 @@
 """Batch + model -> log-probs of responses: the one switch between paths, and the start-up self-test.
 
-A path is a function `(model, batch) -> log-prob of every token of every response, response after response`.
-All paths give the same numbers; `naive` defines them.
+A path is a function `(model, batch) -> log-prob of every token of every response, response after response`. All paths
+give the same numbers, which `naive` defines.
 """
 
 import math
@@ -31,11 +31,16 @@ PATHS: Mapping[str, TokenLogps] = {
 }
 
 
-_NAIVE = "_infopo_naive"
-"""Attribute of a model that is to stay on the naive path."""
+_PREPARED = "_infopo_prepared"
+"""Attribute of a model that `prepare` sets: whether it is to stay on the naive path, and must not have its rows padded.
 
-_UNPADDED = "_infopo_unpadded"
-"""Attribute of a model whose rows must not be padded."""
+A copy of the model has it too, because the copy that is a live reference must run as the policy does. It is a plain
+dict, so that a pickled model can be read without this package.
+"""
+
+
+def _is_marked(model: nn.Module, mark: str) -> bool:
+    return bool(getattr(base_of(model), _PREPARED, {}).get(mark))
 
 
 def path_of(model: nn.Module) -> str:
@@ -43,7 +48,7 @@ def path_of(model: nn.Module) -> str:
     if attention.is_enabled(model):
         return "forest"
     is_plain = lm_head.plain_head(model) is not None and not has_virtual_tokens(model)
-    return "padded" if is_plain and not getattr(base_of(model), _NAIVE, False) else "naive"
+    return "padded" if is_plain and not _is_marked(model, "naive") else "naive"
 
 
 def prepare(
@@ -57,7 +62,7 @@ def prepare(
 
     Args:
         models: Policy, and reference if it is another model.
-        setting: `auto`; or `naive`, for which nothing is done to a model or its head.
+        setting: `auto`, or `naive`, for which nothing is done to a model or its head.
         is_compiled: Whether the policy will be compiled (`torch.compile`): with shared prefixes in parts
             (`compile_layers`), else as a whole, with its head outside of the compiled graphs.
         measure: Calls a measurement on the weights, as in `lm_head.learn_map`.
@@ -67,8 +72,8 @@ def prepare(
     """
     reason = "logps_path is 'naive'" if setting == "naive" else None
     for model in models:
-        setattr(base_of(model), _NAIVE, setting == "naive")
-        setattr(base_of(model), _UNPADDED, OWN_MASK in (obstacle(model) or ""))
+        marks = {"naive": setting == "naive", "unpadded": OWN_MASK in (obstacle(model) or "")}
+        setattr(base_of(model), _PREPARED, marks)
         if setting != "naive":
             lm_head.learn_map(model, measure)
         reason = reason or attention.enable(model)
@@ -127,7 +132,7 @@ def rows_apart(model: nn.Module) -> Callable[[int], int] | None:
     Apart are rows on either side of a boundary of the model's rotary frequencies, and rows of unequal length where the
     model makes a mask of its own, in which padding may count.
     """
-    if getattr(base_of(model), _UNPADDED, False):
+    if _is_marked(model, "unpadded"):
         return lambda size: size
     limit = rope.boundary(model)
     return None if limit is None else lambda size: int(size > limit)
@@ -171,15 +176,15 @@ DISAGREEMENT = {
 def padding_noise(
     model: nn.Module, together: PackedBatch, alone: Sequence[PackedBatch], path: str | None = None
 ) -> float:
-    """Largest change of a response's log-prob (nats) between a batch and the response on its own, unpadded.
+    """Returns the largest change of a response's log-prob (nats) between a batch and the response on its own.
 
     In exact arithmetic it is zero. In half precision it is the noise that InfoPO's exp() multiplies.
 
     Args:
         model: The policy.
         together: Several responses.
-        alone: The same responses in the same order, one a batch.
-        path: The path that is tested, on `together`; `alone` runs on the naive one.
+        alone: The same responses in the same order, one per batch, which run on the naive path without padding.
+        path: The path on which `together` runs.
     """
     with torch.no_grad():
         tested = response_logps(model, together, path)
@@ -206,15 +211,18 @@ def self_test(
     exact: bool,
     path: str | None = None,
 ) -> float:
-    """Checks on a small batch that a log-prob depends on its own prompt and earlier tokens only; returns the noise.
+    """Checks on a small batch that a log-prob depends on its own prompt and earlier tokens only.
 
     Args:
         model: The policy.
         together: Several responses.
-        alone: The same responses, one a batch.
-        exact: Whether the model computes in float32 or better: otherwise rounding alone can move log-probs, and only
+        alone: The same responses, one per batch.
+        exact: Whether the model computes in float32 or better. Otherwise rounding alone can move log-probs, and only
             a model that sees ahead by far more than that is found out.
-        path: The path that is tested; None: the one that the model is ready for.
+        path: The path that is tested, or None for the one that the model is prepared for.
+
+    Returns:
+        Rounding noise, which is the largest change of a log-prob by padding (nats).
 
     Raises:
         LogpsError: A log-prob moves with later tokens, or with the other rows of its batch by more than 1e-3 nat (if

@@ -28,11 +28,11 @@ _collected: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("infopo_
 
 
 def coefficient(model: nn.Module, setting: float | None) -> float:
-    """Returns the factor of the auxiliary loss; 0 if the model has none.
+    """Returns the factor of the auxiliary loss, or 0 if the model has none.
 
     Args:
         model: The policy.
-        setting: `router_aux_loss_coef`. None: the value of the model's configuration.
+        setting: `router_aux_loss_coef`, or None for the value of the model's configuration.
 
     Raises:
         ConfigError: A factor is set for a model that gives no router logits.
@@ -117,7 +117,7 @@ def _warn_of_none(output: str) -> None:
 
 
 def mean(found: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Returns the mean of the passes' auxiliary losses, weighted by their tokens; None if there are none."""
+    """Returns the mean of the passes' auxiliary losses, weighted by their tokens, or None if there are none."""
     if len(found) < 2:
         return found[0][0] if found else None
     weights = torch.stack([tokens for _, tokens in found]).float()
