@@ -326,6 +326,14 @@ def of_another_kind(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
 
 
+def configured(**settings: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+    return damage
+
+
 def with_nan(folder: Path) -> None:
     weights = {k: torch.full_like(v, torch.nan) for k, v in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -339,6 +347,26 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no chat template": (
         without_template,
         "tokenizer 'sft' has no chat template, and the data are conversations",
+    ),
+    "layers without end": (
+        configured(num_hidden_layers=10**9),
+        "model 'sft' has num_hidden_layers=1000000000 in its configuration; expected 1 to 10000",
+    ),
+    "a text for a number": (
+        configured(num_hidden_layers="two"),
+        "tokenizer of 'sft' cannot be loaded: its configuration describes no model that can be built",
+    ),
+    "no heads": (
+        configured(num_attention_heads=0),
+        "tokenizer of 'sft' cannot be loaded: its configuration describes no model that can be built",
+    ),
+    "other shapes": (
+        configured(num_key_value_heads=7),
+        "model 'sft' cannot be loaded: weights in its files have other shapes than its configuration gives",
+    ),
+    "an unknown activation": (
+        configured(hidden_act="nope"),
+        "model 'sft' cannot be loaded: it needs 'nope', which is not known",
     ),
     "NaN in its weights": (with_nan, "LlamaForCausalLM: log-probs are not finite before the first update"),
 }

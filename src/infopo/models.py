@@ -79,11 +79,12 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             raise ModelError(f"dtype: expected auto, {', '.join(DTYPES)} or a torch.dtype, got {dtype!r}")
         kwargs["dtype"] = DTYPES[dtype]
     folder = resolve_name(name_or_path)
+    # Before it is built, since building a thousand million layers would not end.
+    if (other := _other_class(folder, kwargs)) is not None:
+        raise ModelError(f"model {name_or_path!r} {other}")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     except Exception as error:  # impossible configurations raise whatever their arithmetic does
-        if (other := _other_class(folder, kwargs)) is not None:
-            raise ModelError(f"model {name_or_path!r} {other}") from error
         raise _cannot_load(f"model {name_or_path!r}", name_or_path, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         # Loaded this way the adapter is frozen, and a second one would nest on it.
@@ -92,8 +93,6 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             "(peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), or in "
             "Python pass AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) to go on training it"
         )
-    if (other := _other_class(folder, kwargs)) is not None:
-        raise ModelError(f"model {name_or_path!r} {other}")
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {name_or_path!r}: {len(missing)} weights are not in its files and would be random, "
@@ -103,6 +102,8 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 
 _EXPECTED = "expected a causal language model (one that AutoModelForCausalLM loads)"
+
+_MOST_LAYERS = 10_000
 
 _OTHER_HEADS = (
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice",
@@ -130,15 +131,18 @@ def _no_language_model(config: Any) -> str | None:
     known = type(config) in AutoModelForCausalLM._model_mapping
     if not known and not getattr(config, "auto_map", None):
         return f"is {what}, which has no such head; {_EXPECTED}"
-    return _without_layers(config)
+    return _impossible_layers(config)
 
 
-def _without_layers(config: Any) -> str | None:
-    """Returns that a model has no layers, or None. transformers builds one, as embeddings and a head."""
+def _impossible_layers(config: Any) -> str | None:
+    """Returns that a model has no layers, or more than any model, or None.
+
+    transformers builds a model without layers, as embeddings and a head.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = getattr(text, "num_hidden_layers", 1)
-    if isinstance(layers, int) and layers < 1:
-        return f"has num_hidden_layers={layers} in its configuration; expected at least 1"
+    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
+        return f"has num_hidden_layers={layers} in its configuration; expected 1 to {_MOST_LAYERS}"
     return None
 
 
@@ -152,7 +156,7 @@ def refuse_other_classes(model: nn.Module) -> None:
     if not isinstance(base, PreTrainedModel):
         return
     name, what = type(base).__name__, None
-    if (problem := _without_layers(base.config)) is not None:
+    if (problem := _impossible_layers(base.config)) is not None:
         raise ModelError(f"{name} {problem}")
     if getattr(base.config, "is_encoder_decoder", False):
         what = "an encoder with a decoder"
@@ -172,7 +176,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name_or_path), **kwargs)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # it reads the model's configuration
         raise _cannot_load(f"tokenizer of {name_or_path!r}", name_or_path, error) from error
 
 
@@ -333,6 +337,12 @@ def _cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
     reason = first_lines(error)
+    if "ignore_mismatched_sizes" in reason:
+        reason = (
+            "weights in its files have other shapes than its configuration gives; the report above names them"
+        )
+    if isinstance(error, KeyError):
+        reason = f"it needs {reason}, which is not known, or not there"
     if not isinstance(error, _LOADING_ERRORS):
         reason = f"its configuration describes no model that can be built ({type(error).__name__}: {reason})"
     reason = reason[:300]
