@@ -85,6 +85,19 @@ def test_the_same_process_may_enter_again_and_leaves_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_that_a_killed_run_was_writing_are_removed_by_the_next(tmp_path: Path) -> None:
+    killed = "import sys; from infopo import durable; from pathlib import Path\n"
+    killed += "def parts():\n    yield b'half'\n    import os; os.kill(os.getpid(), 9)\n"
+    killed += "durable.write(Path(sys.argv[1]) / 'recipe.yaml', parts())"
+    assert subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    with run_state.in_use(tmp_path):
+        (tmp_path / "recipe.yaml").touch()
+        (tmp_path / ".half.tmp").touch()
+        with run_state.in_use(tmp_path):  # which may be writing itself
+            assert sorted(path.name for path in tmp_path.iterdir()) == [".half.tmp", ".lock", "recipe.yaml"]
+
+
 def test_of_many_that_start_at_once_one_gets_the_directory_and_then_the_next(tmp_path: Path) -> None:
     """Each appends to one file while it holds the lock; the file's removal by one must not let two others in."""
     script = """

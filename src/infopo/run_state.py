@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 from filelock import FileLock, Timeout
 
+from infopo import durable
 from infopo.errors import CheckpointError, ConfigError
 from infopo.output import get_logger
 from infopo.runs import EVALUATION, METRICS, write_json_atomic
@@ -222,6 +223,8 @@ def in_use(run_dir: str | Path) -> Iterator[None]:
         yield
         return
     with contextlib.suppress(OSError):
+        if lock.lock_counter == 1:  # nobody else writes here, so what a killed run was writing is left behind
+            durable.remove_left_behind(folder)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     try:
         yield
