@@ -39,7 +39,12 @@ def test_every_value_of_a_paper_recipe_says_whose_it_is(path: Path):
     settings = [
         line for line in lines if re.match(r"\s*\w+: *\S", line) and not line.startswith("output_dir")
     ]
-    assert [line for line in settings if not re.search(r"# (paper|ours)", line)] == []
+    assert [line for line in settings if not re.search(r"# (paper|sister|ours)", line)] == []
+    # A value of a sister names the repository with its commit, or the paper, that it was read in.
+    sisters = [line for line in settings if "sister" in line.partition("#")[2]]
+    assert len(sisters) > 6
+    read_in = r"sister \([\w-]+/[\w-]+@[0-9a-f]{7}\)|sister \(arXiv \d{4}\.\d{5}, [^)]+\)"
+    assert [line for line in sisters if not re.search(read_in, line)] == []
     called_paper = {line.split(":")[0].strip() for line in settings if "# paper" in line}
     assert called_paper <= {"name_or_path", "path", "name", "beta", "length_normalized", "reference"}
 
