@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def build_trainer(job: Job, turns: list[regimes.Turn], folder: str) -> Any:
             common["torch_compile"] = True
         if job["variant"] == "infopo_whole":
             common["max_tokens_per_forward"] = 10**9
-        return _Watched(
+        return InfoPOTrainer(
             model=policy,
             ref_model=reference,
             # With a store, the values of an earlier run would be reused.
@@ -155,16 +155,6 @@ def lora() -> Any:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-class _Watched(InfoPOTrainer):
-    """Reports the part of a step that computes log-probs to `parts`."""
-
-    parts: Callable[[str], AbstractContextManager[None]] = staticmethod(nullcontext)
-
-    def _logps(self, *args: Any) -> Any:
-        with self.parts("logps"):
-            return super()._logps(*args)
-
-
 class Parts:
     """Seconds of a turn, by part of a step. On a GPU, each measurement synchronises with it."""
 
@@ -183,9 +173,9 @@ class Parts:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def watch(self, trainer: _Watched) -> None:
+    def watch(self, trainer: InfoPOTrainer) -> None:
         """Times log-probs, the layers' forward pass within them, and the backward pass."""
-        trainer.parts = self
+        trainer._loss.piece = self._timed("logps", trainer._loss.piece)  # type: ignore[method-assign]
         layers = trainer.model.model
         layers.forward = self._timed("layers", layers.forward)
         trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)
@@ -306,7 +296,7 @@ def train(job: Job, line: Line) -> None:
         callback = Turns([len(turn) for turn in turns], line, job["device"] == "cuda")
         callback.watch(trainer)
         trainer.add_callback(callback)
-        if job["parts"] and isinstance(trainer, _Watched):
+        if job["parts"] and isinstance(trainer, InfoPOTrainer):
             callback.parts.watch(trainer)
         trainer.train()
 
