@@ -23,6 +23,12 @@ output_dir: run
 """
 
 
+SECRET_VARIABLES = (
+    "SOME_SERVICE_TOKEN", "PGPASSWORD", "MYSQL_PWD", "DB_PASS", "GITHUB_PAT", "OPENAI_KEY", "accessToken",
+    "AZURE_STORAGE_CONNECTION_STRING", "AWS_SECRET_ACCESS_KEY", "GOOGLE_CREDENTIALS",
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "_known", set())
@@ -75,6 +81,9 @@ def test_no_byte_of_a_run_directory_and_no_line_of_its_output_holds_a_secret(
         f"https://host/x.jsonl?X-Amz-Signature={PASSWORD}",
         f"https://host/x?api_key={PASSWORD}#top",
         f"postgresql://me:{PASSWORD}@db:5432/runs",
+        f"https://user:p@{PASSWORD}@host/data.jsonl",
+        f"redis://:{PASSWORD}@host",
+        f"https://host/ Authorization: Bearer {PASSWORD}.eyJhbGciOi==",
     ],
 )
 def test_urls_keep_their_place_and_lose_their_secrets(text: str) -> None:
@@ -92,6 +101,8 @@ def test_urls_keep_their_place_and_lose_their_secrets(text: str) -> None:
         "a = b@c",
         "see https://x.org/a_b",
         "sk-learn",
+        "the bearer instruments",
+        "http://host:80/x?to=me@home",
         "hf_hub",
         "",
     ],
@@ -127,7 +138,13 @@ def test_a_masked_recipe_leaves_the_token_to_the_environment() -> None:
 
 
 def test_values_of_secret_variables_are_found_in_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_SERVICE_TOKEN", PASSWORD)
     monkeypatch.setenv("SHORT_TOKEN", "a")
+    for name in SECRET_VARIABLES:
+        with monkeypatch.context() as one:
+            one.setenv(name, PASSWORD)
+            assert secrets.masked(f"failed with {PASSWORD} at host") == "failed with *** at host", name
+    monkeypatch.setenv("PWD", PASSWORD)  # the working directory
+    assert secrets.masked(PASSWORD) == PASSWORD
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", PASSWORD)
     assert secrets.masked(f"failed with {PASSWORD} at host") == "failed with *** at host"
     assert os.environ["SHORT_TOKEN"] in secrets.masked("a short value is in every text")

@@ -151,8 +151,10 @@ def test_content_that_the_template_does_not_write_refuses_the_row(turn: list[Mes
     assert reason(tokenizer_of(template), row_of(turn)) == "template drops content"
 
 
-def test_content_is_found_however_its_white_space_and_escapes_are_written():
+@pytest.mark.parametrize("to_json", ["tojson", "tojson(ensure_ascii=True)"])
+def test_content_is_found_however_its_white_space_and_escapes_are_written(to_json: str):
     template = CHATML.replace("{{ m.content }}", "{{ m.content | trim | replace('\n', ' ') }}")
+    template = template.replace("| tojson", f"| {to_json}")
     call = {"type": "function", "function": {"name": "say", "arguments": {"text": 'é "x"\n\\'}}}
     tokenizer = tokenizer_of(template, ordinary=("é",))
     for turn in (said("  Yes,\n\nof course \n"), said("", tool_calls=[call])):

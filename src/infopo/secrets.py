@@ -14,7 +14,8 @@ MASK = "***"
 """What stands in place of a secret. A recipe that holds it takes the secret from the environment."""
 
 _SECRET_NAME = re.compile(
-    r"(^|_)(token|secret|password|passwd|passphrase|credentials?)$|(api|access|private|secret)_?key(_id)?$",
+    r"(^|_)(token|secret|credentials?)$|(password|passwd|passphrase)$|_(pwd|pass|pat)$|connection_string$"
+    r"|(api|access|private|secret)_?key(_id)?$",
     re.IGNORECASE,
 )
 """Names of settings and environment variables whose values are secret, e.g. `hub_token`, `WANDB_API_KEY`."""
@@ -26,7 +27,7 @@ _LEAST = 8
 """Characters of a value that is looked for everywhere: a shorter one would be found in words."""
 
 _PATTERNS = (
-    (re.compile(r"(?<=://)[^/\s'\"@]+:[^/\s'\"@]*(?=@)"), MASK),  # user:password@host
+    (re.compile(r"(?<=://)[^/?#\s'\"@]*:[^/?#\s'\"]+(?=@)"), MASK),  # user:password@host, also with @ in it
     (re.compile(r"(?<=://)[^/\s'\"@:]{16,}(?=@)"), MASK),  # token@host
     (
         re.compile(
@@ -36,6 +37,7 @@ _PATTERNS = (
         rf"\1{MASK}",
     ),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}\b"), MASK),
+    (re.compile(r"(?i)(\bbearer\s+)[\w.~+/-]{16,}=*"), rf"\1{MASK}"),
     (re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,})"), MASK),
     (re.compile(r"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}|xox[abps]-[A-Za-z0-9-]{10,})\b"), MASK),
 )
@@ -49,7 +51,8 @@ def is_secret(name: str) -> bool:
     >>> is_secret("hub_token"), is_secret("WANDB_API_KEY"), is_secret("pad_token"), is_secret("max_tokens")
     (True, True, False, False)
     """
-    return name.lower() not in _HARMLESS and bool(_SECRET_NAME.search(name))
+    snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    return name.lower() not in _HARMLESS and bool(_SECRET_NAME.search(snake_case))
 
 
 def keep_secret(value: object) -> None:
@@ -106,4 +109,9 @@ def learn(value: Any, name: str = "") -> None:
 
 
 def _from_environment() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= _LEAST and is_secret(name)}
+    # Of variables, any key is one that opens something (`OPENAI_KEY`), while settings have keys to sort by.
+    return {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _LEAST and (is_secret(name) or name.upper().endswith("_KEY"))
+    }
