@@ -46,7 +46,7 @@ BY_TRANSFORMERS = {
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
     "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed",
-    "debug", "skip_memory_metrics",
+    "skip_memory_metrics",
 }  # fmt: skip
 """Honoured by transformers' own code, which runs as it is, or by an override of this package (tests of their own)."""
 

@@ -173,11 +173,11 @@ def test_an_optimizer_with_some_of_them_is_used_with_a_warning(
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0"),
-    ({"learning_rate": -1e-5}, "learning_rate: expected a positive number"),
-    ({"learning_rate": float("nan")}, "learning_rate: expected a positive number"),
+    ({"learning_rate": -1e-5}, "learning_rate: expected a value >= 0, got -1e-05"),
+    ({"learning_rate": float("nan")}, "learning_rate: expected a value >= 0, got nan"),
     ({"learning_rate": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 1}, "learning_rate"),
-    ({"max_steps": 0}, "no step would be taken"),
-    ({"max_steps": -1, "num_train_epochs": 0}, "no step would be taken"),
+    ({"max_steps": 0}, "max_steps: expected a value > 0, or -1 to train for num_train_epochs, got 0"),
+    ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs: expected a value > 0, got 0"),
 ])  # fmt: skip
 def test_a_run_without_steps_or_without_a_rate_is_refused(
     tmp_path: Path, settings: dict[str, Any], message: str

@@ -250,7 +250,7 @@ def test_everything_that_is_not_honoured_is_refused_at_once_and_by_name() -> Non
         "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "train_sampling_strategy": "batch_rebalance",
         "average_tokens_across_devices": False, "include_for_metrics": ["inputs"], "label_names": ["labels"],
         "liger_kernel_config": {"rope": True}, "eval_accumulation_steps": 2, "padding_value": 0,
-        "max_completion_length": 9, "ld_alpha": 0.5,
+        "max_completion_length": 9, "ld_alpha": 0.5, "debug": "underflow_overflow",
         "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "parallelism_config": ParallelismConfig(),
     }  # fmt: skip
     settings = {name: other.get(name, True) for name in trl_names.NOT_HONOURED} | {"fp16_full_eval": False}

@@ -4,16 +4,17 @@ What TRL offers and this trainer cannot honour is refused by name when it is set
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NewType
 
 import datasets
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from infopo import ranks, trl_names
+from infopo.catalog import suggestion
 from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
 from infopo.data.templates import check_variables
@@ -30,7 +31,11 @@ from infopo.settings import (
     TrainSettings,
     arguments_of,
 )
-from infopo.validation import PYTHON, Settings, setting
+from infopo.train_table import wrong_arguments
+from infopo.validation import PYTHON, Settings, not_a_choice, setting
+
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError)
+"""What transformers and torch raise at settings: a number, a name, a library that is not installed, a file."""
 
 Fsdp = NewType("Fsdp", object)
 """True, or the text that transformers took before. As the parser of command lines calls it, it is no union."""
@@ -152,6 +157,8 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
+        if problems := wrong_arguments(vars(self)) + self._unknown_names():
+            raise ConfigError(problems)
         if callable(self.objective):
             self.objective = foreign.register(self.objective)
         if ranks.must_use_cpu():
@@ -161,10 +168,15 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
         old, new = self.gradient_checkpointing, self.activation_checkpointing
         self.activation_checkpointing = new if new is not None else old in (None, True)
         # If nobody asked for it, it is switched off for models that lack it.
-        self.asks_for_checkpointing = True in (old, new)
+        self.asks_for_checkpointing = True in (old, new) or bool(
+            self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
+        )
         # `TrainingArguments.__post_init__` guesses the direction, after which nobody could tell.
         self.direction_is_unset = self.greater_is_better is None
-        TrainingArguments.__post_init__(self)
+        try:
+            TrainingArguments.__post_init__(self)
+        except REFUSALS as error:
+            raise ConfigError(f"transformers refuses these settings: {error}") from error
         for name in ("reference", "reference_store"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
@@ -183,6 +195,12 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
             raise ConfigError(problems)
         ranks.refuse_strangers(self.world_size)
 
+    def _unknown_names(self) -> list[str]:
+        """Returns what is wrong with texts for which transformers declares choices that it does not check."""
+        texts = ((f, getattr(self, f.name)) for f in fields(self) if f.metadata.get("choices"))
+        wrong = [(f, v) for f, v in texts if isinstance(v, str) and v not in f.metadata["choices"]]
+        return [f"{f.name}: {not_a_choice(v, tuple(map(str, f.metadata['choices'])))}" for f, v in wrong]
+
     def _problems(self) -> list[str]:
         problems = self._loss().problems() or self._judged()
         for name in ("model_init_kwargs", "objective_parameters"):
@@ -200,6 +218,10 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
             problems.append(
                 "fp16=True: there is no accelerator here, and a CPU has no fp16 mixed precision: it would run in "
                 "float32 without a word. Leave it out, or set bf16=True"
+            )
+        if self.fsdp and self.world_size == 1 and not (self.fsdp_config or {}).get("xla"):
+            problems.append(
+                "fsdp: shards weights over processes, and there is one; start with torchrun or accelerate launch"
             )
         return problems + self._loader_problems()
 
@@ -313,6 +335,27 @@ def _stream_problems(args: Any) -> list[str]:
     return problems
 
 
+_OF_TRAINER = {
+    "tokenizer": "is called processing_class now",
+    "model_init": "a run has one model, since its reference is computed from it; make a trainer for each trial",
+    "compute_loss_func": "losses are functions of log-probs here; name one with objective or loss_type",
+    "preprocess_logits_for_metrics": "no logits are kept to pass to it",
+    "optimizer_cls_and_kwargs": "build the optimizer, and pass optimizers=(optimizer, None); or set optim",
+    "dataset_text_field": "name columns with InfoPOConfig(columns=...)",
+    "formatting_func": "map the dataset before, or name its columns with InfoPOConfig(columns=...)",
+}
+"""Arguments of trainers of transformers and TRL that this one has not -> what to do."""
+
+
+def _foreign(name: str) -> str:
+    """Returns why an argument of `InfoPOTrainer` is refused that is none."""
+    known = [f.name for f in fields(InfoPOConfig)]
+    if name in known:
+        return f"{name}: is a setting; write args=InfoPOConfig({name}=...)"
+    why = _OF_TRAINER.get(name, f"there is no such argument{suggestion(name, known)}")
+    return f"{name}: {why}"
+
+
 def refuse_arguments(
     model: Any,
     ref_model: Any,
@@ -321,6 +364,10 @@ def refuse_arguments(
     train_dataset: Any,
     compute_metrics: Callable[..., Any] | None,
     quantization_config: Any,
+    optimizers: Any = (None, None),
+    processing_class: Any = None,
+    callbacks: Any = None,
+    others: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Checks the arguments of `InfoPOTrainer`, all at once.
 
@@ -329,7 +376,23 @@ def refuse_arguments(
         ConfigError: One is missing, or two contradict each other.
     """
     problems: list[str] = []
-    unsupported: list[str] = []
+    unsupported = [_foreign(name) for name in others]
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        problems.append(
+            f"optimizers: expected (optimizer, schedule), each of which may be None, got {type(optimizers).__name__}"
+        )
+    elif not isinstance(optimizers[0], torch.optim.Optimizer | None):
+        problems.append(f"optimizers: expected an optimizer first, got {optimizers[0]!r}"[:200])
+    elif optimizers[0] is None and optimizers[1] is not None:
+        problems.append("optimizers: the schedule is of an optimizer that is not there; give that one too")
+    if not isinstance(processing_class, PreTrainedTokenizerBase | None):
+        problems.append(
+            f"processing_class: expected a tokenizer, got {type(processing_class).__name__}"
+            + ("; pass its .tokenizer" if hasattr(processing_class, "tokenizer") else "")
+        )
+    for each in callbacks or []:
+        if not issubclass(each if isinstance(each, type) else type(each), TrainerCallback):
+            problems.append(f"callbacks: expected a TrainerCallback, got {each!r}"[:200])
     if not isinstance(args, InfoPOConfig | None):
         problems.append(f"args: expected an InfoPOConfig, got {type(args).__name__}")
     if not isinstance(model, str | torch.nn.Module):

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from infopo import models
-from infopo.arguments import InfoPOConfig
+from infopo.arguments import REFUSALS, InfoPOConfig
 from infopo.config import SECTIONS, Recipe, TrainField
 from infopo.data.counts import DataCounts
 from infopo.data.encode import encode_rows
@@ -28,6 +27,7 @@ from infopo.errors import ConfigError, DataError, InfoPOError, ModelError
 from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
+from infopo.rehearsal import optimizer_problems, tracker_problems, worker_problems
 from infopo.secrets import MASK, masked
 from infopo.settings import DataSettings, arguments_of
 from infopo.train_table import SET_ELSEWHERE, quick_train_fields
@@ -74,10 +74,11 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
             **train,
         )
     except ConfigError as error:
-        raise type(error)([_in_recipe(problem) for problem in error.problems]) from error
-    except _REFUSALS as error:
-        raise ConfigError(f"train: transformers refuses these settings: {error}") from error
-    if problems := [*_tracker_problems(args), *_schedule_problems(args), *_combination_problems(args)]:
+        of_transformers = "train: " if isinstance(error.__cause__, REFUSALS) else ""
+        problems = [of_transformers + _in_recipe(problem) for problem in error.problems]
+        raise type(error)(problems) from error
+    tried = [*tracker_problems(args), *worker_problems(args), *optimizer_problems(args)]
+    if problems := [*map(_in_recipe, tried), *_combination_problems(args)]:
         raise ConfigError(problems)
     return args
 
@@ -90,49 +91,8 @@ def _in_recipe(problem: str) -> str:
     return re.sub(r"^\w+", lambda name: places.get(name[0], name[0]), problem)
 
 
-_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError)
-"""What transformers and torch raise at settings: a number, a name, a library that is not installed, a file."""
-
-
-def _tracker_problems(args: InfoPOConfig) -> list[str]:
-    installed = get_available_reporting_integrations()
-    return [
-        f"train.report_to: {name!r} is unknown or not installed; installed are {', '.join(installed) or 'none'}"
-        for name in args.report_to or []
-        if name != "none" and name not in installed
-    ]
-
-
-def _schedule_problems(args: InfoPOConfig) -> list[str]:
-    """Builds optimizer and schedule of a single number: what they refuse should not wait until the data are read."""
-    if args.optim_target_modules is not None:  # looks for modules that a single number does not have
-        return []
-    weight = torch.nn.Parameter(torch.zeros(1))
-    try:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
-        if {"params", "model", "optimizer_dict"} & settings.keys():
-            return []
-        optimizer = kind([weight], **settings)
-    except _REFUSALS as error:
-        return [f"train.optim: {args.optim.value} cannot be built: {error}"]
-    try:
-        get_scheduler(
-            args.lr_scheduler_type, optimizer, args.get_warmup_steps(10), 10, args.lr_scheduler_kwargs
-        )
-    except _REFUSALS as error:
-        name = args.lr_scheduler_type.value
-        return [
-            f"train.lr_scheduler_type: {name} cannot be built with train.lr_scheduler_kwargs as it is: {error}"
-        ]
-    return []
-
-
 def _combination_problems(args: InfoPOConfig) -> list[str]:
     problems = []
-    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
-        problems.append(
-            "train.dataloader_persistent_workers: there are no workers; set dataloader_num_workers"
-        )
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         problems.append("train.save_strategy: best needs train.metric_for_best_model, e.g. loss")
     if args.save_strategy == "best" and args.eval_strategy == "no":

@@ -24,7 +24,7 @@ from infopo.settings import (
     ObjectiveSettings,
     ReferenceSettings,
 )
-from infopo.validation import YAML, Problem, Settings, not_a_choice
+from infopo.validation import YAML, Language, Problem, Settings, not_a_choice
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
 
 
@@ -67,10 +67,10 @@ class TrainField:
     kinds: tuple[type, ...] = ()
     choices: tuple[str, ...] = ()
 
-    def problem(self, value: Any) -> str | None:
+    def problem(self, value: Any, language: Language = YAML) -> str | None:
         """Returns what is wrong with `value`, or None if nothing is."""
         if self.kinds and not any(_is_a(value, kind) for kind in self.kinds):
-            return f"expected {YAML.kinds(self.kinds)}, got {shown(value)}"
+            return f"expected {language.kinds(self.kinds)}, got {language.write(value)}"
         if self.choices and isinstance(value, str) and value not in self.choices:
             return not_a_choice(value, self.choices)
         return None

@@ -160,11 +160,7 @@ def _tensor_digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
     pieces: dict[str, list[Future[bytes]]] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, tensor in weights.items():
-            if tensor.is_meta or hasattr(tensor, "ds_id") or hasattr(tensor, "to_local"):
-                raise ModelError(
-                    f"the weight {name!r} is not in this process as a whole, so it cannot be told apart from another: "
-                    + _where(tensor)
-                )
+            _refuse_absent(name, tensor)
             place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
             if place not in done or not tensor.numel():
                 flat = tensor.detach().contiguous().flatten().view(torch.uint8)
@@ -175,6 +171,24 @@ def _tensor_digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
             name: f"{tuple(t.shape)} {t.dtype} {b''.join(part.result() for part in pieces[name]).hex()}"
             for name, t in weights.items()
         }
+
+
+def refuse_absent(model: nn.Module) -> None:
+    """Refuses a model whose weights are not all in this process as a whole.
+
+    Raises:
+        ModelError: A weight is on the meta device, or a part of it is elsewhere.
+    """
+    for name, parameter in model.named_parameters():
+        _refuse_absent(name, parameter)
+
+
+def _refuse_absent(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta or hasattr(tensor, "ds_id") or hasattr(tensor, "to_local"):
+        raise ModelError(
+            f"the weight {name!r} is not in this process as a whole, so it cannot be told apart from another: "
+            + _where(tensor)
+        )
 
 
 def _where(tensor: torch.Tensor) -> str:

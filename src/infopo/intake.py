@@ -116,7 +116,7 @@ class Intake:
         Raises:
             DataError: A row or example cannot be used.
         """
-        if dataset is None or isinstance(dataset, str):
+        if dataset is None:
             return dataset
         if isinstance(dataset, Mapping):
             return {

@@ -51,6 +51,10 @@ def check_saving(model: nn.Module, processing_class: Any, args: InfoPOConfig) ->
             align_special_tokens(
                 model, processing_class
             )  # as training will, so that what is tried is what is saved
+        base: Any = model
+        if getattr(base, "generation_config", True) is None and base.can_generate():
+            # transformers asks for one when it saves a model.
+            base.generation_config = GenerationConfig.from_model_config(base.config)
         _repair_generation(getattr(model, "generation_config", None))
         for name in ("config", "generation_config"):
             parts[name] = (getattr(model, name, None), f"change the values on model.{name}")
@@ -117,6 +121,11 @@ def check_best_metric(
     stops = any(isinstance(c, EarlyStoppingCallback) or c is EarlyStoppingCallback for c in callbacks)
     metric = args.metric_for_best_model
     problems = []
+    if evaluation is None and (args.eval_strategy != "no" or args.eval_on_start):
+        setting = (
+            "eval_on_start" if args.eval_strategy == "no" else f"eval_strategy={args.eval_strategy.value!r}"
+        )
+        problems.append(f"{setting}: there is no eval_dataset; give one, or leave the setting out")
     if stops and args.eval_strategy == "no":
         problems.append("EarlyStoppingCallback: needs evaluation; set eval_strategy")
     if stops and metric is None:
@@ -163,6 +172,23 @@ def _metric_problems(
             f"greater_is_better: is not set, and whether a larger {wanted} is better is not plain; set it"
         ]
     return []
+
+
+def check_evaluation(wanted: Any, sets: ExampleDataset | Mapping[str, ExampleDataset] | None) -> None:
+    """Refuses an evaluation of nothing, and of a set that has another name.
+
+    Args:
+        wanted: A dataset, the name of one, or None for those of the trainer.
+        sets: The trainer's.
+
+    Raises:
+        ConfigError: There is no such dataset.
+    """
+    if wanted is None and sets is None:
+        raise ConfigError("evaluate: the trainer was given no eval_dataset; call evaluate(eval_dataset=...)")
+    if isinstance(wanted, str) and (not isinstance(sets, Mapping) or wanted not in sets):
+        names = ", ".join(map(repr, sets)) if isinstance(sets, Mapping) else "none that have a name"
+        raise ConfigError(f"evaluate: there is no dataset {wanted!r}; the trainer has {names}")
 
 
 def dropout_in_words(model: nn.Module, *, is_fresh: bool) -> str:

@@ -4,6 +4,7 @@ A run that cannot learn logs losses for hours and saves the model that it was gi
 one row goes through the policy in both directions, which shows whatever the reason is.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -57,6 +58,12 @@ def refuse_frozen(
             )
         )
     if optimizer is not None:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"optimizers: {type(optimizer).__name__} evaluates the loss several times a step, by a closure that "
+                "transformers' Trainer does not give it; take an optimizer that needs none"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         left_out = [n for n, p in trained.items() if id(p) not in held]
         if len(left_out) == len(trained):

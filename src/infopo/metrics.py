@@ -249,6 +249,11 @@ class MetricSums:
         return {name: result[name] for name in in_order(result)}
 
 
+def reference_is_finite(logps: ResponseLogps, sides: frozenset[str]) -> bool:
+    """Returns whether the reference's log-probs of these sides are finite. Synchronises with the GPU."""
+    return all(bool(logps.reference[getattr(logps, side)].isfinite().all()) for side in sides)
+
+
 def non_finite_rows(batch: PackedBatch, logps: ResponseLogps, terms: list[LossTerm]) -> list[str]:
     """Returns the names of rows whose log-probs or loss values are NaN or infinite. Synchronises with the GPU."""
     owners = {

@@ -147,14 +147,17 @@ def _impossible_layers(config: Any) -> str | None:
 
 
 def refuse_other_classes(model: nn.Module) -> None:
-    """Refuses a model object that is not a causal language model.
+    """Refuses a model object that is not a causal language model, and one that has been wrapped or has no weights.
 
     Raises:
-        ModelError: It is an encoder with a decoder, reads no tokens, or has another head.
+        ModelError: It is no model of transformers or PEFT, is an encoder with a decoder, reads no tokens, or has
+            another head.
     """
     base: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
     if not isinstance(base, PreTrainedModel):
-        return
+        raise ModelError(
+            f"model: expected a PreTrainedModel or PeftModel, got {type(model).__name__}{_wrapped(model)}"
+        )
     name, what = type(base).__name__, None
     if (problem := _impossible_layers(base.config)) is not None:
         raise ModelError(f"{name} {problem}")
@@ -166,6 +169,18 @@ def refuse_other_classes(model: nn.Module) -> None:
         what = "whose head gives no next tokens"
     if what is not None:
         raise ModelError(f"model: {name} is a model of another class, {what}; {_EXPECTED}")
+
+
+def _wrapped(model: nn.Module) -> str:
+    """Returns what to do with a model inside a wrapper of torch, in a clause, or nothing."""
+    wrappers = {
+        "_orig_mod": "set torch_compile=True",
+        "module": "start with torchrun or accelerate launch, which distribute it",
+    }
+    for name, instead in wrappers.items():
+        if isinstance(getattr(model, name, None), PreTrainedModel):
+            return f": pass the model inside (.{name}) as it was, and {instead}"
+    return ""
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:

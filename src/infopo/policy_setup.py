@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from infopo import late_failures, learning, models, noise, startup
+from infopo import hashing, late_failures, learning, models, noise, sharding, startup
 from infopo.arguments import InfoPOConfig, init_kwargs
+from infopo.errors import ModelError
 from infopo.logps import router
 
 
@@ -77,12 +78,17 @@ def set_up_policy(
         policy: nn.Module = models.load_policy(model, **init_kwargs(args, quantization_config))
     else:
         policy = model
-    if tokenizer is None:
-        name = name_of(model) or "model"
-        tokenizer = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     for each in (policy, ref_model):
         if each is not None:
             models.refuse_other_classes(each)
+            if not sharding.loads_on_first():
+                hashing.refuse_absent(each)
+    if tokenizer is None:
+        if (name := name_of(model)) is None:
+            raise ModelError(
+                "processing_class: the model was not loaded by a name, under which a tokenizer could be found; pass one"
+            )
+        tokenizer = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     models.set_pad_token(tokenizer, policy, args.pad_token)
     # This comes before an adapter is added, whose dropout was asked for, and has no effect while it adds 0.
     changed = models.disable_dropout(policy) if args.disable_dropout else []

@@ -101,6 +101,8 @@ def precompute(
         model.train(was_training)
     if store is None and world_size > 1 and not is_sharded:
         found = add_over_ranks(torch.from_numpy(found).to(device, sum_dtype(device))).double().cpu().numpy()
+    if (broken := work.is_wanted & ~np.isfinite(found)).any():
+        raise LogpsError(_not_finite(dataset, int(broken.argmax())))
     return dataset.with_reference(np.where(work.is_wanted, found, np.nan))
 
 
@@ -275,10 +277,14 @@ def _pause(waited: float) -> float:
 def _refuse_non_finite(values: dict[bytes, Tokens], work: _Work, dataset: ExampleDataset) -> None:
     for key, tokens in values.items():
         if not np.isfinite(tokens).all():
-            raise LogpsError(
-                f"{_row(dataset, work.first[key])}: log π_ref is not finite, and is not stored: the reference's "
-                "weights hold NaN or inf, or its precision is too low"
-            )
+            raise LogpsError(_not_finite(dataset, work.first[key]))
+
+
+def _not_finite(dataset: ExampleDataset, response: int) -> str:
+    return (
+        f"{_row(dataset, response)}: log π_ref is not finite, and is not stored: the reference's weights hold NaN or "
+        "inf, or its precision is too low"
+    )
 
 
 def _row(dataset: ExampleDataset, response: int) -> str:

@@ -16,7 +16,7 @@ from transformers import TrainerState
 from infopo import checkpoints, durable, models, ranks, resuming, run_state, sharding
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
-from infopo.errors import CheckpointError, InfoPOError, NonFiniteWeightsError, SaveError
+from infopo.errors import CheckpointError, ConfigError, InfoPOError, NonFiniteWeightsError, SaveError
 from infopo.loading import LoadingTrainer
 from infopo.losses.catalog import with_defaults
 from infopo.model_card import Card, render
@@ -234,6 +234,15 @@ class SavingTrainer(LoadingTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         """Overrides `Trainer`'s to give the temporary folder while a checkpoint is written."""
         return self._staging or super()._get_output_dir(trial)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; what the hub answers is a `ConfigError`, before anything is computed."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of the network, of the hub's client, or of its answer
+            raise ConfigError(
+                f"push_to_hub: the repository cannot be made: {type(error).__name__}: {models.first_lines(error)[:250]}"
+            ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Overrides `Trainer`'s to upload no checkpoint before it has its name."""

@@ -20,7 +20,13 @@ from infopo.logps import router
 from infopo.logps.forward import response_logps
 from infopo.losses.coupling import StepCoupling
 from infopo.losses.registry import loss_function, step_statistic
-from infopo.metrics import MetricRule, MetricSums, non_finite_rows, preference_metrics
+from infopo.metrics import (
+    MetricRule,
+    MetricSums,
+    non_finite_rows,
+    preference_metrics,
+    reference_is_finite,
+)
 from infopo.records import PER, LossTerms, PackedBatch, ResponseLogps, Role
 from infopo.reference import Reference
 
@@ -183,10 +189,16 @@ class StepLoss:
         if self._finite.answer():
             return
         rows = [row for piece, terms in seen for row in non_finite_rows(piece.batch, piece.logps, terms)]
+        remedy = (
+            "A lower learning_rate, which holds from there on, or bf16 in place of fp16, is the usual remedy"
+        )
+        if not all(reference_is_finite(piece.logps, self._reference.sides) for piece, _ in seen):
+            remedy = (
+                "The reference's log-probs are not finite: NaN or inf in its weights, or too low a precision"
+            )
         raise NonFiniteLossError(
             f"step {step}: the loss is not finite; rows: {', '.join(rows) or 'unknown'}. "
-            f"No update was made. {run_state.kept(output_dir)}. A lower learning_rate, which takes effect "
-            "from there on, or bf16 in place of fp16, is the usual remedy."
+            f"No update was made. {run_state.kept(output_dir)}. {remedy}."
         )
 
     def metrics(self) -> dict[str, float]:

@@ -9,6 +9,8 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
@@ -16,8 +18,7 @@ from typing import Any, get_type_hints
 from infopo.config import TrainField
 from infopo.settings import DataSettings, ModelSettings, ReferenceSettings, TrainSettings, arguments_of
 from infopo.trl_names import LossSettings
-from infopo.validation import YAML, choices_of, parts_of
-from infopo.yaml_tree import shown
+from infopo.validation import PYTHON, YAML, Language, choices_of, parts_of
 
 SET_ELSEWHERE = {
     "output_dir", "model_init_kwargs", "precompute_ref_log_probs", *(f.name for f in fields(LossSettings)),
@@ -69,19 +70,19 @@ class NumberField(TrainField):
 
     domain: Domain = field(default=_ABOVE_0, repr=False)
 
-    def problem(self, value: Any) -> str | None:
-        problem = super().problem(value)
+    def problem(self, value: Any, language: Language = YAML) -> str | None:
+        problem = super().problem(value, language)
         if problem or not isinstance(value, int | float) or isinstance(value, bool):
             return problem
         words, admits = self.domain
-        return None if admits(value) else f"expected a value {words}, got {shown(value)}"
+        return None if admits(value) else f"expected a value {words}, got {language.write(value)}"
 
 
 class OwnField(TrainField):
     """A setting of `TrainSettings`, which judges it."""
 
-    def problem(self, value: Any) -> str | None:
-        return dict(TrainSettings.wrong_values({self.name: value}, YAML)).get(self.name)
+    def problem(self, value: Any, language: Language = YAML) -> str | None:
+        return dict(TrainSettings.wrong_values({self.name: value}, language)).get(self.name)
 
 
 def own_fields() -> dict[str, TrainField]:
@@ -104,6 +105,32 @@ def train_field(name: str, kinds: tuple[type, ...], choices: tuple[str, ...]) ->
     return TrainField(name, kinds, choices)
 
 
+def wrong_arguments(given: Mapping[str, Any]) -> list[str]:
+    """Returns what is wrong with numbers and switches that a script has set, in sentences that begin with the name.
+
+    transformers takes them without a look. It fails on some after the reference pass, and means another thing by others
+    (`bf16="False"` is true, `gradient_accumulation_steps=-1` takes no step). Numbers of NumPy are taken too.
+
+    Example:
+        >>> wrong_arguments({"max_steps": 1e3, "bf16": "False", "optim": "sgd"})
+        ['max_steps: expected an integer, got 1000.0', "bf16: expected True or False or None, got 'False'"]
+    """
+    problems = []
+    for name, each in quick_train_fields().items():
+        if name not in given or isinstance(each, OwnField):
+            continue
+        value: Any = given[name]
+        if type(value) is not bool and isinstance(value, Real):
+            value = int(value) if isinstance(value, Integral) else float(value)
+        if value in (0, 1) and not {int, float} & set(each.kinds):  # as a switch
+            continue
+        is_judged = set(each.kinds) <= {int, float, bool, NoneType} or (each.choices and type(value) is str)
+        if is_judged and (problem := each.problem(value, PYTHON)) is not None:
+            problems.append(f"{name}: {problem}")
+    return problems
+
+
+@cache
 def quick_train_fields() -> Mapping[str, TrainField]:
     """Returns what the sources of the classes tell of `build.train_fields`, which is nothing if they cannot be read."""
     spec = importlib.util.find_spec("transformers")  # finds the package without loading it

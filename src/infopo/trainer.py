@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, late_failures, learning, noise, ranks, sharding, startup
+from infopo import checkpoints, late_failures, learning, noise, ranks, rehearsal, sharding, startup
 from infopo.arguments import InfoPOConfig, refuse_arguments
 from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
@@ -39,13 +39,14 @@ from infopo.records import PackedBatch
 from infopo.reference import StoredReference, is_exact, reference_sides, tolerance
 from infopo.reference_setup import ReferenceBuilder, ReferenceSetup
 from infopo.reference_store import ReferenceStore
+from infopo.refusals import RefusingTrainer
 from infopo.saving import SavingTrainer
 from infopo.step_loss import EvaluationLoss, RunLoss, StepLoss
 
 logger = get_logger(__name__)
 
 
-class InfoPOTrainer(SavingTrainer):
+class InfoPOTrainer(RefusingTrainer, SavingTrainer):
     """Aligns a causal language model with preference data.
 
     The interface is that of TRL's `DPOTrainer`. The loss is InfoPO with β = 1, unless `args` name another.
@@ -65,6 +66,7 @@ class InfoPOTrainer(SavingTrainer):
         optimizers: As in `Trainer`.
         quantization_config: Argument of `from_pretrained`, if `model` is a name.
         peft_config: Adapter that is added to the model and trained alone.
+        others: Must be empty. Arguments of other trainers are refused by name.
 
     Raises:
         ConfigError: Settings contradict each other.
@@ -89,16 +91,19 @@ class InfoPOTrainer(SavingTrainer):
         eval_dataset: RawDataset | Mapping[str, RawDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: list[TrainerCallback | type[TrainerCallback]] | None = None,
         optimizers: learning.Optimizers = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        **others: Any,
     ) -> None:
         refuse_arguments(
-            model, ref_model, args, data_collator, train_dataset, compute_metrics, quantization_config
-        )
+            model, ref_model, args, data_collator, train_dataset, compute_metrics, quantization_config,
+            optimizers, processing_class, callbacks, others,
+        )  # fmt: skip
         self.base_name = name_of(model)
         args = args or InfoPOConfig(output_dir=f"{short_name(self.base_name)}-InfoPO")
+        rehearsal.refuse(args, type(self), given=(optimizers[0] is not None, optimizers[1] is not None))
         # The seed is set before an adapter is initialised at random.
         set_seed(args.seed)
         policy = set_up_policy(
@@ -333,8 +338,15 @@ class InfoPOTrainer(SavingTrainer):
     ) -> Tensor:
         """Overrides `Trainer`'s, which reads the loss from the model's output, to return a piece's share of the step's.
 
-        It leaves out label smoothing and `return_outputs`, because there are no logits.
+        It leaves out label smoothing, because there are no logits.
+
+        Raises:
+            UnsupportedArgumentError: Outputs are asked for.
         """
+        if return_outputs:
+            raise UnsupportedArgumentError(
+                "compute_loss: no logits are kept to return; leave return_outputs out"
+            )
         noise.silence(self._quiet)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         return self._steps.of_piece(model, inputs, num_items_in_batch, steps)
@@ -379,6 +391,7 @@ class InfoPOTrainer(SavingTrainer):
         Raises:
             ConfigError: The reference was computed before training, and its model cannot be had any more.
         """
+        late_failures.check_evaluation(eval_dataset, self.eval_dataset)
         with self._running():
             if eval_dataset is not None and not isinstance(eval_dataset, str):
                 eval_dataset = self._intake.evaluation(eval_dataset)
@@ -392,16 +405,6 @@ class InfoPOTrainer(SavingTrainer):
                         has_trained=self._has_trained,
                     )
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Overrides `Trainer`'s, which returns logits and labels, to refuse. It leaves out everything.
-
-        Raises:
-            UnsupportedArgumentError: Always.
-        """
-        raise UnsupportedArgumentError(
-            "predict: no logits are kept to return; evaluate(dataset, metric_key_prefix='test') gives the metrics"
-        )
 
     def evaluation_loop(
         self,

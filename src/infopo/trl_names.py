@@ -102,6 +102,10 @@ NOT_HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
         (None,),
         "tensor, sequence and context parallelism would split prompts that are shared; use FSDP or DDP",
     ),
+    "debug": (
+        ([], ""),
+        "its hooks read logits, which are not formed here; a loss that is not finite stops the run, with its rows",
+    ),
     "prediction_loss_only": ((False,), "evaluation always gives the loss and the metrics"),
     "include_for_metrics": (([],), "there is no compute_metrics to pass anything to"),
     "batch_eval_metrics": ((False,), "there is no compute_metrics to call"),
