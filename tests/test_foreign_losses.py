@@ -116,6 +116,19 @@ def test_a_wrong_loss_is_named_before_training(message: str) -> None:
         check_loss(WRONG[message])
 
 
+def test_a_loss_may_draw_random_numbers() -> None:
+    """It is compared with itself on several batches, and those of a run are drawn as if it had not been."""
+
+    def half(logps: ResponseLogps) -> torch.Tensor:
+        values = margins(logps)
+        return values * (torch.rand_like(values) < 0.5)
+
+    state = torch.get_rng_state()
+    InfoPOConfig("unused", objective=of_pairs(half, reference=["chosen", "rejected"]), use_cpu=True)
+    check_loss(of_pairs(half, reference=["chosen", "rejected"]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize(
     ("declaration", "message"),
     [

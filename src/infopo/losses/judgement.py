@@ -60,7 +60,8 @@ def judge(name: str, parameters: Mapping[str, Any]) -> list[str]:
     """
     row = row_of(name)
     try:
-        loss, statistic = loss_function(name, parameters), step_statistic(name, parameters)
+        loss = _Repeatable(loss_function(name, parameters))
+        statistic = step_statistic(name, parameters)
     except Exception as error:
         return [f"objective: {_named(name, row)}: its step statistic cannot be made: {_in_words(error)}"]
     if foreign.is_undeclared(name) and _has_pairs(loss):
@@ -68,6 +69,25 @@ def judge(name: str, parameters: Mapping[str, Any]) -> list[str]:
     for problem in _problems(loss, row, statistic):
         return [f"objective: {_named(name, row)}: {problem}"]
     return []
+
+
+class _Repeatable:
+    """A loss that draws the same random numbers at each call, and leaves the global generator as it is.
+
+    Attributes:
+        draws: Whether it has drawn any.
+    """
+
+    def __init__(self, loss: LossFunction) -> None:
+        self._loss = loss
+        self.draws = False
+
+    def __call__(self, logps: ResponseLogps) -> Any:  # what it returns is judged by `_form`
+        with torch.random.fork_rng(devices=[]):
+            before = torch.manual_seed(0).get_state()
+            terms = self._loss(logps)
+            self.draws = self.draws or not torch.equal(torch.get_rng_state(), before)
+        return terms
 
 
 def _has_pairs(loss: LossFunction) -> bool:
@@ -82,7 +102,7 @@ def _named(name: str, row: Objective) -> str:
     return f"{foreign.plain_name(name)} ({row.location})" if row.location else name
 
 
-def _problems(loss: LossFunction, row: Objective, statistic: StepStatistic | None) -> Iterator[str]:
+def _problems(loss: _Repeatable, row: Objective, statistic: StepStatistic | None) -> Iterator[str]:
     layouts = [PAIRS, MANY] if row.pairs else [PAIRS, MANY, LONE]
     is_pulled = False
     for seed, layout in enumerate([*layouts, []]):
@@ -108,7 +128,7 @@ def _problems(loss: LossFunction, row: Objective, statistic: StepStatistic | Non
         is_pulled = is_pulled or any(_slope(terms, logps).tolist())
     if not is_pulled:
         yield "has a gradient of 0 for every response of several random batches, so that nothing would be trained"
-    elif statistic is None:
+    elif statistic is None and not loss.draws:  # draws of a part of a batch are others
         yield from _coupling(loss, random_logps(MANY, seed=7))
 
 
@@ -253,7 +273,8 @@ def check_loss(
         raise ObjectiveError(problems)
     if not finite_differences:
         return
-    loss, statistic = loss_function(name, parameters), step_statistic(name, parameters)
+    loss = _Repeatable(loss_function(name, parameters))
+    statistic = step_statistic(name, parameters)
     for seed, layout in enumerate([PAIRS, MANY]):
         logps = _of_step(random_logps(layout, seed + 20), statistic)
         try:
