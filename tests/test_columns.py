@@ -356,6 +356,8 @@ def test_text_of_a_prompt_or_of_turns_is_read_as_such():
     assert parts([row]) == [([user("1+1?")], [[assistant("It is 2.")]], [[assistant("3")]])]
     texts = {side: [json.dumps(TALK[0]), json.dumps(assistant(side))] for side in ("chosen", "rejected")}
     assert parts([texts]) == [(TALK[:1], [[assistant("chosen")]], [[assistant("rejected")]])]
+    row = {"prompt": str(tuple(TALK[:1])), "chosen": "2", "rejected": "3"}
+    assert parts([row]) == [(TALK[:1], [[assistant("2")]], [[assistant("3")]])]
     row = {"prompt": json.dumps(TALK[:1]), "chosen": "2", "rejected": "3"}
     assert parts([row]) == [(TALK[:1], [[assistant("2")]], [[assistant("3")]])]
 

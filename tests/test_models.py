@@ -90,3 +90,15 @@ def test_what_peft_raises_at_an_adapters_settings_is_told_as_the_adapters() -> N
     config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="loftq", loftq_config={"bits": 4})
     with pytest.raises(ModelError, match="peft_config does not fit LlamaForCausalLM"):
         add_adapter(tiny_llama(), config)
+
+
+def test_the_folder_of_an_adapter_is_no_policy_and_is_told_what_to_do(tmp_path: Path):
+    """transformers loads it with its base, frozen, and a second adapter would nest on it."""
+    peft = pytest.importorskip("peft")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(
+        load_policy(str(tmp_path / "base")), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="is an adapter, not a complete model"):
+        load_policy(str(tmp_path / "adapter"))

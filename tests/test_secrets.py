@@ -111,6 +111,15 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert secrets.masked(text) == text
 
 
+def test_settings_lose_secrets_in_their_keys_and_values_at_any_depth() -> None:
+    url = f"https://user:{PASSWORD}@host/x"
+    tree = {"data": [{url: (url, {"hub_token": "short", "pad_token": "<pad>"})}], "names": {"a": 1}}
+    assert secrets.masked_tree(tree) == {
+        "data": [{"https://***@host/x": ["https://***@host/x", {"hub_token": "***", "pad_token": "<pad>"}]}],
+        "names": {"a": 1},
+    }
+
+
 def test_errors_mask_what_they_quote(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"https://user:{PASSWORD}@host/data.jsonl"
     assert main(["train", "recipe.yaml", f"data={url}"]) == 2

@@ -4,6 +4,7 @@ No mathematics: `InfoPOTrainer` builds on this as on transformers' `Trainer`.
 """
 
 import contextlib
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -321,10 +322,14 @@ def _readable(checkpoint: Path | str | None, what: str) -> Iterator[None]:
     except (InfoPOError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged and hostile files fail in as many ways as there are libraries
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+        reason = f"{type(error).__name__}: {lines[0][:200]}"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words say how to run what is in the file
+            reason = (
+                "it holds no tensors and plain values alone, or is damaged, and what it would run is not run"
+            )
         raise CheckpointError(
-            f"{checkpoint}: {what} cannot be read: {type(error).__name__}: {(lines or ['no reason given'])[0][:200]}; "
-            "resume from an earlier checkpoint"
+            f"{checkpoint}: {what} cannot be read: {reason}; resume from an earlier checkpoint"
         ) from error
 
 
