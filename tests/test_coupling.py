@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infopo.losses.catalog import OBJECTIVES, STEP_STATISTICS
-from infopo.losses.coupling import StepStatistic, step_parts
+from infopo.losses.coupling import SortedScores, StepStatistic, matched, step_parts
 from infopo.losses.registry import step_statistic
 from infopo.records import ResponseLogps, Role
 
@@ -83,6 +83,38 @@ def test_at_rate_1_each_step_stands_alone() -> None:
     assert torch.equal(log_mean(rate=1.0).averaged(torch.tensor(9.0, dtype=F64), now), now)
 
 
+def test_sorted_scores_do_not_depend_on_how_a_step_is_cut_into_pieces_and_ranks() -> None:
+    """Ranks with unlike numbers of scores exchange rows of one length, filled up with infinity."""
+    scores = SortedScores(lambda logps: logps.policy, lambda logps: -logps.policy[:1])
+    mine, theirs = [batch([3.0, -1.0]), batch([]), batch([2.0])], [batch([0.5])]
+    whole = scores.over([batch([3.0, -1.0]), batch([2.0]), batch([0.5])])
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        if values.ndim == 1:  # lengths
+            return torch.cat([values, torch.tensor([1])])
+        other = scores.over(theirs)
+        filler = other.new_full((2, values.shape[1] - 1), math.inf)
+        return torch.cat([values, torch.cat([other[:, :1], filler], dim=1)])
+
+    cut = scores.over(mine, gather)
+    for row, expected in zip(cut, whole, strict=True):
+        assert row[row < math.inf].tolist() == expected[expected < math.inf].tolist()
+        assert row.tolist() == sorted(row.tolist())
+    assert whole[0].tolist() == [-1.0, 0.5, 2.0, 3.0]
+    assert scores.over([batch([])]).shape == (2, 0)
+
+
+def test_scores_of_one_rank_are_matched_and_rounding_changes_no_rank() -> None:
+    own, other = torch.tensor([1.0, 2.0, 4.0, math.inf]), torch.tensor([-5.0, 0.0, 7.0, math.inf])
+    for noise in (0.0, 0.3, -0.3):
+        found = matched(torch.tensor([4.0, 1.0, 2.0]) + noise, own, other)
+        assert found.tolist() == [7.0, -5.0, 0.0]
+    short = torch.tensor([-5.0, 7.0, math.inf, math.inf])
+    assert matched(own[:3], own, short).tolist() == [-5.0, -5.0, 7.0]  # the middle is as near to both
+    nothing = torch.full((4,), math.inf)
+    assert matched(own[:3], own, nothing).tolist() == own[:3].tolist()
+
+
 def test_of_no_response_there_is_no_mean() -> None:
     assert log_mean().of(batch([])).isnan()
     assert positive_mean().of(batch([])).item() == 0.0
@@ -94,4 +126,5 @@ def test_an_objective_has_a_statistic_if_its_catalog_row_names_one(name: str) ->
     assert (statistic is None) == (named == "")
     if statistic:
         assert named in STEP_STATISTICS
+        assert statistic.roles
         assert (statistic.rate < 1) == named.startswith("moving_")

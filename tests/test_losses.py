@@ -171,6 +171,10 @@ CASES = [
         {"beta": 1.0, "tau": 0.5, "cap": B},
         (256 * LOG17 + 2 + 6 * B) / 514 + (LOG9 - 3 * B + 8) / 130,
     ),
+    Case("aot", {"beta": 1.0}, (B + math.log(3)) / 2),
+    Case("aot", {"beta": 1.0, "label_smoothing": 0.25}, (B + math.log(3)) / 2 - B / 8),
+    Case("aot_unpaired", {"beta": 1.0}, (B + math.log(3)) / 2),
+    Case("aot_unpaired", {"beta": 1.0, "label_smoothing": 0.25}, (B + math.log(3)) / 2 - B / 8),
     Case("robust_dpo", {"beta": 1.0}, (LOG17 + LOG9 - 3 * B) / 2),
     Case("robust_dpo", {"beta": 1.0, "label_smoothing": 0.25}, (LOG17 + LOG9 - 2.5 * B) / 2),
 ]
@@ -337,6 +341,8 @@ def test_golden_values(case: Case) -> None:
     SPPO, target b: 9b² + 9b², b² + 0.
     BPO: R = 16, 1/8. KLIEP: 16 + 4b, 1/8 - 3b. λ=1, s=4: (R²/2 - 1/R + 1)/4: 128 - 1/16 + 1, 1/128 - 8 + 1.
         cap=b: R² = 256 becomes 2(1 + 8b - b), and 1/R = 8 becomes 2(1 + 3b - b).
+    AOT: margins -b, 2b against the reference's 3b, -b in order, -b, 3b: 0, -b. Unpaired: -2b, 2b against -b, 2b: -b, 0.
+        ε=1/4 adds ε Δ: -b/4 over both.
     RePO: margins 0, 2b. DiscoPOP, τ=1/2: m = 1/257, 64/65. cap=b: 16 becomes 2(1 + 4b - b).
     """
     assert_close(step_loss(case.loss, golden_batch()).detach(), case.golden)

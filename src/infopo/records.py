@@ -281,7 +281,7 @@ class ResponseLogps(Responses):
     """
 
     policy: Float[Tensor, " responses"]
-    statistic: Float[Tensor, ""] | None = None
+    statistic: Float[Tensor, "..."] | None = None
 
     @classmethod
     def of(

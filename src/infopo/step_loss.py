@@ -4,7 +4,7 @@ A trainer passes models and batches. Of each piece of a batch, `RunLoss` compute
 divides the terms by the counts of the whole optimizer step, and `EvaluationLoss` by those of the whole set.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -251,6 +251,6 @@ def _with_shares(batches: Sequence[PackedBatch]) -> Iterator[tuple[PackedBatch, 
         yield batch, own / max(1, sum(tokens))
 
 
-def _only(batch: PackedBatch, roles: set[Role]) -> PackedBatch:
+def _only(batch: PackedBatch, roles: Collection[Role]) -> PackedBatch:
     """Returns the batch with its responses of these roles only."""
     return select(batch, [i for i, role in enumerate(batch.roles) if role in roles])

@@ -29,8 +29,6 @@ LOSS_TYPES: Mapping[str, str] = (
 TOLD: Mapping[str, str] = {
     "apo_zero_unpaired": "objective='apo_zero' is this loss; it adds the means of both sides (1.0 at the start), where "
     "TRL takes one mean over them (0.5)",
-    "aot": "it is not implemented; loss_type='sigmoid' compares the pairs one by one",
-    "aot_unpaired": "it is not implemented; objective='kto' takes unpaired data too",
     "kto_pair": "TRL removed it; objective='kto' takes pairs too",
 }
 """Loss types of TRL that are not here -> what to write."""

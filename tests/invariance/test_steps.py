@@ -65,7 +65,7 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize(
-    "objective", quick(sorted(OBJECTIVES), "infopo", "infonce", "dpo", "dv", "kto", "sft")
+    "objective", quick(sorted(OBJECTIVES), "infopo", "infonce", "dpo", "dv", "aot", "kto", "sft")
 )
 def test_accumulation_and_pieces_change_neither_loss_nor_weights(
     tmp_path: Path, tokenizer: Any, objective: str
@@ -102,7 +102,7 @@ def test_unpaired_data_train_infopo_and_an_uneven_last_step_weighs_its_own_rows(
     assert_same(a, b)
 
 
-@pytest.mark.parametrize("objective", ["dv", "smile", "mine", "kto"])
+@pytest.mark.parametrize("objective", ["dv", "smile", "mine", "kto", "aot_unpaired"])
 def test_unpaired_data_train_what_couples_them_and_a_step_without_rejected_is_no_trouble(
     tmp_path: Path, tokenizer: Any, objective: str
 ) -> None:
@@ -268,7 +268,7 @@ def test_ranks_carry_equal_work_if_rows_are_grouped_by_length(tmp_path: Path, ra
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("objective", ["infopo", "dpo", "dv", "smile", "mine", "kto"])
+@pytest.mark.parametrize("objective", ["infopo", "dpo", "dv", "smile", "mine", "kto", "aot", "aot_unpaired"])
 def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path, tokenizer: Any, objective: str) -> None:
     """21 rows on 2 ranks x 4: the last step leaves one rank short, and no row may count twice."""
     data = random_dataset(21, chosen=(1, 2), rejected=(1, 1, 3))

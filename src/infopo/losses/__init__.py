@@ -5,6 +5,7 @@
 | `family.py` | InfoPO and its family, one bound each: every equation of the paper that trains a model |
 | `pairwise.py` | losses that compare a chosen with a rejected response of one prompt: DPO, IPO, SimPO, ... |
 | `margins.py` | later losses of a pair's margin: BPO, RePO, DiscoPOP |
+| `transport.py` | AOT: scores of one rank in the step are matched |
 | `unpaired.py` | other losses of single responses: SFT, KTO, APO-zero |
 | `common.py` | what several of them share: the critic, the capped exponential, the likelihood term |
 | `coupling.py` | numbers of a whole optimizer step that couple its examples: DV's mean, KTO's KL |

@@ -81,6 +81,86 @@ class StepStatistic:
             return self.combined(self.part(logps)[None])
         return logps.statistic.to(logps.policy.dtype)
 
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Roles of the responses that it is computed from."""
+        return frozenset({self.role})
+
+
+@dataclass(frozen=True)
+class SortedScores:
+    """Two sets of scores of an optimizer step in ascending order, by which scores of one rank are matched.
+
+    The statistic is a tensor of two rows (nats). The shorter set is filled up with infinity.
+
+    Attributes:
+        first: Returns the scores of the first set from the log-probs of a batch.
+        second: Returns those of the second set.
+
+    Example:
+        >>> scores = SortedScores(lambda logps: logps.policy, lambda logps: logps.reference)
+        >>> scores.of(ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.5)))
+        tensor([[-5.0000, -3.0000],
+                [-4.5000, -4.0000]], dtype=torch.float64)
+    """
+
+    first: Callable[[ResponseLogps], Float[Tensor, " items"]]
+    second: Callable[[ResponseLogps], Float[Tensor, " items"]]
+    rate = 1.0
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Roles of the responses that it is computed from."""
+        return frozenset({Role.CHOSEN, Role.REJECTED})
+
+    def over(
+        self, batches: Sequence[ResponseLogps], gather: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> Float[Tensor, "2 items"]:
+        """Returns the two sets of all these batches, of all ranks whose tensors `gather` concatenates."""
+        sets = [torch.cat([scores(b).detach() for b in batches]) for scores in (self.first, self.second)]
+        longest = int(gather(torch.tensor([max(map(len, sets))], device=sets[0].device)).max())
+        if not longest:
+            return sets[0].new_empty(2, 0)
+        filled = [torch.cat([s, s.new_full((longest - len(s),), math.inf)]) for s in sets]
+        # A row per rank and set, because ranks are concatenated along the first dimension.
+        ranks = gather(torch.stack(filled)).reshape(-1, 2, longest)
+        rows = [ranks[:, i].flatten().sort().values for i in (0, 1)]
+        return torch.stack(rows)
+
+    def of(self, logps: ResponseLogps) -> Float[Tensor, "2 items"]:
+        """Returns the sets that the trainer found in the step, or else those of the batch itself."""
+        return self.over([logps]) if logps.statistic is None else logps.statistic.to(logps.policy.dtype)
+
+
+def matched(
+    scores: Float[Tensor, " items"], own: Float[Tensor, " step"], other: Float[Tensor, " step"]
+) -> Float[Tensor, " items"]:
+    """Returns the score of the other set that has the rank of each of these scores in its own. It has no gradient.
+
+    A score is taken to be the nearest of its own set, so that rounding changes no rank. In sets of unlike sizes, ranks
+    are relative. If the other set is empty, each score is matched with itself.
+
+    Args:
+        scores: Scores of a batch.
+        own: Those of the whole step, in ascending order, filled up with infinity.
+        other: The other set, likewise.
+
+    Example:
+        >>> matched(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 9.0]))
+        tensor([9., 4.])
+    """
+    at = scores.detach()
+    if not len(at):
+        return at
+    between = (own[1:] + own[:-1]) / 2
+    sizes = [(~torch.isposinf(row)).sum() for row in (own, other)]
+    rank = torch.searchsorted(between.contiguous(), at.contiguous()).clamp(max=sizes[0] - 1)
+    place = rank * (sizes[1] - 1).clamp(min=0) / (sizes[0] - 1).clamp(min=1)
+    return torch.where(sizes[1] > 0, other[place.round().long()], at)
+
+
+AnyStatistic = StepStatistic | SortedScores
+
 
 def step_parts(
     statistics: Sequence[StepStatistic], batches: Sequence[ResponseLogps]
@@ -118,14 +198,14 @@ class StepCoupling:
 
     def __init__(
         self,
-        statistics: Sequence[StepStatistic | None],
+        statistics: Sequence[AnyStatistic | None],
         device: torch.device | str = "cpu",
         gather: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         self._statistics = statistics
         self._device = torch.device(device)
         self._gather = gather
-        self.roles = {statistic.role for statistic in statistics if statistic}
+        self.roles = frozenset[Role]().union(*(statistic.roles for statistic in statistics if statistic))
         self.reset()
 
     def reset(self, averages: Sequence[float] | None = None) -> None:
@@ -144,7 +224,7 @@ class StepCoupling:
         """Sets the values to those of the next step, which contains these batches, and returns its metrics."""
         self.values, metrics = self.over(seen)
         for index, (statistic, now) in enumerate(zip(self._statistics, self.values, strict=True)):
-            if statistic and now is not None:
+            if isinstance(statistic, StepStatistic) and now is not None:
                 self.averages[index] = statistic.averaged(self.averages[index], now)
                 self.values[index] = self.averages[index]
         return metrics
@@ -153,9 +233,12 @@ class StepCoupling:
         self, seen: Sequence[ResponseLogps]
     ) -> tuple[list[Tensor | None], dict[str, tuple[Tensor, float]]]:
         """Returns each objective's statistic over these batches of all ranks, and metrics as (sum, count) by name."""
-        needed = [statistic for statistic in self._statistics if statistic]
+        needed = [each for each in self._statistics if isinstance(each, StepStatistic)]
+        whole = [
+            s.over(seen, self._gather) if isinstance(s, SortedScores) else None for s in self._statistics
+        ]
         if not needed:
-            return [None] * len(self._statistics), {}
+            return whole, {}
         parts = self._gather(step_parts(needed, seen)).reshape(-1, len(needed), 2).unbind(1)
         values = iter([statistic.combined(part) for statistic, part in zip(needed, parts, strict=True)])
         metrics: dict[str, tuple[Tensor, float]] = {}
@@ -164,4 +247,8 @@ class StepCoupling:
             if statistic.role == Role.KL:
                 raw = statistic.unclamped(part)
                 metrics = {"kl": (raw.clamp(min=0), 1), "kl_unclamped": (raw, 1)}
-        return [next(values) if statistic else None for statistic in self._statistics], metrics
+        found = [
+            next(values) if isinstance(statistic, StepStatistic) else sets
+            for statistic, sets in zip(self._statistics, whole, strict=True)
+        ]
+        return found, metrics

@@ -16,7 +16,7 @@ from torch import Tensor
 from infopo.errors import ConfigError, ObjectiveError
 from infopo.losses import foreign
 from infopo.losses.catalog import check_objective, row_of
-from infopo.losses.coupling import StepStatistic
+from infopo.losses.coupling import AnyStatistic
 from infopo.losses.declaration import Objective
 from infopo.losses.registry import LossFunction, loss_function, step_statistic
 from infopo.records import PER, LossTerm, LossTerms, ResponseLogps, Role
@@ -102,7 +102,7 @@ def _named(name: str, row: Objective) -> str:
     return f"{foreign.plain_name(name)} ({row.location})" if row.location else name
 
 
-def _problems(loss: _Repeatable, row: Objective, statistic: StepStatistic | None) -> Iterator[str]:
+def _problems(loss: _Repeatable, row: Objective, statistic: AnyStatistic | None) -> Iterator[str]:
     layouts = [PAIRS, MANY] if row.pairs else [PAIRS, MANY, LONE]
     is_pulled = False
     for seed, layout in enumerate([*layouts, []]):
@@ -132,7 +132,7 @@ def _problems(loss: _Repeatable, row: Objective, statistic: StepStatistic | None
         yield from _coupling(loss, random_logps(MANY, seed=7))
 
 
-def _of_step(logps: ResponseLogps, statistic: StepStatistic | None) -> ResponseLogps:
+def _of_step(logps: ResponseLogps, statistic: AnyStatistic | None) -> ResponseLogps:
     return replace(logps, statistic=statistic.of(logps)) if statistic and len(logps.pairs) else logps
 
 

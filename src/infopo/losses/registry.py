@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from infopo.losses import family, foreign, unpaired
+from infopo.losses import family, foreign, transport, unpaired
 from infopo.losses.catalog import FOLDER, OBJECTIVES, complete_parameters, read_declarations, row_of
-from infopo.losses.coupling import StepStatistic
+from infopo.losses.coupling import AnyStatistic
 from infopo.records import LossTerms, ResponseLogps
 
 LossFunction = Callable[[ResponseLogps], LossTerms]
@@ -37,7 +37,7 @@ def loss_function(name: str, parameters: Mapping[str, Any] | None = None) -> Los
     return partial(FUNCTIONS[name] if name in OBJECTIVES else foreign.find(name).function, **bound)
 
 
-def step_statistic(name: str, parameters: Mapping[str, Any] | None = None) -> StepStatistic | None:
+def step_statistic(name: str, parameters: Mapping[str, Any] | None = None) -> AnyStatistic | None:
     """Returns the number of the optimizer step that couples the examples of objective `name`, or None if none does.
 
     Raises:
@@ -61,11 +61,13 @@ def _log_mean(
     tau: float = math.inf,
     rate: float = 1.0,
     **others: Any,
-) -> StepStatistic:
+) -> AnyStatistic:
     return family.log_mean_statistic(beta, length_normalized, tau=tau, rate=rate)
 
 
-_STATISTICS: Mapping[str, Callable[..., StepStatistic]] = {
+_STATISTICS: Mapping[str, Callable[..., AnyStatistic]] = {
+    "sorted_margins": lambda **parameters: transport.SORTED_MARGINS,
+    "sorted_log_ratios": lambda **parameters: transport.SORTED_LOG_RATIOS,
     "log_mean": _log_mean,
     "moving_log_mean": _log_mean,
     "kl": lambda **parameters: unpaired.MISMATCH_KL,
