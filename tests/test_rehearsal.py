@@ -272,6 +272,24 @@ def test_a_live_reference_that_gives_nan_is_named_as_the_cause(tmp_path: Path) -
         made.train()
 
 
+def test_a_model_that_keeps_states_of_its_last_pass_can_be_copied_for_a_live_reference(
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama()
+    model.model.layers[0].register_forward_hook(lambda module, _, output: setattr(module, "state", output))
+    made = trainer(tmp_path, model=model, settings={"reference": "live"})
+    made.train()
+    assert made.state.log_history[0]["ratio/max"] == pytest.approx(1)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_as_its_own_live_reference(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with Path(__file__).open() as handle:
+        model.handle = handle  # what cannot be copied
+        with pytest.raises(ModelError, match=r"^reference='live': LlamaForCausalLM cannot be copied"):
+            trainer(tmp_path, model=model, settings={"reference": "live"})
+
+
 def test_a_callback_may_be_a_class(tmp_path: Path) -> None:
     class Quiet(TrainerCallback):
         pass

@@ -6,6 +6,7 @@ from tried import architectures, page
 
 WRITTEN = page.written()
 NAMES = page.all_names()
+TRAINED = [n for n in NAMES if n[0] in ("Architectures", "Adapters")]
 
 
 def test_the_page_has_a_row_for_everything_that_the_libraries_know() -> None:
@@ -29,8 +30,15 @@ def held(section: str, name: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("section", "name"), [n for n in NAMES if n[0] in ("Architectures", "Adapters")])
+@pytest.mark.parametrize(("section", "name"), TRAINED)
 def test_training_comes_out_as_the_page_says(section: str, name: str) -> None:
+    held(section, name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("section", "name"), TRAINED[::7])
+def test_every_seventh_training_comes_out_as_the_page_says(section: str, name: str) -> None:
+    """About a minute of the long tier; `make soak` makes them all."""
     held(section, name)
 
 

@@ -4,6 +4,7 @@ A name is a local folder, a hub name, or `lab:policy`, the small model that ship
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,25 @@ def resolve_name(name_or_path: str) -> str:
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
         raise ModelError(f"model {name_or_path!r}: there is no such folder")
     return name_or_path
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model, which may keep results of its last pass (recurrent states) with their graph.
+
+    Raises:
+        ModelError: It cannot be copied.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a model of any class may hold
+        raise ModelError(
+            f"reference='live': {type(model).__name__} cannot be copied: {type(error).__name__}: "
+            f"{first_lines(error)[:200]}. Pass a ref_model, or use reference='precompute'"
+        ) from error
 
 
 def let_gradients_reach_adapters(model: nn.Module) -> None:

@@ -4,7 +4,6 @@ There are four cases: no objective needs a reference, `adapter-off` (the policy 
 `live` (a frozen copy of the policy or another model, in each step), and `precompute` (once, before training).
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from infopo.late_reference import Context, LateReference, lend
 from infopo.logps import attention
 from infopo.noise import evaluating
 from infopo.output import get_logger
+from infopo.records import PreferenceExample
 from infopo.reference import (
     LiveReference,
     Reference,
@@ -143,7 +143,7 @@ class ReferenceBuilder:
         weights = policy_weights if ref_model is None else hashing.hash_over_ranks(ref_model, self.args)
         model, is_own = ref_model, ref_model is not None
         if self.sides("train") and source == "live":
-            model = ref_model if ref_model is not None else copy.deepcopy(self.policy)
+            model = ref_model if ref_model is not None else models.frozen_copy(self.policy)
         return ReferenceChoice(source, is_named, is_own, model, policy_weights, weights)
 
     def build(
@@ -172,17 +172,7 @@ class ReferenceBuilder:
         if source == "adapter-off":
             common["description"] = "the policy without its adapter"
             off = self.accelerator.unwrap_model(self.policy).disable_adapter
-            # A sharded process holds no whole model yet.
-            if not ranks.is_sharded(self.accelerator):
-                exact = is_exact(self.policy, self.args.device, self.accelerator.autocast)
-                with self.accelerator.autocast():
-                    startup.check_adapter_off(
-                        self.policy,
-                        startup.first(train_data),
-                        off,
-                        is_fresh=self.adapter_is_fresh,
-                        exact=exact,
-                    )
+            self._check_adapter_off(startup.first(train_data), off)
             live = self._live(self.policy, off)
             return ReferenceSetup(**common, **live, hash=choice.policy_weights.base), train_data, eval_data
         common["hash"] = choice.weights.whole
@@ -204,6 +194,21 @@ class ReferenceBuilder:
         elif eval_data is not None:
             eval_data = self.with_values(eval_data, model, self.sides("eval"), store)
         return setup, train_data, eval_data
+
+    def _check_adapter_off(self, example: PreferenceExample, off: Context) -> None:
+        is_fsdp = sharding.is_fsdp(self.accelerator)
+        if ranks.is_sharded(self.accelerator) and not is_fsdp:
+            logger.warning(
+                "reference='adapter-off' is not tried before training, because DeepSpeed prepares the model then: see "
+                "that the adapter trains no weight of the model itself (bias='all', say)"
+            )
+            return
+        exact = is_exact(self.policy, self.args.device, self.accelerator.autocast)
+        most = partial(ranks.largest, args=self.args) if is_fsdp else int
+        with self.accelerator.autocast():
+            startup.check_adapter_off(
+                self.policy, example, off, is_fresh=self.adapter_is_fresh, exact=exact, most=most
+            )
 
     def _refuse_contradictions(self, source: str, ref_model: nn.Module | None) -> None:
         if source not in REFERENCE_MODES and ref_model is not None:

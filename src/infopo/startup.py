@@ -362,6 +362,7 @@ def check_adapter_off(
     *,
     is_fresh: bool,
     exact: bool,
+    most: Callable[[int], int] = int,
 ) -> None:
     """Refuses a policy that cannot have itself without its adapter as the reference.
 
@@ -373,10 +374,25 @@ def check_adapter_off(
         off: Switches the adapter off.
         is_fresh: Whether the adapter is new, so that policy and reference must be the same function.
         exact: Whether the model computes in float32 or better throughout.
+        most: Returns the largest of a number over the ranks that hold parts of the model, which then decide alike.
 
     Raises:
         ConfigError: The reference would change during training, or it is not the policy that training starts from.
     """
+    problem = _adapter_off_problem(model, example, off, is_fresh=is_fresh, exact=exact)
+    if most(int(problem is not None)):
+        raise ConfigError(f"reference='adapter-off': {problem or 'another rank refuses it'}")
+
+
+def _adapter_off_problem(
+    model: nn.Module,
+    example: PreferenceExample,
+    off: Callable[[], contextlib.AbstractContextManager[object]],
+    *,
+    is_fresh: bool,
+    exact: bool,
+) -> str | None:
+    """Returns why the policy without its adapter is no reference, or None. Arguments as in `check_adapter_off`."""
     batch = pack(_probes(example)).to(next(model.parameters()).device)
 
     def without() -> Tensor:
@@ -391,9 +407,9 @@ def check_adapter_off(
     allowed = 1e-4 + 2 * float((again - reference).abs().max())
     remedy = "use reference='precompute' or 'live', the policy as it is now"
     if not float((moved - reference).abs().max()) <= allowed:
-        raise ConfigError(
-            "reference='adapter-off': the adapter also trains weights of the model itself (bias='all', say), which "
-            f"stay as trained when it is switched off, so the reference would change during training; {remedy}"
+        return (
+            "the adapter also trains weights of the model itself (bias='all', say), which stay as trained when it is "
+            f"switched off, so the reference would change during training; {remedy}"
         )
     # The same kernel computes the same rows here, so only a new adapter's own rounding is allowed for.
     limits = [tolerance(n, is_exact=exact) / (10 if exact else 1) for n in response_lengths(batch)]
@@ -401,11 +417,12 @@ def check_adapter_off(
     if is_fresh and any(
         not difference <= limit for difference, limit in zip(differences, limits, strict=True)
     ):
-        raise ConfigError(
-            f"reference='adapter-off': the new adapter changes the policy at once, by {max(differences):.3g} nats on "
-            f"{example.row_id}, since it starts at random or rewrites the model, so the model without it is not the "
-            f"policy that training starts from; {remedy}"
+        return (
+            f"the new adapter changes the policy at once, by {max(differences):.3g} nats on {example.row_id}, since it "
+            "starts at random or rewrites the model, so the model without it is not the policy that training starts "
+            f"from; {remedy}"
         )
+    return None
 
 
 def first(dataset: ExampleDataset | ExampleStream) -> PreferenceExample:

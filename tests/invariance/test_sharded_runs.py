@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+REFUSED: dict[str, Any] = {"lora": "random", "reference": "adapter-off"}
+
 QUICK = ("efficient", "found", "adapter-off")
 
 
@@ -61,7 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path, are_quick: bool) -> list[dict[str, Any]]:
     """What the cases gave on each of two ranks with 4 rows at a time. They run one after the other in one launch."""
     names = [name for name in CASES if (name in QUICK) == are_quick]
-    return launch(folder, {name: placed(CASES[name], folder) | {"num_train_epochs": 1} for name in names})
+    cases = {name: placed(CASES[name], folder) | {"num_train_epochs": 1} for name in names}
+    return launch(folder, ({"refused": dict(REFUSED)} if are_quick else {}) | cases)
 
 
 def placed(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -138,6 +141,14 @@ def test_a_sharded_run_is_the_run_of_a_whole_model(folder: Path, name: str) -> N
     assert first["weights"].keys() == expected_weights.keys()
     for key, value in expected_weights.items():
         torch.testing.assert_close(first["weights"][key], value, rtol=0, atol=2e-5, msg=key)
+
+
+def test_ranks_of_a_sharded_model_refuse_together_a_policy_that_is_no_reference_without_its_adapter(
+    folder: Path,
+) -> None:
+    """Those that went on would wait for the others for ever: the cases that follow would not run."""
+    for of_rank in results(folder, True):
+        assert "reference='adapter-off': the new adapter changes the policy" in of_rank["refused"]["refused"]
 
 
 def test_the_first_rank_keeps_the_store_for_all(folder: Path) -> None:

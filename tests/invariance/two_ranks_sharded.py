@@ -52,10 +52,12 @@ def trainer_of(case: dict[str, Any], folder: Path) -> InfoPOTrainer:
     fsdp = {"version": version, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **case.pop("fsdp_config", {})}
     if version == 1:
         fsdp["sync_module_states"] = False  # it needs an accelerator
-    lora = (
-        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        if case.pop("lora", 0)
-        else None
+    adapter = case.pop("lora", False)  # True, or "random" for one that changes the policy at once
+    lora = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=adapter != "random",
     )
     reference = tiny_llama(seed=1) if case.pop("ref_model", False) else None
     KEPT.append(reference)
@@ -71,7 +73,7 @@ def trainer_of(case: dict[str, Any], folder: Path) -> InfoPOTrainer:
         train_dataset=random_dataset(21, **data),
         eval_dataset=random_dataset(5, seed=9),
         processing_class=build_tokenizer(),
-        peft_config=lora,
+        peft_config=lora if adapter else None,
     )
 
 

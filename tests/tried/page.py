@@ -20,8 +20,10 @@ SECTIONS: dict[str, ModuleType] = {
 
 _BEGINNING = """# What was tried
 
-Each row of this page is a run, made by a test that fails when the row comes out otherwise. `make tried` makes them all
-anew and writes this page. It was written with transformers {transformers}, PEFT {peft}, TRL {trl} and
+Each row of this page is a run, made by a test that fails when the row comes out otherwise. `make test` makes those of
+templates and data anew, and four architectures; `make test-long` every seventh architecture and adapter; `make soak`
+all. `make tried` makes all of them anew and writes this page. It was written with
+transformers {transformers}, PEFT {peft}, TRL {trl} and
 datasets {datasets}.
 
 A row says *trained* or *read* if everything that its section asks for held, and *refused* if the trainer stopped with
