@@ -46,7 +46,7 @@ REFERENCE_SIDES = ("auto", "needed", "both")
 
 
 LOGPS_PATHS = ("auto", "naive")
-"""How log-probs are computed: the fastest way that the model allows, or one padded row a response."""
+"""How log-probs are computed: the fastest way that the model allows, or one padded row per response."""
 
 
 def suggestion(word: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:

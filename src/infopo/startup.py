@@ -57,8 +57,8 @@ LEAST_PROBED = 16
 
 _PATH_IN_WORDS = {
     "forest": "each prompt once, without padding",
-    "padded": "one padded row a response",
-    "naive": "one padded row a response, logits of every position",
+    "padded": "one padded row per response",
+    "naive": "one padded row per response, logits of every position",
 }
 
 

@@ -617,7 +617,7 @@ def test_both_paths_train_to_the_same_weights(
     assert "log-probs: each prompt once, without padding" in caplog.text
     naive = trained(tmp_path, logps_path="naive", **{"per_device_train_batch_size": 4, **settings})
     assert (
-        "log-probs: one padded row a response, logits of every position (logps_path is 'naive')"
+        "log-probs: one padded row per response, logits of every position (logps_path is 'naive')"
         in caplog.text
     )
     for a, b in zip(ours, naive, strict=True):

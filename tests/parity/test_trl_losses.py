@@ -63,7 +63,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
-    """Random weights large enough that two seeds differ by several nats a response."""
+    """Random weights large enough that two seeds differ by several nats per response."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS),

@@ -182,7 +182,7 @@ def table(summary: Mapping[str, Any]) -> list[str]:
     lines = [
         f"labels: {summary['labels']}; start: accuracy {start['accuracy']:.3f} "
         f"[{start['accuracy_ci95'][0]:.3f}, {start['accuracy_ci95'][1]:.3f}], n = {start['n']}; "
-        "log-probs and KL in nats a response, on held-out problems",
+        "log-probs and KL in nats per response, on held-out problems",
         "",
         "| method | learning rate | accuracy [95 %] | chosen log-prob | rejected log-prob | KL from start | s |",
         "|---|---|---|---|---|---|---|",
