@@ -76,8 +76,15 @@ NOT_HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     ),
     "is_encoder_decoder": ((None, False), "models are decoders: causal language models"),
     "generate_during_eval": ((False,), "generate in a TrainerCallback's on_evaluate"),
-    "ld_alpha": ((None,), "the length-desensitised loss (LD-DPO) is not implemented"),
-    "use_weighting": ((False,), "the WPO weighting is not implemented"),
+    "ld_alpha": (
+        (None,),
+        "LD-DPO weighs tokens beyond the shorter response apart, and a loss here sees sums over a response; "
+        "loss_type='sigmoid_norm' and objective='rdpo' discount length, too",
+    ),
+    "use_weighting": (
+        (False,),
+        "WPO weighs a pair by the sum of squared probabilities at each token, which the chunked head does not form",
+    ),
     "activation_offloading": ((False,), "use gradient_checkpointing to save memory"),
     "sync_ref_model": ((False,), "the reference is frozen: it is part of InfoPO's definition"),
     "train_sampling_strategy": (
