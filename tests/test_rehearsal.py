@@ -9,11 +9,19 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from infopo import InfoPOConfig, InfoPOTrainer
-from infopo.errors import ConfigError, InfoPOError, ModelError, NonFiniteLossError, UnsupportedArgumentError
+from infopo.errors import (
+    ConfigError,
+    InfoPOError,
+    LogpsError,
+    ModelError,
+    NonFiniteLossError,
+    UnsupportedArgumentError,
+)
 from infopo.lab.tokenizer import build_tokenizer
+from tried import architectures
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
 TOKENIZER = build_tokenizer()
@@ -336,6 +344,38 @@ def test_an_evaluation_of_nothing_and_of_an_unknown_set_are_refused(tmp_path: Pa
     assert "eval_loss" in made.evaluate("a")
     with pytest.raises(ConfigError, match=r"^evaluate: there is no dataset 'c'; the trainer has 'a', 'b'"):
         made.evaluate("c")
+
+
+def test_an_evaluation_before_training_does_not_trust_a_model_that_sees_later_tokens(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertLMHeadModel(BertConfig(vocab_size=61, initializer_range=0.3, **sizes)).eval()
+    made = trainer(tmp_path, model=model, eval_dataset=random_dataset(2))
+    with pytest.raises(LogpsError, match="with the tokens after it"):
+        made.evaluate()
+
+
+def test_a_checkpoint_is_resumed_whose_layers_only_the_class_of_the_model_knows(tmp_path: Path) -> None:
+    """transformers reads its configuration as one of no class in particular, and refuses to."""
+
+    def made() -> InfoPOTrainer:
+        model = architectures.VARIANTS.get("deepseek_v4", architectures._with("deepseek_v4"))()
+        settings = {
+            "max_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "per_device_train_batch_size": 2,
+        }
+        return trainer(tmp_path, model=model, settings=settings)
+
+    whole = made()
+    whole.train()
+    resumed = made()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [r["loss"] for r in resumed.state.log_history if "loss" in r] == [
+        r["loss"] for r in whole.state.log_history if "loss" in r
+    ]
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, msg=name)
 
 
 def test_a_model_error_says_what_the_model_is(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState
@@ -93,7 +94,12 @@ class SavingTrainer(LoadingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Overrides `Trainer`'s to name the checkpoint in errors, and to load weights of other names."""
         with _readable(resume_from_checkpoint, "its weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except StrictDataclassError:
+                # transformers reads the configuration as one of no class in particular, which refuses layers of kinds
+                # that only the model's own class knows (DeepSeek V4).
+                self._load_by_class(resume_from_checkpoint)
             self._complete(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -115,6 +121,10 @@ class SavingTrainer(LoadingTrainer):
         result, self._load_result = self._load_result, None
         if result is None or not (_absent(self.model, result.missing_keys) or result.unexpected_keys):
             return
+        self._load_by_class(checkpoint)
+
+    def _load_by_class(self, checkpoint: str) -> None:
+        """Loads a checkpoint by the `from_pretrained` of the model's class."""
         config = getattr(self.model, "config", None)
         loaded, info = type(self.model).from_pretrained(
             checkpoint, config=config, dtype=self.model.dtype, output_loading_info=True

@@ -157,7 +157,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
             self.mixture, self.args.device, self._gather, self.args.world_size, self._router_coef
         )
         self._steps = StepLoss(self._loss, self._setup.train)
-        self._is_checked = self._has_trained = self._is_running = False
+        self._is_tried = self._is_checked = self._has_trained = self._is_running = False
         self._log_description()
 
     def _set_up_reference(self, ref_model: nn.Module | None) -> ReferenceSetup:
@@ -355,9 +355,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         """Runs the checks of the first step (see `startup`) on the model as it is distributed."""
         self._is_checked = True
         exact = is_exact(self.model, self.args.device, self.accelerator.autocast)
-        rounding = startup.check_log_probs(
-            model, self.train_dataset, self.args, exact=exact, quiet=self._quiet
-        )
+        rounding = self._try_log_probs(model, exact)
         if self._setup.policy_is_reference and self.reference_sides and self.state.global_step == 0:
             startup.check_step_0(
                 model,
@@ -367,6 +365,11 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
                 partial(tolerance, is_exact=exact, noise=rounding),
                 partial(ranks.largest, args=self.args) if ranks.is_sharded(self.accelerator) else int,
             )
+
+    def _try_log_probs(self, model: nn.Module, exact: bool) -> float:
+        """Runs the start-up self-test, and returns the rounding noise that it measures."""
+        self._is_tried = True
+        return startup.check_log_probs(model, self.train_dataset, self.args, exact=exact, quiet=self._quiet)
 
     # ---- metrics, evaluation, checkpoints ------------------------------------------------------------------------
 
@@ -427,6 +430,8 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         self.callback_handler.eval_dataloader = dataloader
         loss = EvaluationLoss(self._loss, self._setup.evaluation)
         with torch.no_grad(), self.accelerator.autocast():
+            if not self._is_tried:  # nothing was trained yet, and numbers should not be wrong before
+                self._try_log_probs(model, is_exact(self.model, self.args.device, self.accelerator.autocast))
             for inputs in dataloader:
                 loss.add(model, self._prepare_inputs(inputs))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
