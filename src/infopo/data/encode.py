@@ -47,6 +47,7 @@ from infopo.data.conversation import (
     NOT_A_PREFIX,
     PROMPT_NOT_WRITTEN,
     REASONING_DROPPED,
+    USERS_BETWEEN,
     WRITTEN_AS_DATA,
     Conversation,
 )
@@ -78,6 +79,7 @@ DATE_FIXED = (
 NOTES = (
     PROMPT_CUT, RESPONSE_CUT, END_OF_TURN_LOST, END_OF_TURN_DOUBLED, END_OF_TURN_APPENDED, NOT_A_PREFIX, MERGED_TOKENS,
     WRITTEN_AS_DATA, REASONING_DROPPED, EMPTY_BLOCK_DROPPED, PROMPT_NOT_WRITTEN, UNKNOWN_TEXT,
+    USERS_BETWEEN,
 )  # fmt: skip
 """Names of all changes and findings that are counted."""
 
