@@ -392,10 +392,7 @@ DOUBLING = (
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="the system does not tell what a process has"
 )
-@pytest.mark.parametrize(
-    "endless",
-    ["{{ 'a' * 2000000000 }}", DOUBLING, "{{ '%2000000000d' % 1 }}", "{{ ([1] * 200000000) | length }}"],
-)
+@pytest.mark.parametrize("endless", ["{{ '%2000000000d' % 1 }}", DOUBLING])
 def test_a_template_that_takes_memory_without_end_is_a_named_error(
     endless: str, monkeypatch: pytest.MonkeyPatch
 ):
