@@ -17,6 +17,7 @@ from infopo.data.sampling import LengthGroupedEpochs, PaddedSampler
 from infopo.lab import problems
 from infopo.lab.evaluation import wilson_interval
 from infopo.logps import wrappers
+from infopo.logps.forward import response_logps
 from infopo.logps.layout import ForestLayout
 from infopo.losses import catalog, common, registry
 from infopo.losses.registry import FUNCTIONS
@@ -37,6 +38,8 @@ SHOWN_MODULES = (estimators, common, catalog, registry, problems, wrappers)
 """Modules whose public functions all have an example."""
 
 SHOWN = [
+    *(getattr(infopo, name) for name in infopo.__all__ if name != "__version__"),
+    response_logps,
     *FUNCTIONS.values(),
     *(function for module in SHOWN_MODULES for function in public_functions(module)),
     ExampleDataset,

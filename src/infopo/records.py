@@ -278,6 +278,11 @@ class ResponseLogps(Responses):
         policy: log π_θ(y|x), summed over the response's tokens (nats), with its gradient.
         statistic: The number of the whole optimizer step that the objective's catalog row names (nats, without
             gradient). If it is None, this batch is the whole step, and the objective computes the number from it.
+
+    Example:
+        >>> logps = ResponseLogps.pair((-3.0, -5.0), reference=(-4.0, -4.0))
+        >>> logps.policy - logps.reference
+        tensor([ 1., -1.], dtype=torch.float64)
     """
 
     policy: Float[Tensor, " responses"]
@@ -381,6 +386,11 @@ class LossTerm:
             ones.
         per: The denominator.
         name: What the term is about, e.g. `chosen` or `rejected`, for readers of the terms. Nothing computes with it.
+
+    Example:
+        >>> logps = ResponseLogps.pair((-3.0, -5.0))
+        >>> LossTerm(-logps.policy[logps.chosen], per="chosen").values
+        tensor([3.], dtype=torch.float64)
     """
 
     values: Float[Tensor, " items"]

@@ -247,7 +247,7 @@ class SavingTrainer(LoadingTrainer):
         return self._staging or super()._get_output_dir(trial)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`; what the hub answers is a `ConfigError`, before anything is computed."""
+        """Overrides `Trainer`'s to raise what the hub answers as a `ConfigError`, before anything is computed."""
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # of the network, of the hub's client, or of its answer

@@ -73,6 +73,17 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         UnsupportedArgumentError: An argument cannot be honoured.
         DataError: A row cannot be used (unless `on_bad_row="skip"`). The message names file and row.
         ModelError: Model, tokenizer or adapter cannot be used.
+
+    Example:
+        >>> import tempfile
+        >>> from infopo.lab import policy_path
+        >>> rows = [{"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 11"}]
+        >>> args = InfoPOConfig(tempfile.mkdtemp(), use_cpu=True, reference_store="off", dataset_cache="off")
+        >>> trainer = InfoPOTrainer(str(policy_path()), args=args, train_dataset=rows)
+        >>> trainer.data_counts["train"].used
+        1
+        >>> trainer.objective_in_words()
+        'InfoPO (beta=1.0, length_normalized=False, cap=5.0)'
     """
 
     loss_is_scaled_for_ga = True

@@ -92,6 +92,16 @@ def response_logps(
 
     The sum runs in float64 where the device has it: float32 sums are off by up to 1e-3 nat on long responses, and
     InfoPO exponentiates differences of such sums.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from infopo.data.packing import pack
+        >>> from infopo.records import PreferenceExample
+        >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **tiny))
+        >>> batch = pack([PreferenceExample([5, 6], [[7, 2]], [[3]], "pairs.jsonl:1")])
+        >>> bool((response_logps(model, batch) < 0).all())
+        True
     """
     tokens = token_logps(model, batch, path)
     tokens = tokens.to(sum_dtype(tokens.device))

@@ -134,8 +134,8 @@ def complete_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, A
         ConfigError: A name or a value is wrong.
 
     Example:
-        >>> complete_parameters("dpo", {"beta": 1})
-        {'beta': 1.0, 'label_smoothing': 0.0, 'nll_weight': 0.0}
+        >>> complete_parameters("infopo", {"beta": 1})
+        {'beta': 1.0, 'length_normalized': False, 'cap': 5.0}
     """
     if problems := check_objective(name, parameters):
         raise ConfigError(problems)

@@ -285,6 +285,12 @@ def objective(**declaration: Any) -> Callable[[Loss], Loss]:
 
     Raises:
         ValueError: The declaration does not fit the function.
+
+    Example:
+        >>> @objective(title="Chosen only", sides=("chosen",), reference=())
+        ... def chosen_only(logps, *, weight: float = 1.0): ...
+        >>> declared(chosen_only).title
+        'Chosen only'
     """
 
     def mark(function: Loss) -> Loss:
