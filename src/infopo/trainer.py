@@ -87,6 +87,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    dataset_names: Sequence[str] = ()
     args: InfoPOConfig
     control: TrainerControl
     train_dataset: ExampleDataset | ExampleStream
@@ -123,7 +124,6 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         self._changed_config, self._quiet = policy.changed_config, policy.quiet
         self._router_coef, self.logps_in_words = policy.router_coef, policy.path
         self.mixture = args.mixture()
-        self.dataset_names: Sequence[str] = ()
         self._intake = Intake.of(args, policy.tokenizer)
         train_examples, eval_examples = self._intake.both(
             train_dataset, eval_dataset, fit=[each for each in (policy.model, ref_model) if each is not None]
