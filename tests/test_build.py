@@ -14,6 +14,7 @@ from infopo.build import build_adapter, build_arguments, build_examples, build_p
 from infopo.config import Recipe, parse_recipe
 from infopo.errors import DataError, RecipeError
 from infopo.lab import source
+from infopo.losses.catalog import complete_parameters
 from infopo.models import LAB_POLICY, load_tokenizer
 from infopo.settings import DataSettings
 
@@ -148,7 +149,7 @@ def test_arguments_say_what_the_recipe_says():
         recipe("objective={name: dpo, beta: 0.3}", "reference={source: live, sides: both}", "train.seed=7",
                "train.resume_from_checkpoint=true", "data.max_length=99")
     )  # fmt: skip
-    assert args.mixture() == [("dpo", {"beta": 0.3, "label_smoothing": 0.0, "nll_weight": 0.0}, 1.0)]
+    assert args.mixture() == [("dpo", complete_parameters("dpo", {"beta": 0.3}), 1.0)]
     assert (args.reference, args.reference_sides, args.seed, args.max_length) == ("live", "both", 7, 99)
     assert args.resume_from_checkpoint is None
     assert args.report_to == []
