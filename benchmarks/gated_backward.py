@@ -143,13 +143,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="0: times steps alone, beside runs that the file has"
+    )
     parser.add_argument("--rates", default="1e-4,3.2e-4")
     parser.add_argument("--taus", default="0.1,0.5")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"hardware": hardware("cpu"), "versions": versions(), "runs": [], "steps": []}
+    runs = json.loads(args.json.read_text(encoding="utf-8"))["runs"] if args.seeds == 0 else []
+    result: dict[str, Any] = {"hardware": hardware("cpu"), "versions": versions(), "runs": runs, "steps": []}
 
     def write() -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -51,7 +51,9 @@ def test_every_value_of_a_paper_recipe_says_whose_it_is(path: Path):
 
 @each_recipe
 def test_every_recipe_is_sound(path: Path):
-    recipe = load_recipe(path, (), train_fields())
+    # One process can shard nothing, which is refused: see the first lines of the recipe.
+    sharding = ["train.fsdp=", "train.fsdp_config="] if path.name == "fsdp8.yaml" else []
+    recipe = load_recipe(path, sharding, train_fields())
     build_arguments(recipe)
     build_adapter(recipe)
     assert recipe.objective.name == "infopo"

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from infopo import reference
+from infopo import reference_pass
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
@@ -130,7 +130,7 @@ def test_stored_values_that_were_rounded_otherwise_are_taken(
 ) -> None:
     """As those of another device are, or of other batches on a GPU."""
     model, device = model_of("experts and sinks", 0.3), torch.device("cpu")
-    monkeypatch.setattr(reference, "SPOT_CHECKS", 6)
+    monkeypatch.setattr(reference_pass, "SPOT_CHECKS", 6)
 
     def run() -> npt.NDArray[np.float64] | None:
         store = ReferenceStore(tmp_path, identity_of(model, hash_weights(model), device))
