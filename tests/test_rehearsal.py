@@ -1,6 +1,8 @@
 """What a script asks for and cannot have is refused by the configuration or the constructor, before the reference."""
 
 import copy
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from infopo import InfoPOConfig, InfoPOTrainer
+from infopo import InfoPOConfig, InfoPOTrainer, rehearsal
 from infopo.errors import (
     ConfigError,
     InfoPOError,
@@ -163,6 +165,23 @@ def test_arguments_of_an_optimizer_that_are_known_are_taken(tmp_path: Path) -> N
     made = trainer(tmp_path, settings={"optim": "sgd", "optim_args": "momentum=0.5, nesterov=True"})
     made.create_optimizer()
     assert made.optimizer.defaults["momentum"] == 0.5
+
+
+def test_an_argument_of_an_optimizer_that_has_its_usual_value_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package is not installed here. What is tried is transformers' reading of its arguments."""
+    package = types.ModuleType("schedulefree")
+    package.AdamWScheduleFree = lambda params, **settings: torch.optim.SGD(params)  # type: ignore[attr-defined]
+    package.SGDScheduleFree = package.RAdamScheduleFree = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "schedulefree", package)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_schedulefree_available", lambda *args: True)
+    usual, unknown = (
+        rehearsal.optimizer_problems(config(tmp_path, optim="schedule_free_adamw", optim_args=argument))
+        for argument in ("r=0.0", "q=0.0")
+    )
+    assert usual == []
+    assert unknown == ["optim_args: 'q=0.0' changes nothing with optim='schedule_free_adamw'; leave it out"]
 
 
 def test_a_trainer_that_makes_its_own_optimizer_is_not_asked_for_another(tmp_path: Path) -> None:

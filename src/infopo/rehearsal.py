@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,21 @@ def _schedule_problems(args: InfoPOConfig, optimizer: torch.optim.Optimizer) -> 
 
 
 def _without_effect(args: InfoPOConfig, settings: dict[str, Any]) -> Iterator[str]:
-    """Yields arguments of the optimizer that change nothing; transformers drops those that it does not know."""
-    pairs = (args.optim_args or "").replace(" ", "").split(",")
-    for pair in filter(None, pairs):
+    """Yields arguments of the optimizer that change nothing; transformers drops those that it does not know.
+
+    One that has the value which it would have anyway has an effect with another value, and is not meant.
+    """
+
+    def settings_with(pairs: Sequence[str]) -> Any:
         others = copy.copy(args)
-        others.optim_args = ",".join(other for other in pairs if other != pair) or None
-        if Trainer.get_optimizer_cls_and_kwargs(others, torch.nn.Linear(1, 1))[1] == settings:
+        others.optim_args = ",".join(pairs) or None
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(others, torch.nn.Linear(1, 1))[1]
+        except REFUSALS:
+            return None
+
+    pairs = [pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair]
+    for i, pair in enumerate(pairs):
+        left = (*pairs[:i], *pairs[i + 1 :])
+        if settings_with(left) == settings_with([*left, f"{pair}1"]) == settings:
             yield pair
