@@ -274,10 +274,11 @@ def _check_long_row(
         slow = "padded" if lm_head.plain_head(model) is not None and path != "naive" else "naive"
         for number in range(together.num_responses):
             run = partial(response_logps, model, select(together, [number]), slow)
-            difference = float((tested[number] - run()[0]).abs())
+            expected = run()
+            difference = float((tested[number] - expected[0]).abs())
             limit = allowed(int(together.length[number]))
             if not difference <= limit:
-                limit = max(limit, float(moved_by_rounding(model, run)))
+                limit = max(limit, float(moved_by_rounding(model, run, expected)))
             if not difference <= limit:
                 raise LogpsError(
                     f"{type(base_of(model)).__name__}: beside a row of {_row_length(long)} tokens, as long as the "
@@ -341,7 +342,7 @@ def check_step_0(
             partial(response_logps, model, select(batch, far_off[i : i + 1]))
             for i in range(most(len(far_off)))
         ]
-        again = [(run(), moved_by_rounding(model, run)) for run in runs]
+        again = [(alone := run(), moved_by_rounding(model, run, alone)) for run in runs]
         for worst, (alone, moved) in zip(far_off, again, strict=False):
             # Rounding that moves this very response may have moved it in the reference, too.
             if log_ratio[worst] < max(5 * (policy[worst] - alone[0]).abs(), moved[0]):

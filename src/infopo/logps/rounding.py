@@ -44,16 +44,28 @@ def rounded_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def moved_by_rounding(
-    model: nn.Module, run: Callable[[], Float[Tensor, " responses"]]
+    model: nn.Module,
+    run: Callable[[], Float[Tensor, " responses"]],
+    expected: Float[Tensor, " responses"] | None = None,
 ) -> Float[Tensor, " responses"]:
     """Returns how far rounding may move each value of `run` (nats): `TIMES` the largest change of `DRAWS` draws.
 
     Args:
         model: The model that `run` calls.
         run: Computes log-probs, e.g. of one response on the slow path.
+        expected: What `run` returns, if the caller has it already.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=4, **tiny)).to(torch.bfloat16)
+        >>> ids = torch.tensor([[1, 2]])
+        >>> moved_by_rounding(model, lambda: model(ids).logits.float().log_softmax(-1)[0, :1, 2]).shape
+        torch.Size([1])
     """
     with torch.no_grad():
-        expected = run()
+        if expected is None:
+            expected = run()
         largest = torch.zeros_like(expected)
         for seed in range(DRAWS):
             with rounded_otherwise(model, seed):

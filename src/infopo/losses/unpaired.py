@@ -179,7 +179,7 @@ def ddro(logps: ResponseLogps, *, length_normalized: bool = False, cap: float = 
     gradient is InfoPO's.
 
     References:
-        arXiv 2505.07558, with the continuation of IceyWuu/DisentangledPreferenceOptimization in mind.
+        arXiv 2505.07558 (DDRO). The third-party code is IceyWuu/DisentangledPreferenceOptimization.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
