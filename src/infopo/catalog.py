@@ -38,6 +38,9 @@ ON_TOO_LONG = ("cut", "drop")
 ON_BAD_ROW = ("raise", "skip")
 """What to do with a row that cannot be used: stop, or count it and go on."""
 
+ON_VERDICT = ("warn", "stop")
+"""What to do when a verdict is reached: say so, or also save a checkpoint and end training."""
+
 REFERENCE_MODES = ("auto", "live", "precompute", "adapter-off")
 """Where reference log-probs come from (besides a model's path)."""
 

@@ -18,6 +18,7 @@ from infopo.catalog import (
     LOGPS_PATHS,
     ON_BAD_ROW,
     ON_TOO_LONG,
+    ON_VERDICT,
     REFERENCE_MODES,
     REFERENCE_SIDES,
     SCORE_RULES,
@@ -317,6 +318,17 @@ class TrainSettings(Settings):
     )
     pad_token: Text | None = setting(
         None, "Token to pad with. null takes the tokenizer's own, or else its end of sequence."
+    )
+    on_verdict: Annotated[str, OneOf(ON_VERDICT)] = setting(
+        ON_VERDICT[0],
+        "What to do when a verdict is reached, such as instability or an unfrozen reference: `warn` says so, `stop` "
+        "also saves a checkpoint and ends training.",
+        see="verdicts.md",
+    )
+    kl_budget: Annotated[float, Ge(0)] = setting(
+        20.0,
+        "Largest `kl/forward` (nats per response) that is no drift beyond the budget.",
+        see="verdicts.md",
     )
 
 

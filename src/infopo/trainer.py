@@ -28,6 +28,7 @@ from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
 from infopo.errors import UnsupportedArgumentError
 from infopo.intake import Intake, RawDataset
+from infopo.judging import Judge
 from infopo.logps import attention
 from infopo.losses import foreign
 from infopo.losses.catalog import mixture_in_words
@@ -158,6 +159,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         """Sets what the steps of a run need, when transformers' part of the constructor has set up the processes."""
         ranks.leave_at_exit()
         self.add_callback(ranks.StartLine(logger.info))
+        self.add_callback(Judge())
         if hasattr(policy, "add_model_tags"):
             policy.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]
         self._take_path(self.logps_in_words)
