@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infopo.losses.catalog import OBJECTIVES, STEP_STATISTICS
-from infopo.losses.coupling import SortedScores, StepStatistic, matched, step_parts
+from infopo.losses.coupling import (
+    LEAST_DEVIATION,
+    SortedScores,
+    StepCoupling,
+    StepMoments,
+    StepStatistic,
+    matched,
+    step_parts,
+)
 from infopo.losses.registry import step_statistic
 from infopo.records import ResponseLogps, Role
 
@@ -102,6 +110,60 @@ def test_sorted_scores_do_not_depend_on_how_a_step_is_cut_into_pieces_and_ranks(
         assert row.tolist() == sorted(row.tolist())
     assert whole[0].tolist() == [-1.0, 0.5, 2.0, 3.0]
     assert scores.over([batch([])]).shape == (2, 0)
+
+
+@given(
+    pieces=st.lists(st.lists(st.floats(-1e3, 1e3), max_size=4), min_size=1, max_size=4).filter(any),
+    rate=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_moments_do_not_depend_on_how_a_step_is_cut_to_the_last_digit(
+    pieces: list[list[float]], rate: float
+) -> None:
+    moments = StepMoments(lambda logps: logps.policy, rate)
+    whole = moments.of(batch([score for piece in pieces for score in piece]))
+    cut = moments.alone(moments.over([batch(piece) for piece in reversed(pieces)]))
+    assert torch.equal(cut, whole)
+    assert not whole.requires_grad
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        """Two ranks, the second of which has the same scores."""
+        return torch.cat([values, values])
+
+    twice = moments.over([batch(piece) for piece in pieces], gather)
+    assert twice.tolist() == sorted(2 * [score for piece in pieces for score in piece])
+
+
+def test_moments_over_steps_by_hand() -> None:
+    """Steps (0, 2), (4), (1, 1, 7): means 1, 4, 3, deviations √2, 0, √12. At rate 1/2: 1, 2.5, 2.75.
+
+    At rate 0 each score counts once: 1, 2, 15/6.
+    """
+    steps = [[], [0.0, 2.0], [], [4.0], [1.0, 1.0, 7.0]]
+    for rate, means in ((0.5, [1, 1, 2.5, 2.75]), (0.0, [1, 1, 2, 2.5]), (1.0, [1, 1, 4, 3])):
+        coupling = StepCoupling([StepMoments(lambda logps: logps.policy, rate), log_mean()])
+        found = []
+        for scores in steps:
+            coupling.advance([batch(scores)])
+            value = coupling.values[0]
+            assert value is not None
+            found.append(value[0].item())
+        assert math.isnan(found[0])
+        assert found[1:] == pytest.approx(means)
+    assert value[1].item() == pytest.approx(math.sqrt(12))
+    assert coupling.over([batch([4.0])])[0][0][:2].tolist() == [4.0, LEAST_DEVIATION]  # type: ignore[index]
+
+
+def test_moments_go_on_from_what_was_kept() -> None:
+    one = StepCoupling([StepMoments(lambda logps: logps.policy, 0.3), None, log_mean(0.5)])
+    one.advance([batch([0.1, 0.7])])
+    other = StepCoupling([StepMoments(lambda logps: logps.policy, 0.3), None, log_mean(0.5)])
+    other.reset(one.kept)
+    assert one.keeps_averages
+    for coupling in (one, other):
+        coupling.advance([batch([2.0, -1.0, 0.3])])
+    assert one.kept[0] == other.kept[0]
+    assert one.kept[2] == other.kept[2]
+    assert torch.equal(one.values[0], other.values[0])  # type: ignore[arg-type]
 
 
 def test_scores_of_one_rank_are_matched_and_rounding_changes_no_rank() -> None:

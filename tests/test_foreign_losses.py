@@ -168,7 +168,8 @@ def test_parameters_are_judged_by_their_domains_and_required_ones_asked_for() ->
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_packages_own_losses_stand_the_same_judgement(name: str) -> None:
     assert judge(name, complete_parameters(name, {})) == []
-    check_loss(name)
+    # These hold a part of each pair's value constant on purpose.
+    check_loss(name, finite_differences=name not in ("beta_dpo", "alpha_dpo"))
 
 
 def test_the_helper_finds_a_gradient_that_is_not_the_derivative() -> None:

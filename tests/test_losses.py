@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infopo import estimators
 from infopo.errors import RecipeError
+from infopo.losses import moving
 from infopo.losses.catalog import OBJECTIVES, complete_parameters
 from infopo.losses.common import capped_exp
 from infopo.losses.registry import FUNCTIONS, LossFunction, loss_function, step_statistic
@@ -175,11 +176,27 @@ CASES = [
     Case("aot", {"beta": 1.0, "label_smoothing": 0.25}, (B + math.log(3)) / 2 - B / 8),
     Case("aot_unpaired", {"beta": 1.0}, (B + math.log(3)) / 2),
     Case("aot_unpaired", {"beta": 1.0, "label_smoothing": 0.25}, (B + math.log(3)) / 2 - B / 8),
+    Case("bco", {"beta": 1.0}, sum(map(softplus, (2.25 * B, -1.75 * B, 1.75 * B, -1.25 * B))) / 4),
+    Case(
+        "bco", {"beta": 1.0, "rate": 0.5}, sum(map(softplus, (2.25 * B, -1.75 * B, 1.75 * B, -1.25 * B))) / 4
+    ),
+    Case(
+        "alpha_dpo",
+        {"beta": 1.0, "gamma": B, "alpha": math.sqrt(2), "rate": 0.5},
+        (softplus(B - 1) + softplus(1 - B)) / 2,
+    ),
+    Case(
+        "beta_dpo",
+        {"beta": 1.0, "strength": 2.0, "filtered": 0.5, "rate": 0.5},
+        (LOG17 + LOG9 - 3 * B) / 2,
+    ),
     Case("robust_dpo", {"beta": 1.0}, (LOG17 + LOG9 - 3 * B) / 2),
     Case("robust_dpo", {"beta": 1.0, "label_smoothing": 0.25}, (LOG17 + LOG9 - 2.5 * B) / 2),
 ]
 BY_HAND = tuple(CASES)
 CASES += [Case(name, {}, math.nan) for name in OBJECTIVES if name not in {case.name for case in CASES}]
+DETACHED = ("beta_dpo", "alpha_dpo")
+"""Losses that hold a part of each pair's value constant, so that their gradient is not the derivative of the value."""
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -343,6 +360,9 @@ def test_golden_values(case: Case) -> None:
         cap=b: R² = 256 becomes 2(1 + 8b - b), and 1/R = 8 becomes 2(1 + 3b - b).
     AOT: margins -b, 2b against the reference's 3b, -b in order, -b, 3b: 0, -b. Unpaired: -2b, 2b against -b, 2b: -b, 0.
         ε=1/4 adds ε Δ: -b/4 over both.
+    BCO: δ = (-2b + 2b + 2b - b)/4 = b/4: -2.25b, 1.75b, -1.75b, 1.25b.
+    α-DPO: δ = 0, 2b; δ - δ_ref = -2b/3 - b, 2b + b, mean 2b/3, deviation √2 7b/3: z = -1/√2, 1/√2.
+    β-DPO: Δ = -4b, 3b are equally far from their mean, so p = 1 - ρ, β' = β: DPO.
     RePO: margins 0, 2b. DiscoPOP, τ=1/2: m = 1/257, 64/65. cap=b: 16 becomes 2(1 + 4b - b).
     """
     assert_close(step_loss(case.loss, golden_batch()).detach(), case.golden)
@@ -356,10 +376,60 @@ def test_every_parameter_has_a_golden_value() -> None:
     assert all(">>>" in (FUNCTIONS[name].__doc__ or "") for name in OBJECTIVES)
 
 
+def test_beta_dpo_with_a_given_statistic_by_hand() -> None:
+    """Δ = -4b, 3b; m = 3b, s² = 49b²/2b: e^(-(7b)²/2s²) = 1/2. c = 1: p = 1/2, 1. ρ = 1/4: p/(1-ρ) = 2/3, 4/3.
+
+    The mean of Δ over kept pairs is 2b, β = 2, a = 1/2b: β' = 2 (1 - 1/2) = 1.
+    """
+    statistic = torch.tensor([3 * B, 7 * B / math.sqrt(2 * B), 1.0, 2 * B], dtype=F64)
+    loss = loss_function("beta_dpo", {"beta": 2.0, "strength": 1 / (2 * B), "filtered": 0.25})
+    value = step_loss(loss, replace(golden_batch(), statistic=statistic))
+    assert_close(value.detach(), (2 / 3 * LOG17 + 4 / 3 * (LOG9 - 3 * B)) / 2)
+    strong = loss_function("beta_dpo", {"beta": 2.0, "strength": 100.0, "filtered": 0.25})
+    least = step_loss(strong, replace(golden_batch(), statistic=statistic))
+    assert_close(least.detach(), (2 / 3 * softplus(4e-3 * B) + 4 / 3 * softplus(-3e-3 * B)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("share", "factor", "kept"),
+    [(2 / 3, 1.0, [1, 0.5, 0.5]), (5 / 6, 1.5, [1, 0.75, 0.75]), (1.0, 2.0, [1, 1, 1])],
+)
+def test_the_pairs_that_beta_dpo_keeps_are_a_share_of_the_step(
+    share: float, factor: float, kept: list[float]
+) -> None:
+    """Weights 1/2, 1, 1/2 of margins -1, 0, 1 about 0: the probabilities min(1, c w) add up to the share of 3."""
+    margins = torch.tensor([-1.0, 0.0, 1.0], dtype=F64)
+    found, mean = moving._kept(
+        share, margins, torch.zeros((), dtype=F64), torch.tensor(1 / math.sqrt(2 * B), dtype=F64)
+    )
+    assert_close(found, factor)
+    assert_close(mean, 0.0)
+    assert sum(kept) == pytest.approx(3 * share)
+
+
+@given(
+    margins=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12),
+    filtered=st.sampled_from([0.0, 0.2, 0.5, 0.9]),
+)
+def test_the_probabilities_of_beta_dpo_add_up_whatever_the_margins_are(
+    margins: list[float], filtered: float
+) -> None:
+    n = len(margins)
+    logps = batch(
+        *[(i, CHOSEN, x, 0.0, 1) for i, x in enumerate(margins)],
+        *[(i, REJECTED, 0.0, 0.0, 1) for i in range(len(margins))],
+    )
+    mean, deviation, factor, kept_mean = moving.moving_margins(filtered=filtered, rate=0.1).of(logps)
+    closeness = moving._closeness(moving.log_ratio_margins(logps).detach(), mean, deviation)
+    probability = (factor * closeness).clamp(max=1)
+    assert_close(probability.sum(), (1 - filtered) * n, relative=1e-6)
+    assert min(margins) - 1e-6 <= kept_mean <= max(margins) + 1e-6
+
+
 # --- gradients and limits -----------------------------------------------------------------------------------
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in DETACHED], ids=str)
 @pytest.mark.parametrize(("chosen", "rejected"), [(1, 1), (2, 3)])
 def test_gradient_is_the_derivative_of_the_value(case: Case, chosen: int, rejected: int) -> None:
     logps = of_the_step(case, random_batch(seed=0, chosen=chosen, rejected=rejected))
@@ -605,6 +675,56 @@ def test_at_the_reference_every_member_of_the_family_pulls_as_infopo_does(
     assert_close(ours, SLOPES[name](rejected) * infopos)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "other", "factor"),
+    [
+        ("beta_dpo", {"beta": 0.3}, ("dpo", {"beta": 0.3}), 1.0),
+        ("alpha_dpo", {"beta": 3.0, "gamma": 0.7}, ("simpo", {"beta": 3.0, "gamma": 0.7}), 1.0),
+        ("bco", {"beta": 0.3}, ("js", {"beta": 0.3}), 0.5),
+        ("bco", {"beta": 0.3}, ("infopo", {"beta": 0.3}), 0.25),
+    ],
+)
+def test_at_the_reference_a_loss_with_moving_statistics_pulls_as_the_one_it_extends(
+    name: str, parameters: dict[str, float], other: tuple[str, dict[str, float]], factor: float
+) -> None:
+    """Rounding, of 1e-6 nat here, is no spread of margins."""
+    logps = random_batch(seed=4, examples=5)
+    rounding = 1e-6 * torch.randn(len(logps.reference), generator=torch.Generator().manual_seed(0), dtype=F64)
+    at_reference = replace(logps, policy=(logps.reference + rounding).requires_grad_())
+    ours = gradient(step_loss(loss_function(name, parameters), at_reference), at_reference)
+    theirs = gradient(step_loss(loss_function(*other), at_reference), at_reference)
+    assert_close(ours, factor * theirs, relative=1e-3)
+
+
+def test_beta_dpo_without_its_parts_is_dpo_and_alpha_dpo_is_simpo() -> None:
+    logps = random_batch(seed=6, examples=5)
+    for ours, theirs in (
+        (("beta_dpo", {"filtered": 0.0, "strength": 0.0}), ("dpo", {})),
+        (("alpha_dpo", {"alpha": 0.0}), ("simpo", {})),
+    ):
+        values = [step_loss(loss_function(*each), logps) for each in (ours, theirs)]
+        assert_close(values[0].detach(), values[1].detach(), relative=1e-7)
+        assert_close(gradient(values[0], logps), gradient(values[1], logps), relative=1e-7)
+
+
+def test_alpha_dpos_margins_and_beta_dpos_strength_are_held_constant() -> None:
+    """Pair by pair: -β σ(-logit)/|w| and -p/(1-ρ) β' σ(-β'Δ) in log π(w), with no gradient of z, p and β'."""
+    logps = random_batch(seed=8, examples=4)
+    winners = logps.pairs[:, 0]
+    m, s = moving.moving_gains(rate=0.1).of(logps)
+    z = (moving.mean_gains(logps).detach() - m) / s
+    logit = 2 * (logps.margins(logps.policy / logps.length) - 0.3 * z).detach() - 0.5
+    ours = gradient(step_loss(loss_function("alpha_dpo", {"alpha": 0.3}), logps), logps)
+    assert_close(ours[winners], -2 * torch.sigmoid(-logit) / logps.length[winners] / 4)
+
+    m, s, c, mean = moving.moving_margins(filtered=0.2, rate=0.1).of(logps)
+    margins = moving.log_ratio_margins(logps).detach()
+    p = (c * torch.exp(-0.5 * ((margins - m) / s) ** 2)).clamp(max=1)
+    beta = 0.1 * (1 + 0.6 * (mean - m))
+    ours = gradient(step_loss(loss_function("beta_dpo"), logps), logps)
+    assert_close(ours[winners], -p / 0.8 * beta * torch.sigmoid(-beta * margins) / 4)
+
+
 @pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
 def test_bpo_at_the_reference_pulls_as_dpo_does(power: float) -> None:
     logps = random_batch(seed=4)
@@ -833,7 +953,7 @@ def test_pairs_in_the_catalog_says_whether_a_lone_response_counts(case: Case) ->
         assert not terms["preference"].values.any()
         assert len(terms["preference"].values) == (1 if case.name == "infonce" else 0)
         assert not gradient(terms["preference"].values.sum(), lone).any()
-    elif case.name == "kto":
+    elif case.name in ("kto", "bco"):
         assert [(len(term.values), term.per) for term in terms.values()] == [(2, "response")]
     else:
         assert set(terms) == set(objective.sides)

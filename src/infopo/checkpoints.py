@@ -13,27 +13,28 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from infopo import durable
 from infopo.errors import CheckpointError
+from infopo.losses.coupling import Averages
 from infopo.run_state import IDENTITY, STAGING, STATE, seal
 from infopo.runs import write_json_atomic
 
 AVERAGES = "moving_averages"
 
 
-def write_identity(checkpoint: Path, identity: dict[str, Any], averages: Sequence[float]) -> None:
+def write_identity(checkpoint: Path, identity: dict[str, Any], averages: Sequence[Averages]) -> None:
     """Writes which reference, objective and data the checkpoint was made with, and the objectives' moving averages.
 
     Args:
         checkpoint: Folder of the checkpoint.
         identity: Values that a resumed run must have in common with this one.
-        averages: Logarithm of each objective's moving average (nats), NaN if it has none. A float is written with all
-            its digits, so that it is read back exactly.
+        averages: Each objective's moving averages, NaN if it has none. A float is written with all its digits, so that
+            it is read back exactly.
     """
-    kept = [None if math.isnan(average) else average for average in averages]
+    kept = [None if any(map(math.isnan, _numbers(average))) else average for average in averages]
     write_json_atomic(checkpoint / IDENTITY, {**identity, AVERAGES: kept})
 
 
-def read_averages(checkpoint: Path) -> list[float]:
-    """Returns the moving averages of the checkpoint's objectives (nats), NaN if an objective has none.
+def read_averages(checkpoint: Path) -> list[Averages]:
+    """Returns the moving averages of the checkpoint's objectives, NaN if an objective has none.
 
     The identity of the checkpoint must have been checked.
 
@@ -44,9 +45,15 @@ def read_averages(checkpoint: Path) -> list[float]:
     averages = saved.get(AVERAGES)
     if not isinstance(averages, list) or len(averages) != len(saved["objective"]):
         raise CheckpointError(f"{checkpoint / IDENTITY}: expected one entry of {AVERAGES} an objective")
-    if not all(average is None or isinstance(average, int | float) for average in averages):
+    if not all(
+        isinstance(number, int | float) for each in averages if each is not None for number in _numbers(each)
+    ):
         raise CheckpointError(f"{checkpoint / IDENTITY}: {AVERAGES} holds something that is no number")
-    return [math.nan if average is None else float(average) for average in averages]
+    return [math.nan if average is None else average for average in averages]
+
+
+def _numbers(average: Any) -> list[Any]:
+    return average if isinstance(average, list) else [average]
 
 
 def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:

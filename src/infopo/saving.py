@@ -21,6 +21,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, ConfigError, InfoPOError, NonFiniteWeightsError, SaveError
 from infopo.loading import LoadingTrainer
 from infopo.losses.catalog import with_defaults
+from infopo.losses.coupling import Averages
 from infopo.model_card import Card, render
 from infopo.output import get_logger
 from infopo.secrets import masked
@@ -33,7 +34,7 @@ class SavingTrainer(LoadingTrainer):
     """transformers' `Trainer` with such checkpoints. Subclasses say which run a checkpoint belongs to.
 
     Attributes:
-        kept_averages: Logarithm of each objective's moving average (nats), NaN if it keeps none.
+        kept_averages: Each objective's moving averages, NaN if it keeps none.
     """
 
     args: InfoPOConfig
@@ -48,7 +49,7 @@ class SavingTrainer(LoadingTrainer):
         raise NotImplementedError
 
     @property
-    def kept_averages(self) -> list[float]:
+    def kept_averages(self) -> list[Averages]:
         raise NotImplementedError
 
     # ---- resuming --------------------------------------------------------------------------------------------------

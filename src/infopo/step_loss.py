@@ -18,7 +18,7 @@ from infopo.errors import NonFiniteLossError
 from infopo.finite import FiniteWatch
 from infopo.logps import router
 from infopo.logps.forward import response_logps
-from infopo.losses.coupling import StepCoupling
+from infopo.losses.coupling import Averages, StepCoupling
 from infopo.losses.registry import loss_function, step_statistic
 from infopo.metrics import (
     MetricRule,
@@ -109,7 +109,7 @@ class StepLoss:
         self._reference = reference
         self.start()
 
-    def start(self, averages: Sequence[float] | None = None) -> None:
+    def start(self, averages: Sequence[Averages] | None = None) -> None:
         """Starts a run, with the moving averages of a checkpoint if it is resumed from one."""
         self._run.coupling.reset(averages)
         self._sums = MetricSums()

@@ -32,6 +32,7 @@ from infopo.judging import Judge
 from infopo.logps import attention
 from infopo.losses import foreign
 from infopo.losses.catalog import mixture_in_words
+from infopo.losses.coupling import Averages
 from infopo.metrics import absent_in_training
 from infopo.model_card import tags_of
 from infopo.output import get_logger, shown
@@ -467,9 +468,8 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         return self.train_dataset.content_hash() if isinstance(self.train_dataset, ExampleDataset) else None
 
     @property
-    def kept_averages(self) -> list[float]:
-        """Logarithm of each objective's moving average (nats), NaN if it keeps none."""
-        return [float(average) for average in self._loss.coupling.averages]
+    def kept_averages(self) -> list[Averages]:
+        return self._loss.coupling.kept
 
 
 def _length(dataset: ExampleDataset | ExampleStream) -> int | None:

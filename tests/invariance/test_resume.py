@@ -131,6 +131,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective": {"name": "mine", "rate": 0.05},
         "train__learning_rate": 1e-3,
     },
+    "beta_dpo, whose mean and deviation go on": {
+        "objective": {"name": "beta_dpo", "rate": 0.05},
+        "train__learning_rate": 1e-3,
+    },
     "dpo, grouped by length, accumulated": {
         "objective": {"name": "dpo"},
         "train__train_sampling_strategy": "group_by_length",
@@ -167,6 +171,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Any:
         ("infopo", [7, 11]),  # at the end of the first epoch, then in the second
         ("infopo", [2, 13]),  # before any checkpoint, then after the last step
         ("mine, whose average goes on", [7]),
+        pytest.param("beta_dpo, whose mean and deviation go on", [7], marks=pytest.mark.long),
         ("dpo, grouped by length, accumulated", [11]),
         ("adapter, live reference", [10]),
     ],
@@ -206,14 +211,15 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path: Path, data: Path, u
 
 
 def test_a_moving_average_comes_back_digit_for_digit(tmp_path: Path) -> None:
-    averages = [0.1 + 0.2, math.nan, -1e-300]
-    checkpoints.write_identity(tmp_path, {"objective": ["a", "b", "c"]}, averages)
+    averages = [0.1 + 0.2, math.nan, -1e-300, [0.1 + 0.2, 1e-17, 7.0], [math.nan] * 3]
+    checkpoints.write_identity(tmp_path, {"objective": ["a", "b", "c", "d", "e"]}, averages)
     back = checkpoints.read_averages(tmp_path)
-    assert [back[0], back[2]] == [averages[0], averages[2]]
+    assert [back[i] for i in (0, 2, 3)] == [averages[i] for i in (0, 2, 3)]
     assert math.isnan(back[1])
+    assert math.isnan(back[4])
 
 
-@pytest.mark.parametrize("kept", [None, [], [0.5, 0.5], ["0.5"], {"0": 0.5}])
+@pytest.mark.parametrize("kept", [None, [], [0.5, 0.5], ["0.5"], [[0.5, "1"]], {"0": 0.5}])
 def test_a_checkpoint_without_its_moving_average_is_refused_by_name(tmp_path: Path, kept: Any) -> None:
     identity = {"objective": [["mine", {}, 1.0]], checkpoints.AVERAGES: kept}
     (tmp_path / run_state.IDENTITY).write_text(json.dumps(identity))

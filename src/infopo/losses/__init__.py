@@ -6,6 +6,7 @@
 | `pairwise.py` | losses that compare a chosen with a rejected response of one prompt: DPO, IPO, SimPO, ... |
 | `margins.py` | later losses of a pair's margin: BPO, RePO, DiscoPOP |
 | `transport.py` | AOT: scores of one rank in the step are matched |
+| `moving.py` | β-DPO, α-DPO, BCO: strength or threshold follow moving statistics of the steps so far |
 | `unpaired.py` | other losses of single responses: SFT, KTO, APO-zero |
 | `common.py` | what several of them share: the critic, the capped exponential, the likelihood term |
 | `coupling.py` | numbers of a whole optimizer step that couple its examples: DV's mean, KTO's KL |

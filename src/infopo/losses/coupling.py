@@ -1,9 +1,15 @@
 """Step statistics: numbers of a whole optimizer step that couple its examples, as the mean in a logarithm or KTO's KL.
 
-Some responses contribute a part, which is two numbers: (log Σ e^s, count) or (Σ s, count) of their scores s. Parts of
-micro-batches, of ranks and of a whole step are combined in the same way, so the statistic does not depend on how a step
-is split. No statistic carries a gradient. `catalog.py` says which objective uses which statistic, and the loss says
-from which scores.
+| class | what a step gives |
+|---|---|
+| `StepStatistic` | one number, log E[e^s] or max(0, E[s]) of scores s, of which the former may be averaged over steps |
+| `SortedScores` | all scores of two sets in order |
+| `StepMoments` | mean and standard deviation of scores, averaged over steps |
+
+For a `StepStatistic`, some responses contribute a part, which is two numbers: (log Σ e^s, count) or (Σ s, count). Parts
+of micro-batches, of ranks and of a whole step are combined in the same way. The other two collect all scores of the
+step in order. Either way, the statistic does not depend on how a step is split. No statistic carries a gradient.
+`catalog.py` says which objective uses which statistic, and the loss says from which scores.
 """
 
 import math
@@ -87,6 +93,16 @@ class StepStatistic:
         return frozenset({self.role})
 
 
+def _collected(
+    scores: Sequence[Tensor], gather: Callable[[Tensor], Tensor]
+) -> tuple[Float[Tensor, "ranks sets items"], int]:
+    """Returns sets of scores of all ranks, filled up with infinity to the length of the longest, and that length."""
+    longest = int(gather(torch.tensor([max(map(len, scores))], device=scores[0].device)).max())
+    filled = torch.stack([torch.cat([s, s.new_full((longest - len(s),), math.inf)]) for s in scores])
+    # A row per rank and set, because ranks are concatenated along the first dimension.
+    return (gather(filled).reshape(-1, len(scores), longest) if longest else filled[None]), longest
+
+
 @dataclass(frozen=True)
 class SortedScores:
     """Two sets of scores of an optimizer step in ascending order, by which scores of one rank are matched.
@@ -118,18 +134,96 @@ class SortedScores:
     ) -> Float[Tensor, "2 items"]:
         """Returns the two sets of all these batches, of all ranks whose tensors `gather` concatenates."""
         sets = [torch.cat([scores(b).detach() for b in batches]) for scores in (self.first, self.second)]
-        longest = int(gather(torch.tensor([max(map(len, sets))], device=sets[0].device)).max())
+        ranks, longest = _collected(sets, gather)
         if not longest:
             return sets[0].new_empty(2, 0)
-        filled = [torch.cat([s, s.new_full((longest - len(s),), math.inf)]) for s in sets]
-        # A row per rank and set, because ranks are concatenated along the first dimension.
-        ranks = gather(torch.stack(filled)).reshape(-1, 2, longest)
         rows = [ranks[:, i].flatten().sort().values for i in (0, 1)]
         return torch.stack(rows)
 
     def of(self, logps: ResponseLogps) -> Float[Tensor, "2 items"]:
         """Returns the sets that the trainer found in the step, or else those of the batch itself."""
         return self.over([logps]) if logps.statistic is None else logps.statistic.to(logps.policy.dtype)
+
+
+@dataclass(frozen=True)
+class StepMoments:
+    """Mean and standard deviation of the scores of an optimizer step, as moving averages over steps.
+
+    The statistic is a tensor: the mean and the deviation (nats), then what `further` makes of the step with them. The
+    deviation is that of a sample (n - 1), and at least `LEAST_DEVIATION`: at the first step the policy is the
+    reference, and rounding is no spread of margins.
+
+    Attributes:
+        scores: Returns the scores from the log-probs of a batch.
+        rate: Weight of a new step in the averages, in [0, 1]. The first step has the weight 1. At 1 there is no average
+            over steps. At 0 every score of the run so far has the same weight, as in TRL's running mean.
+        further: Returns further numbers from the step's scores, in ascending order, their mean and their deviation.
+
+    Example:
+        >>> moments = StepMoments(lambda logps: logps.policy, rate=0.1)
+        >>> moments.of(ResponseLogps.pair((-3.0, -5.0)))
+        tensor([-4.0000,  1.4142], dtype=torch.float64)
+    """
+
+    scores: Callable[[ResponseLogps], Float[Tensor, " items"]]
+    rate: float
+    further: Callable[[Tensor, Tensor, Tensor], Float[Tensor, " numbers"]] | None = None
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Roles of the responses that it is computed from."""
+        return frozenset({Role.CHOSEN, Role.REJECTED})
+
+    def over(
+        self, batches: Sequence[ResponseLogps], gather: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> Float[Tensor, " items"]:
+        """Returns the scores of all these batches, of all ranks whose tensors `gather` concatenates, in order."""
+        ranks, _ = _collected([torch.cat([self.scores(b).detach() for b in batches])], gather)
+        # In one order, the sums below are those of any other split of the step, to the last digit.
+        found = ranks.flatten().sort().values
+        return found[~found.isposinf()]
+
+    def averaged(self, before: Float[Tensor, " 3"], scores: Float[Tensor, " items"]) -> Float[Tensor, " 3"]:
+        """Returns mean, deviation (nats) and number of scores after a step with these scores.
+
+        Args:
+            before: The same of the steps before, or NaN at the first step.
+            scores: Scores of the step.
+        """
+        size = len(scores)
+        if not size:
+            return before
+        mean = scores.mean()
+        deviation = ((scores - mean).square().sum() / max(1, size - 1)).sqrt()
+        count = before[2].nan_to_num(0.0) + size
+        share = torch.full_like(count, self.rate) if self.rate else size / count
+        share = share.where(~before[2].isnan(), 1.0)
+        now = torch.stack([mean, deviation]).to(before.dtype)
+        return torch.cat([torch.lerp(before[:2].nan_to_num(0.0), now, share), count[None]])
+
+    def value(self, averages: Float[Tensor, " 3"], scores: Float[Tensor, " items"]) -> Tensor:
+        """Returns the statistic: mean, deviation, and the further numbers of a step with these scores."""
+        mean, deviation = averages[0], averages[1].clamp(min=LEAST_DEVIATION)
+        numbers = torch.stack([mean, deviation])
+        return (
+            numbers if self.further is None else torch.cat([numbers, self.further(scores, mean, deviation)])
+        )
+
+    def alone(self, scores: Float[Tensor, " items"]) -> Tensor:
+        """Returns the statistic of a step before which there was none."""
+        return self.value(self.averaged(scores.new_full((3,), math.nan), scores), scores)
+
+    def of(self, logps: ResponseLogps) -> Tensor:
+        """Returns the statistic that the trainer computed for the step, or else that of the batch itself."""
+        return (
+            self.alone(self.over([logps]))
+            if logps.statistic is None
+            else logps.statistic.to(logps.policy.dtype)
+        )
+
+
+LEAST_DEVIATION = 1e-3
+"""Least standard deviation of a step's scores (nats). In float32 a response's log-ratio has as much rounding error."""
 
 
 def matched(
@@ -159,7 +253,10 @@ def matched(
     return torch.where(sizes[1] > 0, other[place.round().long()], at)
 
 
-AnyStatistic = StepStatistic | SortedScores
+AnyStatistic = StepStatistic | SortedScores | StepMoments
+Averages = float | list[float]
+"""What an objective keeps from step to step: the logarithm of a moving average (nats), or the numbers of `StepMoments`.
+NaN if it keeps nothing."""
 
 
 def step_parts(
@@ -184,7 +281,7 @@ class StepCoupling:
 
     Attributes:
         values: What each objective's loss takes at the current step, or None.
-        averages: Logarithm of each objective's moving average (nats), NaN before the first step.
+        averages: Each objective's moving averages (see `Averages`) as a tensor, NaN before the first step.
         roles: Roles of the responses that enter a statistic.
 
     Example:
@@ -208,12 +305,22 @@ class StepCoupling:
         self.roles = frozenset[Role]().union(*(statistic.roles for statistic in statistics if statistic))
         self.reset()
 
-    def reset(self, averages: Sequence[float] | None = None) -> None:
+    def reset(self, averages: Sequence[Averages] | None = None) -> None:
         """Starts a run, with these averages if they are those of a checkpoint."""
         self.values: list[Tensor | None] = [None] * len(self._statistics)
         before = [math.nan] * len(self._statistics) if averages is None else averages
         dtype = sum_dtype(self._device)
-        self.averages = [torch.tensor(value, dtype=dtype, device=self._device) for value in before]
+        self.averages = [
+            torch.tensor(value, dtype=dtype, device=self._device).expand(
+                3 if isinstance(statistic, StepMoments) else ()
+            )
+            for statistic, value in zip(self._statistics, before, strict=True)
+        ]
+
+    @property
+    def kept(self) -> list[Averages]:
+        """The moving averages as numbers, which a checkpoint keeps."""
+        return [average.tolist() for average in self.averages]
 
     @property
     def keeps_averages(self) -> bool:
@@ -222,20 +329,40 @@ class StepCoupling:
 
     def advance(self, seen: Sequence[ResponseLogps]) -> dict[str, tuple[Tensor, float]]:
         """Sets the values to those of the next step, which contains these batches, and returns its metrics."""
-        self.values, metrics = self.over(seen)
-        for index, (statistic, now) in enumerate(zip(self._statistics, self.values, strict=True)):
-            if isinstance(statistic, StepStatistic) and now is not None:
-                self.averages[index] = statistic.averaged(self.averages[index], now)
-                self.values[index] = self.averages[index]
+        found, metrics = self._found(seen)
+        self.values = list(found)
+        for index, (statistic, now) in enumerate(zip(self._statistics, found, strict=True)):
+            if now is None or isinstance(statistic, SortedScores):
+                continue
+            assert statistic is not None
+            self.averages[index] = statistic.averaged(self.averages[index], now)
+            self.values[index] = self.averages[index]
+            if isinstance(statistic, StepMoments):
+                self.values[index] = statistic.value(self.averages[index], now)
         return metrics
 
     def over(
         self, seen: Sequence[ResponseLogps]
     ) -> tuple[list[Tensor | None], dict[str, tuple[Tensor, float]]]:
-        """Returns each objective's statistic over these batches of all ranks, and metrics as (sum, count) by name."""
+        """Returns each objective's statistic over these batches of all ranks, and metrics as (sum, count) by name.
+
+        There are no steps before: averages over steps are those of these batches alone.
+        """
+        found, metrics = self._found(seen)
+        values = [
+            statistic.alone(now) if isinstance(statistic, StepMoments) and now is not None else now
+            for statistic, now in zip(self._statistics, found, strict=True)
+        ]
+        return values, metrics
+
+    def _found(
+        self, seen: Sequence[ResponseLogps]
+    ) -> tuple[list[Tensor | None], dict[str, tuple[Tensor, float]]]:
+        """Returns what each statistic takes from these batches of all ranks, before averages, and metrics."""
         needed = [each for each in self._statistics if isinstance(each, StepStatistic)]
         whole = [
-            s.over(seen, self._gather) if isinstance(s, SortedScores) else None for s in self._statistics
+            s.over(seen, self._gather) if isinstance(s, SortedScores | StepMoments) else None
+            for s in self._statistics
         ]
         if not needed:
             return whole, {}
@@ -248,7 +375,7 @@ class StepCoupling:
                 raw = statistic.unclamped(part)
                 metrics = {"kl": (raw.clamp(min=0), 1), "kl_unclamped": (raw, 1)}
         found = [
-            next(values) if isinstance(statistic, StepStatistic) else sets
-            for statistic, sets in zip(self._statistics, whole, strict=True)
+            next(values) if isinstance(statistic, StepStatistic) else scores
+            for statistic, scores in zip(self._statistics, whole, strict=True)
         ]
         return found, metrics

@@ -198,6 +198,9 @@ STEP_STATISTICS: Mapping[str, str] = {
     "moving_log_mean": "log of a moving average, over steps, of the mean of e^f over rejected responses",
     "sorted_margins": "margins log π(w) - log π(l) of the step's pairs in order, and those of the reference in theirs",
     "sorted_log_ratios": "log-ratios of the step's chosen responses in order, and those of the rejected ones in theirs",
+    "moving_margins": "moving mean and deviation, over steps, of log r(w) - log r(l), and which pairs are kept",
+    "moving_gains": "moving mean and deviation, over steps, of log r(w)/|w| - log r(l)/|l|",
+    "moving_rewards": "moving mean, over steps, of β log r of chosen and rejected responses",
     "kl": "mean log-ratio of the step's prompts with responses to other prompts (role kl), at least 0",
 }
 """Descriptions of the numbers of a whole optimizer step that the package's own objectives need."""

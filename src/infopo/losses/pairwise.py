@@ -181,7 +181,7 @@ def simpo(logps: ResponseLogps, *, beta: float = 2.0, gamma: float = 0.5, alpha:
         "beta": STRENGTH,
         "divergence": choice(
             ("forward_kl", "js", "alpha", "chi2_kl", "squared"),
-            "Divergence from the reference (reverse KL is DPO).",
+            "Divergence from the reference (reverse KL is DPO). `squared` wants a smaller cap, such as 3.",
         ),
         "alpha": within("(0, 1)", "α of the α-divergence; the others ignore it."),
         "cap": CAP,
@@ -206,7 +206,10 @@ def fdpo(
         φ'(r) = 1 - 1/r (forward KL),   log(2r/(1 + r)) (JS),   (1 - r^-α)/α (α-divergence, forward KL at α = 1),
         r + log r (χPO: χ² and KL),   log r / r (SquaredPO)
 
-    Beyond `cap` nats, the exponential is extended linearly (`capped_exp`). χPO's paper clips the argument of σ at
+    Beyond `cap` nats, the exponential is extended linearly (`capped_exp`). At the default cap of 20 nats a single pair
+    can have a loss of 20 e^20 β, about 1e10 β: with `squared`, whose φ' is that large and negative for a chosen response
+    that has lost 20 nats, runs on the pairs of HH have logged 4.9e9. A cap of 1 to 5 nats, or `clip`, bounds the pull
+    of such pairs. χPO's paper clips the argument of σ at
     twice the largest reward, beyond which a pair has no gradient; `clip` does so, and 0 does not. TRL's α is
     1 - α here.
 

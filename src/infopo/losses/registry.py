@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from infopo.losses import family, foreign, transport, unpaired
+from infopo.losses import family, foreign, moving, transport, unpaired
 from infopo.losses.catalog import FOLDER, OBJECTIVES, complete_parameters, read_declarations, row_of
 from infopo.losses.coupling import AnyStatistic
 from infopo.records import LossTerms, ResponseLogps
@@ -70,6 +70,9 @@ _STATISTICS: Mapping[str, Callable[..., AnyStatistic]] = {
     "sorted_log_ratios": lambda **parameters: transport.SORTED_LOG_RATIOS,
     "log_mean": _log_mean,
     "moving_log_mean": _log_mean,
+    "moving_margins": moving.moving_margins,
+    "moving_gains": moving.moving_gains,
+    "moving_rewards": moving.moving_rewards,
     "kl": lambda **parameters: unpaired.MISMATCH_KL,
 }
 """What makes the statistic of each name in `STEP_STATISTICS` from the parameters of an objective."""

@@ -23,7 +23,7 @@ SORTED_LOG_RATIOS = SortedScores(
 @objective(
     title="AOT",
     formula="-(1-ε) log σ(β (δ - δ_ref)) - ε log σ(-β (δ - δ_ref)), δ_ref of δ's rank in the step",
-    source="arXiv 2406.05882 (AOT), by TRL's `aot`",
+    source="Melnyk et al. 2024, arXiv 2406.05882, by TRL's `aot`",
     when="margins should exceed the reference's as a distribution, not pair by pair",
     parameters={"beta": STRENGTH, "label_smoothing": LABEL_SMOOTHING},
     pairs=True,
@@ -39,7 +39,7 @@ def aot(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0
     a device batch. With one pair it is DPO. Pairs of equal margins are matched with the same δ_ref.
 
     References:
-        arXiv 2406.05882 (AOT). The formula is that of TRL's `aot`.
+        Melnyk et al., 2024, arXiv 2406.05882. The formula is that of TRL's `aot`.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
@@ -55,7 +55,7 @@ def aot(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0
 @objective(
     title="AOT (unpaired)",
     formula="-(1-ε) log σ(β (log r(w) - log r(l))) - ε log σ(-β (...)), w and l of one rank in the step",
-    source="arXiv 2406.05882 (AOT), by TRL's `aot_unpaired`",
+    source="Melnyk et al. 2024, arXiv 2406.05882, by TRL's `aot_unpaired`",
     when="as `aot`, for unpaired feedback",
     parameters={"beta": STRENGTH, "label_smoothing": LABEL_SMOOTHING},
     statistic="sorted_log_ratios",
@@ -72,7 +72,7 @@ def aot_unpaired(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: fl
     value.
 
     References:
-        arXiv 2406.05882 (AOT). The formula is that of TRL's `aot_unpaired`.
+        Melnyk et al., 2024, arXiv 2406.05882. The formula is that of TRL's `aot_unpaired`.
 
     Example:
         >>> pair = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(2, 4))
