@@ -20,6 +20,7 @@ S(λ) = Σ_{p_w > 0} p_w / (p_l/π_ref + λ), which falls from S(λ_0) to 0.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +30,10 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from infopo.losses.family import infopo, js
-from infopo.losses.unpaired import sft
+from infopo.losses.margins import bpo
+from infopo.losses.moving import beta_dpo
+from infopo.losses.pairwise import dpo, fdpo
+from infopo.losses.unpaired import ddro, sft, simper, sppo_hard
 from infopo.records import LossTerms, ResponseLogps, Role
 
 Law = NDArray[np.float64]
@@ -71,6 +75,27 @@ def minimised(loss: Callable[[Tensor], Tensor], n: int) -> Law:
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     policy: Law = theta.detach().softmax(0).numpy()
     return policy
+
+
+def free_minimiser(
+    loss: Callable[[ResponseLogps], LossTerms], chosen: Law, rejected: Law, reference: Law
+) -> Law:
+    """log r at which the loss is least if π need not add up to 1."""
+    theta = torch.zeros(len(reference), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logps = one_response_per_outcome(theta + torch.from_numpy(np.log(reference)), reference)
+        value = population_loss(loss(logps), chosen, rejected)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    log_ratio: Law = theta.detach().numpy()
+    return log_ratio
 
 
 def infopo_minimiser(chosen: Law, rejected: Law, reference: Law, beta: float = 1.0) -> Law:
@@ -329,20 +354,8 @@ def test_infopo_is_a_forward_kl_and_a_linear_cost(seed: int) -> None:
 def test_a_free_critic_under_js_reaches_the_log_ratio(beta: float) -> None:
     """Without Σπ = 1 each response's loss -p_w log σ(f) - p_l log σ(-f) is least at f = log p_w/p_l."""
     chosen, rejected, reference = random_laws(7, 6)
-    theta = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        logps = one_response_per_outcome(theta + torch.from_numpy(np.log(reference)), reference)
-        value = population_loss(js(logps, beta=beta), chosen, rejected)
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    assert_same(beta * theta.detach().numpy(), np.log(chosen / rejected), 1e-6)
+    found = free_minimiser(partial(js, beta=beta), chosen, rejected, reference)
+    assert_same(beta * found, np.log(chosen / rejected), 1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
@@ -363,3 +376,98 @@ def test_a_normalised_policy_under_js_reaches_its_own_lagrange_solution(beta: fl
     pull = (chosen - rejected * ratio) / (1 + ratio)
     assert_same(pull, pull.sum() * policy, 1e-6)
     assert np.abs(policy - infopo_minimiser(chosen, rejected, reference, beta)).max() > 1e-2
+
+
+# --- losses beside InfoPO's family ----------------------------------------------------------------------------
+
+
+def test_a_free_ratio_under_ddro_is_twice_the_probability_of_chosen() -> None:
+    """-p_w log r - p_l log(1 - r/2) is least at r/2 = p_w/(p_w + p_l)."""
+    chosen, rejected, reference = random_laws(3, 6)
+    found = free_minimiser(partial(ddro, cap=1e6), chosen, rejected, reference)
+    assert_same(np.exp(found), 2 * chosen / (chosen + rejected), 1e-6)
+
+
+def test_ddro_reaches_the_law_of_chosen_responses_if_pairs_are_drawn_from_the_reference() -> None:
+    """π_ref = (p_w + p_l)/2: -p_w/π + p_l/(2π_ref - π) is 0 at π = p_w. InfoPO and DDRO differ there."""
+    chosen, rejected, _ = random_laws(4, 6)
+    reference = (chosen + rejected) / 2
+
+    def loss(log_policy: Tensor) -> Tensor:
+        return population_loss(
+            ddro(one_response_per_outcome(log_policy, reference), cap=1e6), chosen, rejected
+        )
+
+    assert_same(minimised(loss, 6), chosen, 1e-6)
+    assert np.abs(infopo_minimiser(chosen, rejected, reference) - chosen).max() > 1e-2
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_a_free_ratio_under_sppo_is_the_expected_target(beta: float) -> None:
+    """p_w (log r - t)² + p_l (log r + t)² is least at t (p_w - p_l)/(p_w + p_l), t = 1/(2β)."""
+    chosen, rejected, reference = random_laws(5, 6)
+    found = free_minimiser(partial(sppo_hard, beta=beta), chosen, rejected, reference)
+    assert_same(found, (chosen - rejected) / (chosen + rejected) / (2 * beta), 1e-6)
+
+
+def test_simper_puts_all_mass_where_chosen_responses_exceed_rejected_ones_most() -> None:
+    """With responses of one token it is Σ_y (p_l - p_w) π, which is linear: its minimiser is a corner."""
+    chosen, rejected, reference = random_laws(6, 5)
+
+    def loss(log_policy: Tensor) -> Tensor:
+        return population_loss(simper(one_response_per_outcome(log_policy, reference)), chosen, rejected)
+
+    uniform = torch.full((5,), -math.log(5), dtype=torch.float64)
+    assert loss(uniform).item() == pytest.approx(float((rejected - chosen).sum() / 5))
+    policy = minimised(loss, 5)
+    best = int((chosen - rejected).argmax())
+    assert policy.argmax() == best
+    assert policy[best] > 0.999
+    assert loss(torch.from_numpy(np.log(policy))).item() >= float((rejected - chosen).min()) - 1e-12
+
+
+def every_order(log_policy: Tensor, reference: Law) -> ResponseLogps:
+    """Every ordered couple of two different outcomes as a pair of one prompt, each one token long."""
+    n = len(reference)
+    couples = torch.tensor([(a, b) for a in range(n) for b in range(n) if a != b])
+    outcome = couples.flatten()
+    return ResponseLogps.of(
+        policy=log_policy[outcome],
+        reference=torch.from_numpy(np.log(reference))[outcome],
+        length=torch.ones(len(outcome), dtype=torch.int64),
+        role=torch.tensor([Role.CHOSEN, Role.REJECTED]).repeat(len(couples)),
+        example=torch.arange(len(couples)).repeat_interleave(2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "score"),
+    [
+        (partial(dpo, beta=0.5), np.log),
+        (partial(beta_dpo, beta=0.5, filtered=0.0, strength=0.0), np.log),
+        (partial(bpo, beta=0.5, power=0.0, cap=NO_CAP), np.log),
+        (partial(bpo, beta=0.5, power=0.5, cap=NO_CAP), np.log),
+        (partial(bpo, beta=0.5, power=2.0, scale=1.0, cap=NO_CAP), np.log),
+        (partial(fdpo, beta=0.5, divergence="chi2_kl", cap=NO_CAP), lambda r: r + np.log(r)),
+        (partial(fdpo, beta=0.5, divergence="squared", cap=NO_CAP), lambda r: np.log(r) / r),
+        (partial(fdpo, beta=0.5, divergence="forward_kl", cap=NO_CAP), lambda r: 1 - 1 / r),
+    ],
+)
+def test_pairs_in_the_order_of_bradley_terry_make_the_scores_those_of_the_pairs(
+    loss: Callable[[ResponseLogps], LossTerms], score: Callable[[Law], Law]
+) -> None:
+    """P(a over b) = σ(s_a - s_b): P h'(x) = (1 - P) h'(-x) at x = s_a - s_b, so that β φ'(r) = s + const.
+
+    φ' is log r for DPO and BPO, of any power: π = π_ref e^(s/β)/Z. Small scores, because log r / r falls beyond r = e.
+    """
+    draw = np.random.default_rng(1)
+    rewards, reference = draw.uniform(-0.15, 0.15, 5), draw.dirichlet(np.full(5, 5.0))
+    gap = (rewards[:, None] - rewards)[~np.eye(5, dtype=bool)]
+    weights = torch.from_numpy(1 / (1 + np.exp(-gap)))
+
+    def population(log_policy: Tensor) -> Tensor:
+        (term,) = loss(every_order(log_policy, reference))
+        return weights @ term.values
+
+    scores = 0.5 * score(minimised(population, 5) / reference)
+    assert_same(scores - scores.mean(), rewards - rewards.mean(), 1e-6)

@@ -696,6 +696,18 @@ def test_at_the_reference_a_loss_with_moving_statistics_pulls_as_the_one_it_exte
     assert_close(ours, factor * theirs, relative=1e-3)
 
 
+def test_bco_does_not_see_a_shift_of_all_rewards_and_js_does() -> None:
+    logps = random_batch(seed=6, examples=5)
+    shifted = replace(logps, reference=logps.reference - 0.7)
+    values = [
+        step_loss(loss_function(name, {"beta": 1.0}), each).detach()
+        for name in ("bco", "js")
+        for each in (logps, shifted)
+    ]
+    assert_close(values[0], values[1])
+    assert abs(values[2] - values[3]) > 1e-3
+
+
 def test_beta_dpo_without_its_parts_is_dpo_and_alpha_dpo_is_simpo() -> None:
     logps = random_batch(seed=6, examples=5)
     for ours, theirs in (

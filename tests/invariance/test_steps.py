@@ -269,7 +269,7 @@ def test_ranks_carry_equal_work_if_rows_are_grouped_by_length(tmp_path: Path, ra
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "objective", ["infopo", "dpo", "dv", "smile", "mine", "kto", "aot", "aot_unpaired", "beta_dpo", "bco"]
+    "objective", ["infopo", "dpo", "dv", "smile", "mine", "kto", "aot", "aot_unpaired", "beta_dpo"]
 )
 def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path, tokenizer: Any, objective: str) -> None:
     """21 rows on 2 ranks x 4: the last step leaves one rank short, and no row may count twice."""

@@ -206,12 +206,13 @@ def fdpo(
         φ'(r) = 1 - 1/r (forward KL),   log(2r/(1 + r)) (JS),   (1 - r^-α)/α (α-divergence, forward KL at α = 1),
         r + log r (χPO: χ² and KL),   log r / r (SquaredPO)
 
-    Beyond `cap` nats, the exponential is extended linearly (`capped_exp`). At the default cap of 20 nats a single pair
-    can have a loss of 20 e^20 β, about 1e10 β: with `squared`, whose φ' is that large and negative for a chosen response
-    that has lost 20 nats, runs on the pairs of HH have logged 4.9e9. A cap of 1 to 5 nats, or `clip`, bounds the pull
-    of such pairs. χPO's paper clips the argument of σ at
+    Beyond `cap` nats, the exponential is extended linearly (`capped_exp`). χPO's paper clips the argument of σ at
     twice the largest reward, beyond which a pair has no gradient; `clip` does so, and 0 does not. TRL's α is
     1 - α here.
+
+    The default cap of 20 nats is too large for `squared`: for a chosen response that has lost 20 nats, φ' is -20 e^20,
+    so that one pair can have a loss of 1e10 β. A run on the pairs of HH has logged 4.9e9. With a cap of 3 nats the same
+    pair has a loss of about 7,000 β.
 
     References:
         Wang et al., 2023, arXiv 2309.16240, table 1. χPO: Huang et al., 2024, arXiv 2407.13399, algorithm 1.
