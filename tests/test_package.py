@@ -39,7 +39,9 @@ def test_unknown_name_is_an_attribute_error():
         _ = infopo.InfoTrainer
 
 
-@pytest.mark.parametrize("module", ["infopo", "infopo.cli", "infopo.config", "infopo.runs", "infopo.report"])
+@pytest.mark.parametrize(
+    "module", ["infopo", "infopo.cli", "infopo.config", "infopo.runs", "infopo.report.page"]
+)
 def test_starting_and_reporting_import_no_torch(module: str):
     done = run("-c", f"import {module}, sys; assert not {{'torch', 'transformers'}} & set(sys.modules)")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The command line: demo, train, reference, check, objectives. It parses arguments and prints errors, nothing else."""
+"""The command line. It parses arguments and prints errors, nothing else."""
 
 import argparse
 import atexit
@@ -146,6 +146,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     reference.set_defaults(run=_reference, parser=reference)
 
+    report = commands.add_parser(
+        "report",
+        help="write one HTML file about runs: results, curves, completions, settings side by side",
+        description="Writes one self-contained file about run directories of finished, running or killed runs.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run directory (output_dir)")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where it goes (default: report.html; markdown and json: the terminal)",
+    )
+    report.add_argument(
+        "--format",
+        choices=("html", "markdown", "json"),
+        default="html",
+        help="default: %(default)s; markdown is for a pull request, json for a script",
+    )
+    report.add_argument("--watch", action="store_true", help="write it again until no run is running")
+    report.set_defaults(run=_report)
+
     objectives = commands.add_parser(
         "objectives", help="list the losses; with a name, show its formula, parameters, needs and source"
     )
@@ -211,6 +231,12 @@ def _reference(arguments: argparse.Namespace) -> None:
         from infopo.workflows.reference import reference
 
         reference(arguments.recipe, arguments.overrides)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from infopo.workflows.report import report
+
+    report(arguments.runs, arguments.output, format=arguments.format, watch=arguments.watch)
 
 
 def _objectives(arguments: argparse.Namespace) -> None:

@@ -125,7 +125,7 @@ class RunWriter:
         """
         path = self.directory / ENVIRONMENT
         record = json.loads(to_json(masked_tree(environment)))
-        first = _read_object(path) if done else None
+        first = read_object(path) if done else None
         if first is not None:
             earlier = [part for part in first.get("resumed", []) if part["from_step"] <= done]
             differing = {key: value for key, value in record.items() if first.get(key) != value}
@@ -187,8 +187,8 @@ def read_run(directory: str | Path) -> Run:
     return Run(
         directory,
         recipe=_read_text(directory / RECIPE),
-        environment=_read_object(directory / ENVIRONMENT),
-        evaluation=_read_object(directory / EVALUATION),
+        environment=read_object(directory / ENVIRONMENT),
+        evaluation=read_object(directory / EVALUATION),
         metrics=[record for _, record in lines if record is not None],
         lost_last_line=any(record is None for _, record in lines),
     )
@@ -203,7 +203,12 @@ def _read_text(path: Path) -> str | None:
         raise RunDirectoryError(f"cannot be read: {error}", str(path)) from error
 
 
-def _read_object(path: Path) -> Record | None:
+def read_object(path: Path) -> Record | None:
+    """Returns the JSON object in a file, or None if there is no file.
+
+    Raises:
+        RunDirectoryError: The file cannot be read, or holds something else.
+    """
     text = _read_text(path)
     if text is None:
         return None
@@ -224,14 +229,14 @@ def _metric_lines(path: Path) -> list[tuple[str, Record | None]]:
         lines.pop()
     records: list[tuple[str, Record | None]] = []
     for number, raw in enumerate(lines, start=1):
-        record = _record(raw)
+        record = parse_record(raw)
         if record is None and number < len(lines):
             raise RunDirectoryError("is no JSON object with an integer step", f"{path}:{number}")
         records.append((raw.decode("utf-8", errors="replace"), record))
     return records
 
 
-def _record(line: bytes) -> Record | None:
+def parse_record(line: bytes) -> Record | None:
     """Returns the record of a line, with non-finite texts as numbers, or None if the line is not a record."""
     try:
         record = json.loads(line)

@@ -1,0 +1,31 @@
+"""Keeps few of many points of a curve, with every spike among them."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def thinned(steps: Sequence[int], values: Sequence[float], limit: int) -> list[int]:
+    """Returns the indices of at most `limit` points: the least and the greatest value of each bucket of steps.
+
+    Means over buckets would hide the spike that a reader is looking for. The first and the last point are kept.
+
+    Args:
+        steps: Steps in rising order, (points,).
+        values: Finite values, (points,).
+        limit: Most points that are kept, at least 4.
+
+    Example:
+        >>> thinned(range(1000), [0.0] * 500 + [9.0] + [0.0] * 499, 6)
+        [0, 500, 501, 999]
+    """
+    count = len(values)
+    if count <= limit:
+        return list(range(count))
+    y = np.asarray(values, dtype=np.float64)
+    edges = np.linspace(0, count, (limit - 2) // 2 + 1).astype(int)
+    keep = {0, count - 1}
+    for begin, end in itertools.pairwise(edges):
+        keep |= {int(begin + y[begin:end].argmin()), int(begin + y[begin:end].argmax())}
+    return sorted(keep)
