@@ -150,6 +150,8 @@ def test_bad_arguments_are_refused_by_name() -> None:
         make_problems(-1, 0, "sft")
     with pytest.raises(RecipeError, match="split: expected one of sft, preference, evaluation"):
         make_problems(1, 0, "train")
+    with pytest.raises(RecipeError, match="operations: expected 1 <= smallest <= largest"):
+        make_problems(1, 0, "sft", operations=(3, 2))
     assert make_problems(0, 0, "sft") == []
 
 
@@ -160,3 +162,10 @@ def test_problems_import_neither_torch_nor_transformers() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert result.stdout.strip() == "set()"
+
+
+def test_more_operations_make_longer_solutions_of_the_same_split() -> None:
+    problems = make_problems(50, seed=3, split="preference", operations=(10, 12))
+    assert {len(problem.steps) for problem in problems} == {10, 11, 12}
+    assert all(split_of(problem.question) == "preference" for problem in problems)
+    assert all(verify(problem, problem.solution) for problem in problems)

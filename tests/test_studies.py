@@ -31,7 +31,7 @@ def text(name: str) -> str:
 
 
 def test_there_are_studies() -> None:
-    assert len(list(STUDIES.glob("*/run.py"))) >= 3
+    assert len(list(STUDIES.glob("*/run.py"))) >= 5
 
 
 @every_study
@@ -143,3 +143,39 @@ def test_one_seed_gives_the_same_lists_twice_and_they_hold_right_and_wrong_respo
         problem = solve(row["prompt"][0]["content"])
         assert [verify(problem, text[0]["content"]) for text in row["chosen"]] == [True]
         assert [verify(problem, text[0]["content"]) for text in row["rejected"]] == [False] * study.REJECTED
+
+
+@pytest.mark.parametrize(("name", "seeds"), [("04_sum_or_mean", 5), ("05_small_data", 5)])
+def test_a_study_that_can_be_continued_says_how_much_is_finished(name: str, seeds: int) -> None:
+    study = script(name)
+    results = json.loads((STUDIES / name / "results.json").read_text(encoding="utf-8"))
+    planned = results["planned"]
+    assert planned["seeds"] >= seeds
+    counts = [int(n) for n in re.findall(r"\| (\d+) of \d+ \|", study.tables(results)["facts"])]
+    assert sum(counts) == len(results["runs"]) <= planned["runs"]
+
+
+def test_responses_of_the_long_lab_are_four_times_as_long_as_those_of_the_short_one() -> None:
+    results = json.loads((STUDIES / "04_sum_or_mean" / "results.json").read_text(encoding="utf-8"))
+    length = {each["lab"]: each["chosen_tokens"] for each in results["lengths"]}
+    assert length["long"] >= 4 * length["short"]
+
+
+def test_a_mean_with_beta_times_the_length_pulls_like_the_sum() -> None:
+    """Gradient of the two losses by log π at responses of exactly L tokens: the same but for the factor of β."""
+    import torch
+
+    from infopo.losses.registry import loss_function
+    from infopo.records import ResponseLogps
+
+    study = script("04_sum_or_mean")
+    length = study.LENGTH["short"]
+    known = study.methods("short")
+    pull = {}
+    for name in ("InfoPO sum, β 0.5", "InfoPO mean, β 0.5 L"):
+        objective, parameters = known[name]
+        logps = ResponseLogps.pair((-3.0, -5.0), (-4.0, -4.0), length=(length, length))
+        logps.policy.requires_grad_()
+        loss = sum(term.values.sum() for term in loss_function(objective, dict(parameters))(logps))
+        (pull[name],) = torch.autograd.grad(loss, logps.policy)
+    assert pull["InfoPO mean, β 0.5 L"].tolist() == pytest.approx(pull["InfoPO sum, β 0.5"].tolist())

@@ -10,11 +10,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.errors import ConfigError
 from infopo.generate import sample
-from infopo.lab.problems import Problem, verify
+from infopo.lab.problems import OPERATIONS, Problem, verify
 from infopo.records import Message
 
-# A worked solution has at most 37 tokens with its end of turn; slips to longer numbers add a few.
-MAX_NEW_TOKENS = 44
+
+def longest_response(operations: int) -> int:
+    """Returns the number of tokens at which a response to a problem with this many operations is cut off.
+
+    A line of a worked solution has at most 11 tokens, and the answer with its end of turn at most 5. Slips to longer
+    numbers add a few.
+
+    Example:
+        >>> longest_response(3)
+        44
+    """
+    return 11 * operations + 11
+
+
+MAX_NEW_TOKENS = longest_response(OPERATIONS[1])
+"""Token limit for the problems that the shipped policy was trained on."""
 
 # Two-sided 95 % quantile of the standard normal law.
 _Z95 = 1.959963984540054

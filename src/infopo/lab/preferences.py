@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.errors import ConfigError, DataError
 from infopo.generate import Sample, sample
-from infopo.lab.evaluation import MAX_NEW_TOKENS, as_prompt
-from infopo.lab.problems import Problem, make_problems, share_of_right_steps, verify
+from infopo.lab.evaluation import as_prompt, longest_response
+from infopo.lab.problems import OPERATIONS, Problem, make_problems, share_of_right_steps, verify
 
 LABELS = ("verified", "graded")
 
@@ -70,6 +70,7 @@ def make_pairs(
     sampling_temperature: float = 1.0,
     label_temperature: float = 0.5,
     samples_per_problem: int = 4,
+    operations: tuple[int, int] = OPERATIONS,
 ) -> PreferencePairs:
     """Makes `n` preference pairs on problems of the `preference` split, one pair per problem.
 
@@ -87,6 +88,8 @@ def make_pairs(
         label_temperature: Noise of graded labels, in units of `quality`.
         samples_per_problem: Number of samples that are drawn to find a verified pair, at least 2. A graded pair always
             takes 2.
+        operations: Smallest and largest number of operations of the problems (see `make_problems`). More make responses
+            longer.
 
     Raises:
         ConfigError: an argument is outside its domain.
@@ -94,7 +97,7 @@ def make_pairs(
     """
     _check_arguments(labels, n, sampling_temperature, label_temperature, samples_per_problem)
     draws = samples_per_problem if labels == "verified" else 2
-    stream = _sampled_problems(model, tokenizer, seed, sampling_temperature, draws)
+    stream = _sampled_problems(model, tokenizer, seed, sampling_temperature, draws, operations)
     label_rng = random.Random(f"labels:{seed}")
     rows: list[dict[str, Any]] = []
     skipped: Counter[str] = Counter()
@@ -143,17 +146,22 @@ def preference_probability(quality_a: float, quality_b: float, label_temperature
 
 
 def _sampled_problems(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, temperature: float, draws: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    temperature: float,
+    draws: int,
+    operations: tuple[int, int],
 ) -> Iterator[tuple[Problem, list[Sample]]]:
     """Yields problems without end, each with `draws` responses, which are sampled round by round."""
     seeds = random.Random(f"samples:{seed}")
     for start in itertools.count(0, PROBLEMS_PER_ROUND):
-        problems = make_problems(start + PROBLEMS_PER_ROUND, seed, "preference")[start:]
+        problems = make_problems(start + PROBLEMS_PER_ROUND, seed, "preference", operations)[start:]
         responses = sample(
             model,
             tokenizer,
             [as_prompt(problem) for problem in problems],
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=longest_response(operations[1]),
             temperature=temperature,
             num_return_sequences=draws,
             batch_size=PROBLEMS_PER_ROUND * draws,

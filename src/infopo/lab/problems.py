@@ -8,9 +8,9 @@ A question such as `12+5-3*2=?` is evaluated strictly **from left to right**, wi
     14*2=28
     Answer: 28
 
-A question has two or three operations, which are sums and differences with operands up to 99 and products with
-operands up to 9. Every intermediate value is within [0, 999]. A policy of a few hundred thousand parameters learns this
-within minutes, and carries and products keep it fallible for most of them.
+A question has two or three operations, or as many as `make_problems` is asked for. They are sums and differences with
+operands up to 99 and products with operands up to 9. Every intermediate value is within [0, 999]. A policy of a few
+hundred thousand parameters learns this within minutes, and carries and products keep it fallible for most of them.
 
 The split of a question depends on the question's own text alone (`split_of`). The problems of the supervised stage,
 those of the preference stage and those held out for evaluation are therefore disjoint, whatever the seeds and sizes.
@@ -27,7 +27,8 @@ SPLITS = ("sft", "preference", "evaluation")
 
 ANSWER_PREFIX = "Answer: "
 MAX_VALUE = 999
-MIN_OPERATIONS, MAX_OPERATIONS = 2, 3
+OPERATIONS = (2, 3)
+"""Smallest and largest number of operations of the problems that the shipped policy was trained on."""
 
 # Of every ten questions, five train the SFT policy, four carry preferences and one is held out.
 _SPLIT_OF_BUCKET = ("sft",) * 5 + ("preference",) * 4 + ("evaluation",)
@@ -85,14 +86,21 @@ def solve(question: str) -> Problem:
     return Problem(question, tuple(steps), value)
 
 
-def make_problems(n: int, seed: int, split: str) -> list[Problem]:
+def make_problems(n: int, seed: int, split: str, operations: tuple[int, int] = OPERATIONS) -> list[Problem]:
     """Makes `n` problems of one of the `SPLITS`, with distinct questions.
 
     The same arguments give the same problems, and a smaller `n` gives a prefix of a larger one. Different seeds of one
     split may share problems, different splits never do.
 
+    Args:
+        n: Number of problems.
+        seed: Seed of the draws.
+        split: One of `SPLITS`.
+        operations: Smallest and largest number of operations of a question. A worked solution has one line for each, so
+            that this is the length of responses.
+
     Raises:
-        ConfigError: `n` is negative or the split is unknown.
+        ConfigError: `n` is negative, the split is unknown, or `operations` are no range from at least 1.
 
     Example:
         >>> [problem.question for problem in make_problems(2, seed=0, split="evaluation")]
@@ -102,11 +110,13 @@ def make_problems(n: int, seed: int, split: str) -> list[Problem]:
         raise ConfigError(f"n: expected a number of problems of at least 0, got {n}")
     if split not in SPLITS:
         raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if not 1 <= operations[0] <= operations[1]:
+        raise ConfigError(f"operations: expected 1 <= smallest <= largest, got {operations}")
     # `random` hashes a string seed with SHA-512, so the three splits draw independent streams.
     rng = random.Random(f"{split}:{seed}")
     questions: dict[str, None] = {}
     while len(questions) < n:
-        question = _draw_question(rng)
+        question = _draw_question(rng, operations)
         if split_of(question) == split:
             questions[question] = None
     return [solve(question) for question in questions]
@@ -182,11 +192,11 @@ def _apply(operator: str, left: int, right: int) -> int:
     return left - right if operator == "-" else left * right
 
 
-def _draw_question(rng: random.Random) -> str:
+def _draw_question(rng: random.Random, operations: tuple[int, int]) -> str:
     """Draws a random chain whose values all stay within [0, MAX_VALUE]."""
     value = rng.randint(1, 99)
     question = str(value)
-    for _ in range(rng.randint(MIN_OPERATIONS, MAX_OPERATIONS)):
+    for _ in range(rng.randint(*operations)):
         operator, operand = _draw_operation(rng, value)
         value = _apply(operator, value, operand)
         question += f"{operator}{operand}"
