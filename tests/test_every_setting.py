@@ -56,7 +56,7 @@ OF_TRL = {
     "precompute_ref_log_probs", "precompute_ref_batch_size", "loss_type", "loss_weights", "f_divergence_type",
     "f_alpha_divergence_coef", "label_smoothing", "beta", "pad_token", "desirable_weight", "undesirable_weight",
     "simpo_gamma", "cpo_alpha",
-    "alpha", "discopop_tau",
+    "alpha", "discopop_tau", "use_weighting",
 }  # fmt: skip
 """Honoured under TRL's name."""
 

@@ -176,6 +176,7 @@ CASES = [
     Case("aot", {"beta": 1.0, "label_smoothing": 0.25}, (B + math.log(3)) / 2 - B / 8),
     Case("aot_unpaired", {"beta": 1.0}, (B + math.log(3)) / 2),
     Case("aot_unpaired", {"beta": 1.0, "label_smoothing": 0.25}, (B + math.log(3)) / 2 - B / 8),
+    Case("wpo", {"beta": 1.0}, (LOG17 + LOG9 - 3 * B) / 2),
     Case("bco", {"beta": 1.0}, sum(map(softplus, (2.25 * B, -1.75 * B, 1.75 * B, -1.25 * B))) / 4),
     Case(
         "bco", {"beta": 1.0, "rate": 0.5}, sum(map(softplus, (2.25 * B, -1.75 * B, 1.75 * B, -1.25 * B))) / 4
@@ -361,6 +362,7 @@ def test_golden_values(case: Case) -> None:
     AOT: margins -b, 2b against the reference's 3b, -b in order, -b, 3b: 0, -b. Unpaired: -2b, 2b against -b, 2b: -b, 0.
         ε=1/4 adds ε Δ: -b/4 over both.
     BCO: δ = (-2b + 2b + 2b - b)/4 = b/4: -2.25b, 1.75b, -1.75b, 1.25b.
+    WPO without a trainer: weights 1, DPO.
     α-DPO: δ = 0, 2b; δ - δ_ref = -2b/3 - b, 2b + b, mean 2b/3, deviation √2 7b/3: z = -1/√2, 1/√2.
     β-DPO: Δ = -4b, 3b are equally far from their mean, so p = 1 - ρ, β' = β: DPO.
     RePO: margins 0, 2b. DiscoPOP, τ=1/2: m = 1/257, 64/65. cap=b: 16 becomes 2(1 + 4b - b).
@@ -374,6 +376,16 @@ def test_every_parameter_has_a_golden_value() -> None:
     names = {case.name for case in BY_HAND}
     assert covered == {(name, key) for name in names for key in OBJECTIVES[name].parameters}
     assert all(">>>" in (FUNCTIONS[name].__doc__ or "") for name in OBJECTIVES)
+
+
+def test_wpo_weighs_a_pair_by_the_agreement_of_both_responses_and_without_a_gradient() -> None:
+    """Agreements -b, 0 and -b, -2b: weights 1/2 and 1/8."""
+    agreement = torch.tensor([-B, 0.0, -B, -2 * B], dtype=F64)
+    logps = replace(golden_batch(), agreement=agreement)
+    value = step_loss(loss_function("wpo", {"beta": 1.0}), logps)
+    assert_close(value.detach(), (LOG17 / 2 + (LOG9 - 3 * B) / 8) / 2)
+    plain = gradient(step_loss(loss_function("dpo", {"beta": 1.0}), logps), logps)
+    assert_close(gradient(value, logps), plain * torch.tensor([0.5, 0.5, 0.125, 0.125], dtype=F64))
 
 
 def test_beta_dpo_with_a_given_statistic_by_hand() -> None:

@@ -194,7 +194,6 @@ NOT_HONOURED: dict[str, Any] = {
     "padding_free": True,
     "pad_to_multiple_of": 8,
     "ld_alpha": 0.5,
-    "use_weighting": True,
     "activation_offloading": True,
     "sync_ref_model": True,
     "train_sampling_strategy": "batch_rebalance",

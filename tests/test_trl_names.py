@@ -62,6 +62,8 @@ def message(**settings: Any) -> str:
         ({"loss_type": "alphapo", "alpha": 0.25}, "simpo", {"alpha": 0.25, "beta": 0.1}),
         ({"loss_type": "discopop", "discopop_tau": 0.2}, "discopop", {"tau": 0.2}),
         ({"loss_type": "sppo_hard"}, "sppo_hard", {}),
+        ({"loss_type": "sigmoid", "use_weighting": True, "beta": 0.2}, "wpo", {"beta": 0.2}),
+        ({"objective": "wpo", "use_weighting": True}, "wpo", {}),
         (
             {"loss_type": "sigmoid", "f_divergence_type": "js_divergence", "beta": 0.2},
             "fdpo",
@@ -116,6 +118,12 @@ def test_an_objective_is_found_by_name_and_title_in_any_case(name: str) -> None:
         ({"alpha": 0.25}, "loss_type='simpo'"),
         ({"discopop_tau": 0.1, "loss_type": "sigmoid"}, "loss_type='discopop'"),
         ({"loss_type": "kto_pair"}, "objective='kto'"),
+        ({"use_weighting": True}, "the loss is InfoPO"),
+        ({"use_weighting": True, "loss_type": "hinge"}, "loss_type='sigmoid'"),
+        (
+            {"use_weighting": True, "loss_type": "sigmoid", "f_divergence_type": "js_divergence"},
+            "under reverse KL",
+        ),
         ({"f_divergence_type": "js_divergence"}, "loss_type='sigmoid'"),
         ({"f_divergence_type": "js_divergence", "loss_type": "hinge"}, "loss_type='sigmoid'"),
         ({"f_divergence_type": "js", "loss_type": "sigmoid"}, "js_divergence"),

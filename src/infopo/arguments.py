@@ -141,7 +141,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     padding_value: int | None = setting(None, _REFUSED)
     generate_during_eval: bool = setting(False, _REFUSED)
     is_encoder_decoder: bool | None = setting(None, _REFUSED)
-    use_weighting: bool = setting(False, _REFUSED)
+    use_weighting: bool = setting(False, "WPO: weigh DPO's pairs by how likely the policy is to sample them.")
     discopop_tau: float = setting(0.05, "DiscoPOP's temperature.")
     activation_offloading: bool = setting(False, _REFUSED)
     sync_ref_model: bool = setting(False, _REFUSED)

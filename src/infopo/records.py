@@ -278,6 +278,8 @@ class ResponseLogps(Responses):
         policy: log π_θ(y|x), summed over the response's tokens (nats), with its gradient.
         statistic: The number of the whole optimizer step that the objective's catalog row names (nats, without
             gradient). If it is None, this batch is the whole step, and the objective computes the number from it.
+        agreement: Mean over tokens of log π_θ(y_t) - log Σ_v π_θ(v)² of each response (nats, without gradient), for an
+            objective whose declaration asks for it, else None.
 
     Example:
         >>> logps = ResponseLogps.pair((-3.0, -5.0), reference=(-4.0, -4.0))
@@ -287,6 +289,7 @@ class ResponseLogps(Responses):
 
     policy: Float[Tensor, " responses"]
     statistic: Float[Tensor, "..."] | None = None
+    agreement: Float[Tensor, " responses"] | None = None
 
     @classmethod
     def of(

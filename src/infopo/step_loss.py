@@ -16,8 +16,9 @@ from infopo import run_state
 from infopo.data.packing import select
 from infopo.errors import NonFiniteLossError
 from infopo.finite import FiniteWatch
-from infopo.logps import router
+from infopo.logps import agreement, router
 from infopo.logps.forward import response_logps
+from infopo.losses.catalog import row_of
 from infopo.losses.coupling import Averages, StepCoupling
 from infopo.losses.registry import loss_function, step_statistic
 from infopo.metrics import (
@@ -68,6 +69,7 @@ class RunLoss:
         router_coef: float,
     ) -> None:
         self._functions = [(loss_function(name, params), weight) for name, params, weight in mixture]
+        self._measures_agreement = any(row_of(name).agreement for name, _, _ in mixture)
         self.metric_rule = MetricRule.of(mixture)
         self.coupling = StepCoupling([step_statistic(n, p) for n, p, _ in mixture], device, gather)
         self.device = device
@@ -77,9 +79,13 @@ class RunLoss:
 
     def piece(self, model: nn.Module, batch: PackedBatch, reference: Reference, share: float) -> Piece:
         """Returns a piece after its forward pass, or passes if the reference runs beside the policy."""
-        with router.aux_losses(self.router_coef != 0) as found:
+        wanted = self._measures_agreement
+        with router.aux_losses(self.router_coef != 0) as found, agreement.measured(wanted) as agreements:
             policy = response_logps(model, batch)
-        return Piece(batch, batch.with_logps(policy, reference(batch)), router.mean(found), share)
+        logps = batch.with_logps(policy, reference(batch))
+        if agreements:
+            logps = replace(logps, agreement=agreements[0] / logps.length)
+        return Piece(batch, logps, router.mean(found), share)
 
     def terms(self, logps: ResponseLogps, statistics: Sequence[Tensor | None]) -> LossTerms:
         """Returns the terms of all objectives with their weights, given each objective's step statistic."""

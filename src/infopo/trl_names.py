@@ -81,10 +81,6 @@ NOT_HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
         "LD-DPO weighs tokens beyond the shorter response apart, and a loss here sees sums over a response; "
         "loss_type='sigmoid_norm' and objective='rdpo' discount length, too",
     ),
-    "use_weighting": (
-        (False,),
-        "WPO weighs a pair by the sum of squared probabilities at each token, which the chunked head does not form",
-    ),
     "activation_offloading": ((False,), "use gradient_checkpointing to save memory"),
     "sync_ref_model": ((False,), "the reference is frozen: it is part of InfoPO's definition"),
     "train_sampling_strategy": (
@@ -151,13 +147,14 @@ class LossSettings:
     cpo_alpha: float | None = None
     alpha: float = 0.0
     discopop_tau: float = 0.05
+    use_weighting: bool = False
 
     def problems(self) -> list[str]:
         """Everything that is wrong with them, one sentence each."""
         problems = self._names() + self._weights()
         if problems:
             return problems
-        problems += self._divergence() + self._foreign()
+        problems += self._divergence() + self._weighting() + self._foreign()
         for name, parameters, _ in self.mixture():
             problems += [in_arguments(problem) for problem in check_objective(name, parameters)]
         return problems
@@ -210,6 +207,17 @@ class LossSettings:
                 f"{{'divergence': {DIVERGENCES[kind]!r}}})"
             ]
         return []
+
+    def _weighting(self) -> list[str]:
+        """WPO's weights are those of DPO's plain loss here."""
+        losses = [name for name, _, _ in self.mixture()]
+        if not self.use_weighting or set(losses) == {"wpo"}:
+            return []
+        title = " + ".join(row_of(name).title for name in losses)
+        return [
+            "use_weighting=True: is WPO, which weighs the pairs of DPO under reverse KL; write loss_type='sigmoid' "
+            f"beside it, or objective='wpo' instead (the loss is {title})"
+        ]
 
     def _foreign(self) -> list[str]:
         """Settings of KTOConfig and CPOConfig beside an objective that has no such parameter."""
@@ -265,8 +273,10 @@ class LossSettings:
     def _as_divergence(
         self, name: str, parameters: dict[str, Any], weight: float
     ) -> tuple[str, dict[str, Any], float]:
-        """DPO under `f_divergence_type` is the objective fdpo; TRL's α is 1 - α there."""
+        """DPO under `f_divergence_type` is fdpo, whose α is 1 - TRL's. With `use_weighting`, DPO is wpo."""
         divergence = DIVERGENCES.get(self.f_divergence_type)
+        if self.use_weighting and divergence is None and name == "dpo":
+            return "wpo", parameters, weight
         if divergence is None or name not in ("dpo", "fdpo"):
             return name, parameters, weight
         of_divergence: dict[str, Any] = {"divergence": divergence}

@@ -25,7 +25,7 @@ from transformers import (
 
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
-from infopo.logps import attention, lm_head
+from infopo.logps import agreement, attention, lm_head
 from infopo.logps.forward import path_of, prepare, response_logps, self_test
 from infopo.logps.lm_head import LogitMap, token_logps
 from infopo.models import disable_dropout
@@ -71,6 +71,22 @@ def whole(
     if logit_map.softcap is not None:
         logits = logit_map.softcap * torch.tanh(logits / logit_map.softcap)
     return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_agreement_beside_log_probs_is_that_of_the_whole_logits(logit_map: LogitMap) -> None:
+    hidden, weight, bias, targets = tensors(torch.float64)
+    plain = token_logps(hidden, weight, bias, targets, logit_map)
+    with agreement.measured(True):
+        both = token_logps(hidden, weight, bias, targets, logit_map)
+    every = torch.stack(
+        [whole(hidden, weight, bias, torch.full_like(targets, v), logit_map) for v in range(len(weight))]
+    )
+    torch.testing.assert_close(both[:, 0], plain, rtol=0, atol=0)
+    torch.testing.assert_close(both[:, 1], plain - every.exp().square().sum(0).log())
+    grads = [torch.autograd.grad(out.sum(), (hidden, weight, bias)) for out in (plain, both)]
+    for of_plain, of_both in zip(*grads, strict=True):
+        torch.testing.assert_close(of_both, of_plain, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -10,7 +10,7 @@ from infopo import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.errors import LogpsError
-from infopo.logps import attention
+from infopo.logps import agreement, attention
 from infopo.logps.forest import Plan
 from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
 from infopo.models import disable_dropout
@@ -40,8 +40,13 @@ def ready(model: torch.nn.Module, path: str) -> torch.nn.Module:
     return model
 
 
-def definition(model: torch.nn.Module, example: PreferenceExample) -> list[torch.Tensor]:
-    """Σ_t log softmax(logits before t)[y_t], one unpadded sequence at a time, straight from the textbook."""
+def definition(
+    model: torch.nn.Module, example: PreferenceExample, squared: bool = False
+) -> list[torch.Tensor]:
+    """Σ_t log softmax(logits before t)[y_t], one unpadded sequence at a time, straight from the textbook.
+
+    If `squared`, it is Σ_t log Σ_v softmax(logits before t)[v]².
+    """
     values = []
     for response, context in zip(example.response_ids, example.spans, strict=True):
         tokens = torch.tensor([[*example.prompt_ids, *response]])
@@ -49,7 +54,10 @@ def definition(model: torch.nn.Module, example: PreferenceExample) -> list[torch
         first = len(example.prompt_ids)
         unscored = {first + t for begin, end in context for t in range(begin, end)}
         scored = [t for t in range(first, tokens.shape[1]) if t not in unscored]
-        values.append(sum(logps[t - 1, tokens[0, t]].double() for t in scored))
+        of_token = (
+            logps.exp().square().sum(1).log() if squared else logps[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+        )
+        values.append(sum(of_token[t - 1].double() for t in scored))
     return values
 
 
@@ -58,6 +66,22 @@ def test_log_probs_are_the_sums_of_the_textbook(path: str) -> None:
     with torch.no_grad():
         expected = torch.stack([v for e in EXAMPLES for v in definition(model, e)])
         torch.testing.assert_close(response_logps(model, pack(EXAMPLES), path), expected, **FLOAT32)
+
+
+def test_the_agreement_of_a_response_is_that_of_the_textbook_and_changes_no_log_prob(path: str) -> None:
+    """Σ_t log π(y_t) - log Σ_v π(v)², with context left out."""
+    model = ready(tiny_llama(), path)
+    with torch.no_grad():
+        plain = response_logps(model, pack(EXAMPLES), path)
+        with agreement.measured(True) as found:
+            torch.testing.assert_close(response_logps(model, pack(EXAMPLES), path), plain, rtol=0, atol=0)
+        squares = [s for e in EXAMPLES for s in definition(model, e, squared=True)]
+    torch.testing.assert_close(found[0], plain - torch.stack(squares), **FLOAT32)
+    with agreement.measured(True) as of_nothing:
+        none = response_logps(model, pack([EMPTY_EXAMPLE]), path)
+    assert none.shape == of_nothing[0].shape == (0,)
+    none.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("config", [

@@ -23,6 +23,7 @@ Differences that are not parity, found in TRL 1.16:
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,28 @@ def dpo_trainer(tmp_path_factory: pytest.TempPathFactory) -> DPOTrainer:
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer(),
     )
+
+
+def test_wpo_is_trls_dpo_with_use_weighting(tmp_path: Path) -> None:
+    trainer = DPOTrainer(
+        model=copy.deepcopy(POLICY),
+        ref_model=copy.deepcopy(REFERENCE),
+        args=DPOConfig(output_dir=str(tmp_path), use_weighting=True, **COMMON),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = run_trl(trainer, batch, ["sigmoid"], 0.5)
+    logps, policy = our_logps(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    rows = zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True)
+    means = []
+    for ids, mask, scored in rows:
+        log_p = policy(input_ids=ids[mask == 1][None]).logits[0].log_softmax(-1)[:-1].double()
+        of_token = log_p.gather(1, ids[mask == 1][1:, None])[:, 0] - (2 * log_p).logsumexp(1)
+        means.append(of_token[scored[mask == 1][1:].bool()].mean().detach())
+    logps = replace(logps, agreement=torch.stack(means))
+    ours = step_loss(loss_function("wpo", {"beta": 0.5})(logps), logps)
+    assert_same_loss_and_gradient(theirs, trainer.model, ours, policy)
 
 
 def plain_logps(model: LlamaForCausalLM, ids: list[int], scored: list[bool]) -> Tensor:

@@ -58,7 +58,7 @@ class Plan:
         return Plan(self.layout, tuple(tensors))
 
 
-def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " response_tokens"]:
+def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "response_tokens *agreement"]:
     """Returns log π(y_t | x, y_<t) of every token of every response (nats), response after response.
 
     A token that several responses share is computed once, and appears once for each of them. The first token of each

@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from infopo.errors import LogpsError
-from infopo.logps import attention, forest, lm_head, naive, padded, rope
+from infopo.logps import agreement, attention, forest, lm_head, naive, padded, rope
 from infopo.logps.eligibility import obstacle
 from infopo.logps.registration import OWN_MASK
 from infopo.logps.rounding import moved_by_rounding
 from infopo.logps.wrappers import base_of, has_virtual_tokens
 from infopo.records import PackedBatch, sum_dtype, to_device
 
-TokenLogps = Callable[[nn.Module, PackedBatch], Float[Tensor, " response_tokens"]]
+TokenLogps = Callable[[nn.Module, PackedBatch], Float[Tensor, "response_tokens *agreement"]]
 
 PATHS: Mapping[str, TokenLogps] = {
     "naive": naive.token_logps,
@@ -91,7 +91,8 @@ def response_logps(
     """log π(y|x) = Σ_t log π(y_t | x, y_<t) of every response (nats), by the path named, else by `path_of(model)`.
 
     The sum runs in float64 where the device has it: float32 sums are off by up to 1e-3 nat on long responses, and
-    InfoPO exponentiates differences of such sums.
+    InfoPO exponentiates differences of such sums. Within `agreement.measured(True)`, it leaves the agreement of each
+    response there.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,15 +106,16 @@ def response_logps(
     """
     tokens = token_logps(model, batch, path)
     tokens = tokens.to(sum_dtype(tokens.device))
-    if batch.num_responses == 0:
-        return tokens  # no element, but a gradient path to every parameter
-    # Split and sum, not index_add: the latter adds in no fixed order on a GPU.
-    return torch.stack([part.sum() for part in tokens.split(response_lengths(batch))])
+    # Split and sum, not index_add: the latter adds in no fixed order on a GPU. Without responses there is no element,
+    # but a gradient path to every parameter.
+    parts = tokens.split(response_lengths(batch)) if batch.num_responses else ()
+    sums = torch.stack([part.sum(dim=0) for part in parts]) if parts else tokens
+    return agreement.note(sums) if agreement.is_wanted() else sums
 
 
 def token_logps(
     model: nn.Module, batch: PackedBatch, path: str | None = None
-) -> Float[Tensor, " response_tokens"]:
+) -> Float[Tensor, "response_tokens *agreement"]:
     """log π(y_t | x, y_<t) of every token of every response (nats), response after response.
 
     Rows that must not share a forward pass take several: see `rows_apart`.

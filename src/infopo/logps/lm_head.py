@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from infopo.errors import LogpsError
-from infopo.logps import router
+from infopo.logps import agreement, router
 from infopo.logps.wrappers import base_of
 
 TILE_LOGITS = {"cpu": 2**20}
@@ -77,7 +77,7 @@ def token_logps(
     bias: Float[Tensor, " vocabulary"] | None,
     targets: Int[Tensor, " scored"],
     logit_map: LogitMap | None = None,
-) -> Float[Tensor, " scored"]:
+) -> Float[Tensor, "scored *agreement"]:
     """Returns u_y − log Σ_v exp(u_v) with u = map(W h + b), in nats, in float32 at least.
 
     Values and gradients are those of the whole logits, for any weights of the gradient. At most `TILE_LOGITS` logits
@@ -91,6 +91,10 @@ def token_logps(
         targets: Id of each scored token, y.
         logit_map: What the model does to its logits. By default nothing.
 
+    Returns:
+        Log-probs, or (scored, 2) with the agreement beside them if it is asked for (see `logps/agreement.py`). Its sum
+        over the vocabulary is formed tile by tile, too, and takes one more pass over the logits.
+
     Example:
         >>> token_logps(torch.ones(1, 2), torch.zeros(4, 2), None, torch.tensor([3]))  # -log 4
         tensor([-1.3863])
@@ -98,17 +102,28 @@ def token_logps(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _TokenLogps.apply(hidden.to(dtype), weight.to(dtype), bias, targets, logit_map or LogitMap())
+        is_wanted = agreement.is_wanted()
+        result = _TokenLogps.apply(
+            hidden.to(dtype), weight.to(dtype), bias, targets, logit_map or LogitMap(), is_wanted
+        )
+    return agreement.beside(*result) if is_wanted else result
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_map: LogitMap
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logit_map: LogitMap,
+        with_squares: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         target_logit = hidden.new_zeros(len(hidden), dtype=exact)
         lse = hidden.new_full((len(hidden),), -torch.inf, dtype=exact)
+        lse_twice = lse.clone() if with_squares else None
         kept: dict[tuple[int, int], Tensor] = {}
         room = KEPT_LOGITS.get(hidden.device.type, 0) if any(ctx.needs_input_grad) else 0
         for columns, tiles in _tiles(hidden, weight):
@@ -117,16 +132,23 @@ class _TokenLogps(torch.autograd.Function):
                 is_inside, column = _targets_in(targets[rows], columns)
                 target_logit[rows] += logits.gather(1, column)[:, 0].where(is_inside, 0.0)
                 lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=1))
+                if lse_twice is not None:
+                    lse_twice[rows] = torch.logaddexp(lse_twice[rows], (2 * logits).logsumexp(dim=1))
                 if logits.numel() <= room:
                     room -= logits.numel()
                     kept[rows.start, columns.start] = logits
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.logit_map, ctx.kept = logit_map, kept
-        return target_logit - lse
+        if lse_twice is None:
+            return target_logit - lse
+        # log Σ p² = log Σ e^2u - 2 log Σ e^u
+        log_squares = lse_twice - 2 * lse
+        ctx.mark_non_differentiable(log_squares)
+        return target_logit - lse, log_squares
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *of_squares: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         logit_map: LogitMap = ctx.logit_map
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
@@ -153,7 +175,7 @@ class _TokenLogps(torch.autograd.Function):
                     _add_product(d_columns, d_logits.T, hidden[rows])
             if d_weight is not None and d_columns is not None and d_columns.dtype != d_weight.dtype:
                 d_weight[columns] = d_columns
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
 
 
 def _logit_gradient(
@@ -342,7 +364,7 @@ def _is_gathered(modules: Sequence[nn.Module], weight: Tensor) -> bool:
 
 def logps_of(
     model: nn.Module, positions: Int[Tensor, " scored"], targets: Int[Tensor, " scored"], **inputs: Any
-) -> Float[Tensor, " scored"]:
+) -> Float[Tensor, "scored *agreement"]:
     """Calls a model whose head computes the log-probs of `targets` at `positions` instead of logits.
 
     The chunked head runs in two hooks around the model's own head. They are there for this one call: weights that are
@@ -371,7 +393,7 @@ def logps_of(
     def after(head: nn.Linear, args: tuple[Tensor], no_logits: Tensor) -> Tensor:
         hidden = states.pop().flatten(0, 1)[positions]
         results.append(token_logps(hidden, head.weight, head.bias, targets, logit_map))
-        return results[-1][None, :, None]
+        return _log_probs(results[-1])[None, :, None]
 
     if hasattr(head, _OUT_OF_GRAPHS):
         before, after = torch.compiler.disable(before), torch.compiler.disable(after)
@@ -389,4 +411,9 @@ def logps_of(
     # The model has applied its map to what the head returned, so its output is wrong and the result of the hook counts.
     # The gradient passes through the output too, because wrappers that gather weights for the backward pass wait there.
     router.note(output, inputs["attention_mask"])
-    return results[0] + 0.0 * output.logits.flatten()
+    through_output = 0.0 * output.logits.flatten()
+    return results[0] + (through_output if results[0].ndim == 1 else through_output[:, None])
+
+
+def _log_probs(result: Float[Tensor, "scored *agreement"]) -> Float[Tensor, " scored"]:
+    return result if result.ndim == 1 else result[:, 0]

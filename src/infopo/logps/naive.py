@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from infopo.logps import router
+from infopo.logps import agreement, router
 from infopo.records import PackedBatch
 
 
-def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " response_tokens"]:
+def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "response_tokens *agreement"]:
     """Returns log π(y_t | x, y_<t) of every token of every response (nats), response after response.
 
     A response's first token is scored from the last position before it. Logits are converted to float32 at least before
@@ -39,15 +39,18 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " respons
 
 def logps_from(
     logits: Float[Tensor, "scored vocabulary"], targets: Int[Tensor, " scored"]
-) -> Float[Tensor, " scored"]:
-    """Returns log softmax(logits) at the targets (nats), in float32 at least.
+) -> Float[Tensor, "scored *agreement"]:
+    """Returns log softmax(logits) at the targets (nats), in float32 at least. See `lm_head.token_logps` for agreement.
 
     Example:
         >>> logps_from(torch.zeros(1, 4), torch.tensor([3]))  # -log 4
         tensor([-1.3863])
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    if not agreement.is_wanted():
+        return logps
+    return agreement.beside(logps, (2 * logits.detach().log_softmax(dim=1)).logsumexp(dim=1))
 
 
 def padded_rows(

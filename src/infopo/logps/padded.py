@@ -11,7 +11,7 @@ from infopo.logps import lm_head, naive
 from infopo.records import PackedBatch
 
 
-def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, " response_tokens"]:
+def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "response_tokens *agreement"]:
     """Returns log π(y_t | x, y_<t) of every token of every response (nats), response after response.
 
     Args:

@@ -159,6 +159,7 @@ class Objective:
             examples.
         trl_loss_type: Name in TRL's `DPOConfig.loss_type`, or None if TRL lacks the loss.
         ratio: Whether the loss contains r(l)^β itself, whose tail the metrics `ratio/*` show.
+        agreement: Whether it reads `ResponseLogps.agreement`, which takes one more pass over the logits.
         reward: What metrics call the reward of a response. `log_ratio` is β log r. Losses without a reference have
             the rewards of TRL's trainers for them: `logp` is β log π_θ, and `mean_logp` is β log π_θ / |y| (β = 1 for
             SFT).
@@ -178,6 +179,7 @@ class Objective:
     statistic: str | Callable[..., Any] = ""
     trl_loss_type: str | None = None
     ratio: bool = False
+    agreement: bool = False
     reward: str = "log_ratio"
     location: str = ""
     digest: str = ""
@@ -224,6 +226,7 @@ class Declaration:
     statistic: str | Callable[..., Any] = ""
     trl_loss_type: str | None = None
     ratio: bool = False
+    agreement: bool = False
     reward: str = "log_ratio"
 
     def row(self, name: str, signature: Mapping[str, tuple[Any, type | None]]) -> Objective:
@@ -284,7 +287,8 @@ def objective(**declaration: Any) -> Callable[[Loss], Loss]:
     Args:
         declaration: `title`, `formula`, `source`, `when`, `bound` for readers. `parameters`: a `Domain` by parameter.
             `reference`, `sides`: those of ("chosen", "rejected") that the loss reads; both by default. `pairs`: whether
-            it compares two responses of one prompt. `statistic`, `ratio`, `reward`, `trl_loss_type`: see `Objective`.
+            it compares two responses of one prompt. `statistic`, `ratio`, `agreement`, `reward`, `trl_loss_type`: see
+            `Objective`.
 
     Raises:
         ValueError: The declaration does not fit the function.
