@@ -25,7 +25,7 @@ from infopo.settings import (
     ReferenceSettings,
 )
 from infopo.validation import YAML, Language, Problem, Settings, not_a_choice
-from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, join_path, read_tree, shown
+from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, in_yaml, join_path, read_tree
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _read_section(path: str, value: Any, problems: Problems, homes: Mapping[str,
     section = SECTIONS[path]
     settings = section.defaults()
     if not isinstance(value, dict | None):
-        problems.add(path, f"expected a section with settings beneath it, got {shown(value)}")
+        problems.add(path, f"expected a section with settings beneath it, got {in_yaml(value)}")
         return settings
     given = value or {}
     _refuse_unknown(given, list(settings), path, problems, homes)
@@ -259,13 +259,13 @@ def _read_objective(value: Any, problems: Problems) -> Tree:
     """Returns name and parameters, and checks them against the catalog."""
     if not isinstance(value, dict | None):
         problems.add(
-            "objective", f"expected a name, or a section with name and parameters, got {shown(value)}"
+            "objective", f"expected a name, or a section with name and parameters, got {in_yaml(value)}"
         )
         return {}
     parameters = dict(value or {})
     name = parameters.pop("name", ObjectiveSettings.name)
     if not isinstance(name, str):
-        problems.add("objective.name", f"expected text, got {shown(name)}")
+        problems.add("objective.name", f"expected text, got {in_yaml(name)}")
         return {}
     name = objective_name(name)
     for sentence in check_objective(name, parameters):
@@ -278,7 +278,7 @@ def _read_train(
     value: Any, train_fields: Mapping[str, TrainField], problems: Problems, homes: Mapping[str, str]
 ) -> Tree:
     if not isinstance(value, dict | None):
-        problems.add("train", f"expected a section with settings beneath it, got {shown(value)}")
+        problems.add("train", f"expected a section with settings beneath it, got {in_yaml(value)}")
         return {}
     train = value or {}
     known = {**train_fields, RESUME.name: RESUME}

@@ -196,7 +196,7 @@ class ReferenceStore:
         return f"{self.folder}: {self.reused} responses found, {len(self.computed)} computed"
 
     def _read_new_shards(self) -> None:
-        with self._named():
+        with self._os_errors_named():
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
             for name in names:
                 if name not in self._read:
@@ -254,7 +254,7 @@ class ReferenceStore:
         name = f"{os.getpid()}-{uuid.uuid4().hex}"
         claims = self.folder / "claims"
         own = _lock(claims / f"{name}.lock")
-        with self._named():
+        with self._os_errors_named():
             claims.mkdir(parents=True, exist_ok=True)
             # Most shards are read before the lock is taken, so that others wait for a short time only.
             self._read_new_shards()
@@ -294,7 +294,7 @@ class ReferenceStore:
         """Writes values as one shard, which exists as a whole or not at all, and is durable once this returns."""
         content = _packed(values, self._about)
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        with self._named():
+        with self._os_errors_named():
             self.folder.mkdir(parents=True, exist_ok=True)
             durable.write(self.folder / name, [content])
         # Values are read back from the file, so that what is used is what was written.
@@ -324,7 +324,8 @@ class ReferenceStore:
     # ---- the file system -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _os_errors_named(self) -> Iterator[None]:
+        """Turns errors of the system into one that names the file and what the store needs."""
         try:
             yield
         except OSError as error:

@@ -94,7 +94,7 @@ class RunWriter:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._last_line_is_whole = False
-        with _named(self.directory):
+        with _os_errors_named(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
     def write_recipe(self, text: str, done: int = 0) -> None:
@@ -145,7 +145,7 @@ class RunWriter:
             raise ValueError(f"a record of metrics has an integer step, got {record.get('step')!r}")
         line = f"{to_json(record)}\n".encode()
         path = self.directory / METRICS
-        with _named(path):
+        with _os_errors_named(path):
             if not self._last_line_is_whole:
                 _cut_partial_line(path)
                 self._last_line_is_whole = True
@@ -223,7 +223,7 @@ def read_object(path: Path) -> Record | None:
 
 def _metric_lines(path: Path) -> list[tuple[str, Record | None]]:
     """Returns the lines of metrics with their records. The record of a last line that was cut off is None."""
-    with _named(path):
+    with _os_errors_named(path):
         lines = path.read_bytes().split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -301,12 +301,12 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         RunDirectoryError: The file cannot be written. A file that was there before is unchanged.
     """
     path = Path(path)
-    with _named(path):
+    with _os_errors_named(path):
         durable.write(path, [text.encode("utf-8", errors="backslashreplace")])
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _os_errors_named(path: Path) -> Iterator[None]:
     """Turns errors of the system into an error that names the file."""
     try:
         yield

@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from infopo.catalog import suggestion
 from infopo.errors import ConfigError
-from infopo.yaml_tree import shorten, shown
+from infopo.yaml_tree import in_yaml, shorten
 
 Problem = tuple[str, str]
 """The name of a setting, and what is wrong with it."""
@@ -60,7 +60,7 @@ class Language:
         return " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
 
 
-YAML = Language(shown, "null", "true or false", "a mapping")
+YAML = Language(in_yaml, "null", "true or false", "a mapping")
 PYTHON = Language(lambda value: shorten(repr(value)), "None", "True or False", "a dict")
 
 

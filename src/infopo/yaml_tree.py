@@ -244,7 +244,9 @@ def _assign(tree: Tree, names: list[str], value: Any) -> str | None:
     for depth, name in enumerate(names[:-1]):
         child = node.get(name)
         if not isinstance(child, dict | None):
-            return f"{'.'.join(names[: depth + 1])} is {shown(child)}, which has no key {names[depth + 1]!r}"
+            return (
+                f"{'.'.join(names[: depth + 1])} is {in_yaml(child)}, which has no key {names[depth + 1]!r}"
+            )
         # The section is copied, because a YAML anchor may share it, and only this use of it changes.
         opened = dict(child or {})
         node[name] = opened
@@ -253,11 +255,11 @@ def _assign(tree: Tree, names: list[str], value: Any) -> str | None:
     return None
 
 
-def shown(value: Any) -> str:
+def in_yaml(value: Any) -> str:
     """Returns a value for a message, as YAML users know it, cut to a line.
 
     Example:
-        >>> shown(None), shown("text")
+        >>> in_yaml(None), in_yaml("text")
         ('null', "'text'")
     """
     if value is None or isinstance(value, bool):

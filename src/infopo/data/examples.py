@@ -292,7 +292,9 @@ class ExampleDataset(Dataset[PreferenceExample]):
         first = next((i for i in range(number) if prompts[i] != prompts[i - 1]), None)
         if first is None:
             raise DataError(
-                "has the same prompt as all other rows: no response is one to another prompt", self.row_ids[0]
+                "all rows have the prompt of this one, so KTO's responses to other prompts cannot be drawn: expected "
+                "two prompts or more",
+                self.row_ids[0],
             )
         donors = [-1] * number
         # The circle starts at an example whose predecessor has another prompt. Each later one either has such a

@@ -166,7 +166,7 @@ def split_by_tokens(
 def select(batch: PackedBatch, responses: Sequence[int]) -> PackedBatch:
     """Returns the same batch with these responses only, without segments that are in no remaining path.
 
-    Examples keep their indices and names. The host does not wait for the device.
+    Examples keep their indices and names. It does not synchronise with a GPU.
     """
     kept = sorted({segment for response in responses for segment in batch.path(response)})
     number = {segment: new for new, segment in enumerate(kept)}

@@ -90,7 +90,7 @@ def check_responses(prompt: Text, chosen: list[Text], rejected: list[Text], row_
         if prompt[-1]["role"] == "assistant":
             problem = "the prompt's last turn: expected user or tool, got 'assistant'"
             raise DataError(problem, row_id, "wrong role")
-        for name, _, response in _named(chosen, rejected):
+        for name, _, response in _with_sides(chosen, rejected):
             _refuse_repeated_prompt(prompt, response, name, row_id)
             _check_response_roles(response, name, row_id)
     if both := [response for response in chosen if response in rejected]:
@@ -99,7 +99,7 @@ def check_responses(prompt: Text, chosen: list[Text], rejected: list[Text], row_
         )
 
 
-def _named(chosen: Sequence[Text], rejected: Sequence[Text]) -> Iterable[tuple[str, str, Text]]:
+def _with_sides(chosen: Sequence[Text], rejected: Sequence[Text]) -> Iterable[tuple[str, str, Text]]:
     """Yields all responses, each with its name in errors (with its number if there are several) and its side."""
     for side, responses in (("chosen", chosen), ("rejected", rejected)):
         for i, response in enumerate(responses, 1):
@@ -111,7 +111,7 @@ def _named(chosen: Sequence[Text], rejected: Sequence[Text]) -> Iterable[tuple[s
 
 
 def check_not_blank(chosen: Sequence[Text], rejected: Sequence[Text], row_id: str) -> None:
-    for name, side, response in _named(chosen, rejected):
+    for name, side, response in _with_sides(chosen, rejected):
         if _is_blank(response):
             problem = f"expected a {name}, it is empty ({shown(response)})"
             raise DataError(problem, row_id, f"empty {side}")

@@ -278,15 +278,16 @@ def located(source: Any, name: str, split: str = "train", streaming: bool = Fals
 def _open_source(found: "Located", door: Door) -> Iterator[NamedRow]:
     """Returns the rows of the source, before they are judged. Suffixes are checked at once, files are opened lazily."""
     if isinstance(found, list | tuple):
-        return _named(door.name, enumerate(found, 1))
+        return _numbered(door.name, enumerate(found, 1))
     if not isinstance(found, Files):
-        return _named(door.name, _dataset_rows(found, door))
+        return _numbered(door.name, _dataset_rows(found, door))
     if found.are_found:
         door.counts.files[door.name] = [str(path) for path, _ in found.files]
-    return chain.from_iterable([_named(name, file_rows(path, name, door)) for path, name in found.files])
+    return chain.from_iterable([_numbered(name, file_rows(path, name, door)) for path, name in found.files])
 
 
-def _named(name: str, rows: Iterable[RawRow]) -> Iterator[NamedRow]:
+def _numbered(name: str, rows: Iterable[RawRow]) -> Iterator[NamedRow]:
+    """Yields each row under its name, `SOURCE:ROW`."""
     return ((f"{name}:{number}", row) for number, row in rows)
 
 

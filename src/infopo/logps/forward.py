@@ -204,7 +204,7 @@ def padding_noise(
     return float((tested - expected).abs().max())
 
 
-def foresight(model: nn.Module, batch: PackedBatch, path: str | None = None) -> float:
+def change_by_later_tokens(model: nn.Module, batch: PackedBatch, path: str | None = None) -> float:
     """Largest change of a token's log-prob (nats) when the last token of its response is another: 0 if causal."""
     last = [batch.segment_start[leaf + 1] - 1 for leaf in batch.leaf]
     tokens = batch.input_ids.clone()
@@ -248,7 +248,7 @@ def self_test(
             raise LogpsError(
                 f"{name}: log-probs are not finite before the first update: its weights hold NaN or inf"
             )
-    ahead = foresight(model, together, path)
+    ahead = change_by_later_tokens(model, together, path)
     if not ahead < (1e-3 if exact else 1.0):
         raise LogpsError(
             f"{name}: the log-prob of a token changes by {ahead:.3g} nats with the tokens after it (path {path!r}). "

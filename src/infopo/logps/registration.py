@@ -124,7 +124,7 @@ def _replacement_of(original: str) -> Any:
         # Transformers' table has no entry for eager attention, which each modeling file defines for itself.
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         run = ALL_ATTENTION_FUNCTIONS.get_interface(original, plain)
-        with _named(module, original):
+        with _original_in_config(module, original):
             return run(module, query, key, value, attention_mask, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ def _replacement_of(original: str) -> Any:
 
 
 @contextlib.contextmanager
-def _named(module: nn.Module, original: str) -> Iterator[None]:
+def _original_in_config(module: nn.Module, original: str) -> Iterator[None]:
     """Lets an attention layer read in its config the implementation that runs, which flash attention is chosen by."""
     config: Any = module.config
     ours = config._attn_implementation

@@ -63,11 +63,13 @@ def judge(name: str, parameters: Mapping[str, Any]) -> list[str]:
         loss = _Repeatable(loss_function(name, parameters))
         statistic = step_statistic(name, parameters)
     except Exception as error:
-        return [f"objective: {_named(name, row)}: its step statistic cannot be made: {_in_words(error)}"]
+        return [
+            f"objective: {_name_and_file(name, row)}: its step statistic cannot be made: {_in_words(error)}"
+        ]
     if foreign.is_undeclared(name) and _has_pairs(loss):
         row = foreign.compares_pairs(name)
     for problem in _problems(loss, row, statistic):
-        return [f"objective: {_named(name, row)}: {problem}"]
+        return [f"objective: {_name_and_file(name, row)}: {problem}"]
     return []
 
 
@@ -98,7 +100,7 @@ def _has_pairs(loss: LossFunction) -> bool:
         return False  # `_problems` names it
 
 
-def _named(name: str, row: Objective) -> str:
+def _name_and_file(name: str, row: Objective) -> str:
     return f"{foreign.plain_name(name)} ({row.location})" if row.location else name
 
 
@@ -281,8 +283,8 @@ def check_loss(
             torch.autograd.gradcheck(partial(_value_at, loss, logps), logps.policy)
         except RuntimeError as error:
             raise ObjectiveError(
-                f"objective: {_named(name, row_of(name))}: the gradient is not the derivative of the value, by finite "
-                f"differences on {_batch(logps)}: {_in_words(error)}"
+                f"objective: {_name_and_file(name, row_of(name))}: the gradient is not the derivative of the value, "
+                f"by finite differences on {_batch(logps)}: {_in_words(error)}"
             ) from error
 
 
