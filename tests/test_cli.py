@@ -169,8 +169,8 @@ def test_check_prints_counts_lengths_examples_and_a_loss_and_leaves_nothing(
         "tokens of examples     8      18      18      18      18      18",
         "pairs.jsonl:1",
         "  prompt        6  <|bos|>0+1=?",
-        "  chosen        6  ⟦0⟧⟦+⟧⟦1⟧⟦=⟧⟦1⟧⟦<|end|>⟧",
-        "  rejected      6  ⟦0⟧⟦+⟧⟦1⟧⟦=⟧⟦0⟧⟦<|end|>⟧",
+        "  chosen        6  0+1=1<|end|>",
+        "  rejected      6  0+1=0<|end|>",
         "objective: InfoPO (beta=1.0, length_normalized=False, cap=5.0)",
         "check passed",
     ):
@@ -214,9 +214,10 @@ def test_skipped_rows_are_counted_by_reason(work: Path, capsys: pytest.CaptureFi
 
 
 def test_a_terminal_without_unicode_shows_escapes(work: Path):
-    done = infopo("check", "recipe.yaml", cwd=work, PYTHONIOENCODING="ascii")
+    (work / "pairs.jsonl").rename(work / "pâirs.jsonl")
+    done = infopo("check", "recipe.yaml", "data.path=pâirs.jsonl", cwd=work, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr.decode()
-    assert rb"\u27e6<|end|>\u27e7" in done.stdout
+    assert rb"p\xe2irs.jsonl: 8 rows" in done.stdout
 
 
 def test_a_reader_that_goes_away_is_no_error(work: Path):
@@ -305,7 +306,9 @@ def test_the_lab_recipe_trains_without_network(tmp_path: Path):
             f"lab:verified: {rows} rows, {rows} used, 0 skipped\n  shape: conversational (detected)"
             in printed
         )
-    assert printed.endswith("run: model, metrics.jsonl, recipe.yaml and environment.json written\n")
+    assert printed.endswith(
+        "run: model, metrics.jsonl, verdicts.json, recipe.yaml and environment.json written\n"
+    )
     assert b"Warning" not in done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").num_parameters() > 300_000
 

@@ -79,8 +79,8 @@ def test_transcripts_become_conversations_that_the_template_writes_and_the_respo
         assert prompt.endswith("<|end|><|assistant|>")
         assert prompt.count("<|bos|>") == 1
     for text in sides:
-        assert text.startswith("⟦")
-        assert text.endswith("⟦<|end|>⟧")
+        assert text.endswith("<|end|>")
+        assert "⟪" not in text  # all of it is scored
         assert "Human:" not in text
 
 

@@ -30,6 +30,7 @@ class Judge(TrainerCallback):
     ends after the step. A resumed run keeps the verdicts of its checkpoint's past.
 
     Attributes:
+        verdicts: All checks, as they are now.
         announce: Takes a line about each new verdict. It is a warning in the log, unless a command line shows it.
     """
 
@@ -37,7 +38,7 @@ class Judge(TrainerCallback):
         self.announce: Callable[[str], None] = logger.warning
         self._history: History | None = None
         self._facts: dict[str, Any] | None = None
-        self._verdicts: list[Verdict] = []
+        self.verdicts: list[Verdict] = []
         self._must_stop = self._cannot_write = False
         self._written_at = 0.0
 
@@ -50,7 +51,7 @@ class Judge(TrainerCallback):
         dataset = kwargs["train_dataloader"].dataset
         self._facts = facts_of(dataset) if isinstance(dataset, ExampleDataset) else None
         folder = Path(args.output_dir)
-        self._verdicts = _earlier(folder / VERDICTS, state.global_step) if state.global_step else []
+        self.verdicts = _earlier(folder / VERDICTS, state.global_step) if state.global_step else []
         self._history = History(state.log_history)
         if self._facts is not None:
             self._write(folder / DATA, self._facts)
@@ -90,16 +91,16 @@ class Judge(TrainerCallback):
         assert isinstance(args, InfoPOConfig)
         as_planned = ended and state.global_step >= state.max_steps
         evidence = Evidence(self._history, self._facts, finished=as_planned, kl_budget=args.kl_budget)
-        before = {verdict.name for verdict in self._verdicts if verdict.fired}
-        self._verdicts = judge(evidence, self._verdicts)
-        new = [verdict for verdict in self._verdicts if verdict.fired and verdict.name not in before]
+        before = {verdict.name for verdict in self.verdicts if verdict.fired}
+        self.verdicts = judge(evidence, self.verdicts)
+        new = [verdict for verdict in self.verdicts if verdict.fired and verdict.name not in before]
         for verdict in new:
             self.announce(line_of(verdict))
         if new and args.on_verdict == "stop" and not ended:
             self._must_stop = True
             self.announce("on_verdict=stop: a checkpoint is saved, and training ends")
         if new or ended or time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
-            record = record_of(self._verdicts, state.global_step, ended)
+            record = record_of(self.verdicts, state.global_step, ended)
             self._write(Path(args.output_dir) / VERDICTS, record)
             self._written_at = time.monotonic()
 

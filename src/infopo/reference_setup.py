@@ -301,7 +301,10 @@ class ReferenceBuilder:
             world_size=self.args.world_size,
             is_sharded=is_sharded,
             add_over_ranks=partial(self.accelerator.reduce, reduction="sum"),
-            progress=partial(tqdm, desc="reference log-probs", disable=self.args.disable_tqdm, leave=False),
+            # None shows it on terminals and in notebooks, and not in log files.
+            progress=partial(
+                tqdm, desc="reference log-probs", disable=self.args.disable_tqdm or None, leave=False, delay=1
+            ),
         )
         if not is_fixed:
             model.to(home)

@@ -78,7 +78,6 @@ def judge(evidence: Evidence, earlier: Iterable[Verdict] = ()) -> list[Verdict]:
         earlier: Verdicts that were reached before. One that fired stays, with the step at which it first did.
 
     Example:
-        >>> from infopo.evidence import History
         >>> history = History([{"step": 0, "reference/moved": 0.0}, {"step": 10, "reference/moved": 0.4}])
         >>> [(v.name, v.step) for v in judge(Evidence(history)) if v.fired]
         [('reference not frozen', 10)]
@@ -107,6 +106,18 @@ def line_of(verdict: Verdict) -> str:
     """Returns a verdict for a log or a terminal: where it was reached, what was seen and what to do."""
     when = "before training" if not verdict.step else f"step {verdict.step}"
     return f"verdict: {verdict.name} ({when}). {verdict.text} {verdict.advice}"
+
+
+def in_words(verdicts: Sequence[Verdict]) -> str:
+    """Returns the end of a run in one line: which verdicts were reached, of how many checks.
+
+    Example:
+        >>> in_words(judge(Evidence(History())))
+        'verdicts: none (0 of 13 checks made)'
+    """
+    fired = [verdict.name for verdict in verdicts if verdict.fired]
+    made = sum(verdict.not_checked is None for verdict in verdicts)
+    return f"verdicts: {', '.join(fired) or 'none'} ({made} of {len(CHECKS)} checks made)"
 
 
 def record_of(verdicts: Sequence[Verdict], step: int, finished: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`infopo check` does everything that `infopo train` does, up to and including one step, and writes nothing."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,12 +16,18 @@ from infopo.build import (
     train_fields,
 )
 from infopo.config import Recipe, load_recipe
+from infopo.data.display import display
 from infopo.data.examples import ExampleDataset
-from infopo.data.survey import render, report_lines
+from infopo.data.facts import facts_of
+from infopo.data.survey import report_lines
+from infopo.evidence import Evidence, History
+from infopo.judging import Judge
 from infopo.models import check_fit
 from infopo.output import say
 from infopo.preflight import check_run_directory, preflight
 from infopo.run_state import holds_run
+from infopo.verdicts import judge, line_of
+from infopo.workflows.terminal import Terminal, has_color, hush, quiet_bars
 from infopo.workflows.train import run
 
 RENDERED_EXAMPLES = 3
@@ -29,6 +36,7 @@ ROWS_OF_A_STREAM = 1000
 """Number of rows that are checked if the recipe streams its data."""
 
 
+@quiet_bars()
 def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Validates a recipe, loads its model, tokenizes its data, does one step, and prints what it finds.
 
@@ -55,13 +63,19 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
         with settings_named(recipe):
             evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
         say(*eval_counts.lines())
-    say("the first examples; scored tokens stand in ⟦brackets⟧")
+    color = has_color(sys.stdout)
+    masked = "dim" if color else "in ⟪brackets⟫ within a response"
+    say(f"the first examples; the prompt and what is masked ({masked}) are read and not scored")
     for index in range(min(RENDERED_EXAMPLES, len(train))):
-        print(render(train[index], tokenizer))
+        print(display(train[index], tokenizer, color=color))
+    _say_verdicts(train)
     few, few_to_evaluate = _first_step(recipe, train), evaluation and _first_step(recipe, evaluation)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, few, few_to_evaluate)
         say(*trainer.description())
+        hush(trainer)
+        # A few rows say nothing of the data, and one step nothing of training.
+        trainer.remove_callback(Judge)
         for dataset in (train, evaluation):
             if dataset is not None:
                 # The trainer has checked its first rows only.
@@ -73,6 +87,17 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     if holds_run(Path(recipe.output_dir)) and not recipe.train.get("resume_from_checkpoint"):
         say(f"note: {recipe.output_dir} already holds a run; `infopo train` will ask for another output_dir")
     say("check passed")
+
+
+def _say_verdicts(dataset: ExampleDataset) -> None:
+    """Prints what is wrong with the training data."""
+    verdicts = judge(Evidence(History(), facts_of(dataset)))
+    terminal = Terminal(bar=False)
+    for verdict in verdicts:
+        if verdict.fired:
+            terminal.verdict(line_of(verdict))
+    if not any(verdict.fired for verdict in verdicts):
+        say("data: no verdict (lengths of the sides, near-duplicate sides, conflicting rows)")
 
 
 def _one_step(recipe: Recipe, folder: str) -> Recipe:

@@ -11,8 +11,10 @@ from infopo.errors import ConfigError
 from infopo.output import say
 from infopo.preflight import preflight
 from infopo.reference_store import ReferenceStore
+from infopo.workflows.terminal import quiet_bars
 
 
+@quiet_bars()
 def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> ReferenceStore:
     """Stores log π_ref of the recipe's training and evaluation data, where a run of the recipe then finds it.
 

@@ -21,14 +21,17 @@ from infopo.output import say
 from infopo.preflight import preflight
 from infopo.runs import RunDirectoryError, RunWriter, environment
 from infopo.trainer import InfoPOTrainer
+from infopo.verdicts import in_words
+from infopo.workflows.terminal import attach, judge_of, logging_above, quiet_bars
 
 
+@quiet_bars()
 def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Trains as the recipe says, and returns the run directory.
 
     The directory contains model and tokenizer (for `from_pretrained`), `metrics.jsonl`, `recipe.yaml` (resolved),
-    `environment.json`, `eval.json` if there is evaluation data, and checkpoints. It is locked against other runs while
-    this one lasts.
+    `environment.json`, `verdicts.json`, `data.json`, `eval.json` if there is evaluation data, and checkpoints. It is
+    locked against other runs while this one lasts.
 
     Raises:
         InfoPOError: Recipe, data, model or checkpoint are at fault.
@@ -80,7 +83,8 @@ def _train(recipe: Recipe) -> None:
             if account.rows:
                 say(*account.lines())
         _write_account(writer, recipe, trainer, resume)
-    run(trainer, resume)
+    with logging_above(attach(trainer)):
+        run(trainer, resume)
     if is_main and recipe.data.streaming:
         say(*trainer.data_counts["train"].lines())
         _write_account(writer, recipe, trainer, resume)
@@ -90,7 +94,8 @@ def _train(recipe: Recipe) -> None:
         if is_main:
             writer.write_evaluation(metrics)
     if is_main:
-        say(f"{run_dir}: model, metrics.jsonl, recipe.yaml and environment.json written")
+        say(in_words(judge_of(trainer).verdicts))
+        say(f"{run_dir}: model, metrics.jsonl, verdicts.json, recipe.yaml and environment.json written")
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()
 
