@@ -167,9 +167,10 @@ def is_near_duplicate(first: npt.NDArray[np.int32], second: npt.NDArray[np.int32
     part between common beginning and end from above.
 
     Example:
-        >>> is_near_duplicate(np.arange(40), np.delete(np.arange(40), [3, 30]))
+        >>> tokens = np.arange(40, dtype=np.int32)
+        >>> is_near_duplicate(tokens, np.delete(tokens, [3, 30]))
         True
-        >>> is_near_duplicate(np.arange(4), np.arange(1, 5))
+        >>> is_near_duplicate(tokens[:4], tokens[1:5])
         False
     """
     limit = int(NEAR * max(len(first), len(second)))
