@@ -167,21 +167,13 @@ def of(runs: Sequence[Record], setting: Sequence[str], **fields: Any) -> list[Re
     return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
 
 
-def common_rates(results: Record, setting: Sequence[str], seed: int) -> set[float]:
-    """Returns the learning rates that every method with any run of this seed has finished."""
-    per_method = [of(results["runs"], setting, seed=seed, method=method) for method in methods(setting[0])]
-    rates = [{run["rate"] for run in runs} for runs in per_method if runs]
-    return set.intersection(*rates) if rates else set()
-
-
 def by_seed(
     results: Record, setting: Sequence[str], method: str, name: str, drift: float, how: Any
 ) -> list[float]:
     """Returns a measure at a drift for each seed, NaN where the runs that are finished do not reach it."""
     values = []
     for seed in range(1, results["planned"]["seeds"] + 1):
-        rates = common_rates(results, setting, seed)
-        runs = [r for r in of(results["runs"], setting, seed=seed, method=method) if r["rate"] in rates]
+        runs = of(results["runs"], setting, seed=seed, method=method)
         values.append(how(runs, results["start"][setting[0]], name, drift) if runs else math.nan)
     return values
 
@@ -227,18 +219,15 @@ def drift_table(results: Record) -> str:
     for setting in finished(results):
         lab, labels = setting
         for method in methods(lab):
-            cells = []
-            for drift in DRIFTS[lab]:
-                sampled = interval(by_seed(results, setting, method, "sampled_accuracy", drift, at_drift))
-                greedy = interval(by_seed(results, setting, method, "accuracy", drift, at_drift))
-                cells += [show(sampled), show(greedy)]
-            n = sum(
-                len(of(results["runs"], setting, method=method, seed=seed))
-                == len(results["planned"]["rates"])
-                for seed in range(1, results["planned"]["seeds"] + 1)
-            )
-            rows.append([lab, labels, method, *cells, str(n)])
-    drifts = next(iter(DRIFTS[lab] for lab, _ in results["planned"]["settings"]))
+            values = [
+                interval(by_seed(results, setting, method, name, drift, at_drift))
+                for drift in DRIFTS[lab]
+                for name in ("sampled_accuracy", "accuracy")
+            ]
+            if any(values):
+                seeds = max(int(value["n"]) for value in values if value)
+                rows.append([lab, labels, method, *map(show, values), str(seeds)])
+    drifts = DRIFTS[results["planned"]["settings"][0][0]]
     columns = [
         f"{kind} at KL {drift:g}" for drift in drifts for kind in ("sampled accuracy", "greedy accuracy")
     ]
@@ -249,25 +238,18 @@ def differences_table(results: Record) -> str:
     rows = []
     for setting in finished(results):
         lab, labels = setting
-        for first, second in COMPARED:
+        for pair in COMPARED:
             cells = []
-            for drift in DRIFTS[lab]:
-                a, b = (
-                    by_seed(results, setting, m, "sampled_accuracy", drift, at_drift) for m in (first, second)
-                )
-                value = interval(x - y for x, y in zip(a, b, strict=True))
-                cells += [show(value, 3, True), is_clear(value)]
-            along = [
-                by_seed(results, setting, m, "sampled_accuracy", DRIFTS[lab][0], along_runs)
-                for m in (first, second)
-            ]
-            cells.append(show(interval(x - y for x, y in zip(*along, strict=True)), 3, True))
+            for drift, how in itertools.product(DRIFTS[lab], (at_drift, along_runs)):
+                values = [by_seed(results, setting, m, "sampled_accuracy", drift, how) for m in pair]
+                difference = interval(x - y for x, y in zip(*values, strict=True))
+                cells += [show(difference, 3, True), is_clear(difference)]
             if set(cells) != {"–"}:
-                rows.append([lab, labels, first, second, *cells])
-    drifts = next(iter(DRIFTS[lab] for lab, _ in results["planned"]["settings"]))
-    columns = [name for drift in drifts for name in (f"at KL {drift:g}", "clear")]
-    along_name = f"at KL {drifts[0]:g}, by checkpoints"
-    return table(["lab", "labels", "method", "minus", *columns, along_name], rows)
+                rows.append([lab, labels, *pair, *cells])
+    columns = []
+    for drift in DRIFTS[results["planned"]["settings"][0][0]]:
+        columns += [f"at KL {drift:g}", "clear", f"at KL {drift:g}, by checkpoints", "clear"]
+    return table(["lab", "labels", "method", "minus", *columns], rows)
 
 
 def ends_table(results: Record) -> str:
@@ -290,6 +272,7 @@ def ends_table(results: Record) -> str:
                         labels,
                         method,
                         f"{rate:.1e}",
+                        str(len(runs)),
                         show(interval(p["sampled_accuracy"] for p in last)),
                         show(interval(p["kl"] for p in last), 2),
                         f"{np.mean([p['chosen_change'] for p in last]):+.2f}",
@@ -300,7 +283,17 @@ def ends_table(results: Record) -> str:
                         f"{100 * np.mean([run['capped'] for run in runs]):.1f} %",
                     ]
                 )
-    header = ["lab", "labels", "method", "learning rate", "sampled accuracy", "KL", "chosen", "rejected"]
+    header = [
+        "lab",
+        "labels",
+        "method",
+        "learning rate",
+        "seeds",
+        "sampled accuracy",
+        "KL",
+        "chosen",
+        "rejected",
+    ]
     header += ["sample length", "rejected share, by quarter", "log r(l), last quarter", "capped"]
     return table(header, rows)
 
