@@ -14,7 +14,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long test-gpu soak tried lint format docs clean
+.PHONY: help demo test test-long browser test-gpu soak tried lint format docs clean
 
 help:
 	@echo "make demo       train on the embedded world and write a report"
@@ -35,8 +35,14 @@ test: lint
 	$(PYTEST) -m "not long and not gpu and not soak" -n $(WORKERS)
 	$(MKDOCS) --quiet
 
-test-long: $(VENV)/dev.stamp
+test-long: $(VENV)/dev.stamp browser
 	$(PYTEST) -m "long and not gpu and not soak" -n $(WORKERS)
+
+# The report is tested in a browser. Where none can be installed, its tests are skipped and say so.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || \
+		{ command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q chromium; } || \
+		echo "no Chromium is installed (on Debian: apt-get install chromium): the report is not tested in a browser"
 
 test-gpu: $(VENV)/dev.stamp
 	$(PYTEST) -m gpu

@@ -127,7 +127,7 @@ def test_completions_compare_the_first_answer_with_the_last_of_each_run(report: 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(4, 100))
 def test_thinning_keeps_the_extremes_and_both_ends(values: list[float], limit: int):
-    kept = thinned(range(len(values)), values, limit)
+    kept = thinned(values, limit)
     assert len(kept) <= max(limit, 0)
     assert kept == sorted(set(kept))
     assert (kept[0], kept[-1]) == (0, len(values) - 1)

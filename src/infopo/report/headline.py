@@ -34,8 +34,8 @@ class Column:
 
 def _metric(run: ReportRun, *, name: str) -> Estimate | None:
     """Returns the last value of a metric, with the interval that stands beside it."""
-    for record in reversed(run.run.metrics):
-        if is_number(record.get(name)):
+    for record in reversed(run.having(name)):
+        if is_number(record[name]):
             return _with_interval(record, name, f"{run.source}, step {record['step']}: {name}")
     return None
 
@@ -63,8 +63,8 @@ def _with_interval(record: Record, name: str, source: str) -> Estimate:
 
 def _probe_share(run: ReportRun, *, name: str) -> Estimate | None:
     """Returns a share of the probe set's pairs, whose number stands in the same record."""
-    for record in reversed(run.run.metrics):
-        if is_number(record.get(name)):
+    for record in reversed(run.having(name)):
+        if is_number(record[name]):
             n = record.get("probe/n")
             n = int(n) if is_number(n) and n > 0 else None
             return proportion(record, name, n, f"{run.source}, step {record['step']}: {name}")

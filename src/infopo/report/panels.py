@@ -3,9 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from infopo.report.reading import ReportRun, is_number
 from infopo.report.thinning import thinned
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -297,8 +303,24 @@ class Plot:
     series: list[Series] = field(default_factory=list)
 
 
-Points = tuple[list[int], list[float], list[float] | None, int]
-"""Steps, values, half-widths of the intervals (None without), and the number of values that are not finite."""
+@dataclass(frozen=True)
+class Points:
+    """All finite points of a curve, in the order of their steps, each (points,).
+
+    Attributes:
+        steps: Optimizer steps.
+        values: Values.
+        widths: Half-widths of their 95 % intervals, or None without intervals.
+        not_finite: Number of values that are NaN or infinite, which are left out.
+    """
+
+    steps: Array
+    values: Array
+    widths: Array | None = None
+    not_finite: int = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
 def read_plots(runs: Sequence[ReportRun]) -> tuple[list[Plot], list[str]]:
@@ -318,7 +340,7 @@ def read_plots(runs: Sequence[ReportRun]) -> tuple[list[Plot], list[str]]:
             left_out.append(panel.title)
     # Beside its values, a series with intervals has two columns more.
     weights = [
-        len(points[0]) * (1 if points[2] is None else 2) for _, curves in found for *_, points in curves
+        len(points) * (1 if points.widths is None else 2) for _, curves in found for *_, points in curves
     ]
     limit = points_per_series(weights)
     return [Plot(panel, [_series(*curve, limit) for curve in curves]) for panel, curves in found], left_out
@@ -340,24 +362,27 @@ def points_per_series(lengths: Sequence[int]) -> int:
 def _read_line(run: ReportRun, line: Line) -> tuple[str, Points] | None:
     for name in line.names:
         points = _throughput(run) if name == "throughput" else _points(run, name, line)
-        if points[0]:
+        if len(points):
             return name, points
     return None
 
 
 def _points(run: ReportRun, name: str, line: Line) -> Points:
-    """Returns the finite points of one metric in the order of their steps."""
-    records = [record for record in run.run.metrics if is_number(record.get(name))]
-    finite = [record for record in records if math.isfinite(record[name])]
-    finite.sort(key=lambda record: record["step"])
-    widths = [_half_width(record, name, line) for record in finite]
-    has_interval = any(width > 0 for width in widths)
-    return (
-        [record["step"] for record in finite],
-        [float(record[name]) for record in finite],
-        widths if has_interval else None,
-        len(records) - len(finite),
-    )
+    """Returns the points of one metric. There may be millions of values, so it looks at columns of them."""
+    records = run.having(name)
+    column = [record[name] for record in records]
+    if not set(map(type, column)) <= {float}:
+        records = [record for record in records if is_number(record[name])]
+        column = [record[name] for record in records]
+    values = np.asarray(column, dtype=np.float64)
+    steps = np.asarray([record["step"] for record in records], dtype=np.int64)
+    finite = np.flatnonzero(np.isfinite(values))
+    order = finite[np.argsort(steps[finite], kind="stable")]
+    widths = None
+    if any(run.having(name + suffix) for suffix in (line.ci, line.se)):
+        widths = np.asarray([_half_width(record, name, line) for record in records])[order]
+    has_interval = widths is not None and bool(widths.any())
+    return Points(steps[order], values[order], widths if has_interval else None, len(values) - len(finite))
 
 
 def _half_width(record: dict[str, float], name: str, line: Line) -> float:
@@ -370,9 +395,7 @@ def _half_width(record: dict[str, float], name: str, line: Line) -> float:
 
 def _throughput(run: ReportRun) -> Points:
     """Returns optimizer steps per second between records, over at least half a second each."""
-    times = sorted(
-        (r["step"], r["time"]) for r in run.run.metrics if is_number(r.get("time")) and "loss" in r
-    )
+    times = sorted((r["step"], r["time"]) for r in run.having("loss") if is_number(r.get("time")))
     steps: list[int] = []
     rates: list[float] = []
     begin, since = times[0] if times else (0, 0.0)
@@ -381,19 +404,28 @@ def _throughput(run: ReportRun) -> Points:
             rates.append((step - begin) / (now - since))
             steps.append(step)
             begin, since = step, now
-    return steps, rates, None, 0
+    return Points(np.asarray(steps), np.asarray(rates))
 
 
 def _series(run: int, line: int, metric: str, points: Points, limit: int) -> Series:
-    steps, values, widths, not_finite = points
-    keep = thinned(steps, values, limit)
+    keep = thinned(points.values, limit)
+    steps, values = points.steps[keep], points.values[keep]
     low = high = None
-    if widths is not None:
-        low = [values[i] - widths[i] for i in keep]
-        high = [values[i] + widths[i] for i in keep]
+    if points.widths is not None:
+        low, high = values - points.widths[keep], values + points.widths[keep]
     return Series(
-        run, line, metric,
-        steps=[steps[i] for i in keep], values=[values[i] for i in keep], low=low, high=high,
-        points=len(steps), not_finite=not_finite,
-        first=values[0], last=values[-1], last_step=steps[-1], least=min(values), most=max(values),
-    )  # fmt: skip
+        run=run,
+        line=line,
+        metric=metric,
+        steps=steps.tolist(),
+        values=values.tolist(),
+        low=None if low is None else low.tolist(),
+        high=None if high is None else high.tolist(),
+        points=len(points),
+        not_finite=points.not_finite,
+        first=float(points.values[0]),
+        last=float(points.values[-1]),
+        last_step=int(points.steps[-1]),
+        least=float(points.values.min()),
+        most=float(points.values.max()),
+    )

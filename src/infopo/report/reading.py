@@ -5,9 +5,10 @@ import os
 import re
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -54,7 +55,19 @@ class ReportRun:
 
     def last(self, name: str) -> float | None:
         """Returns the last value of a metric that is a number, or None."""
-        return next((v for r in reversed(self.run.metrics) if is_number(v := r.get(name))), None)
+        return next((v for r in reversed(self.having(name)) if is_number(v := r[name])), None)
+
+    def having(self, name: str) -> list[Record]:
+        """Returns the records that have a metric, in their order."""
+        return self._by_name.get(name, [])
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Record]]:
+        found: defaultdict[str, list[Record]] = defaultdict(list)
+        for record in self.run.metrics:
+            for name in record:
+                found[name].append(record)
+        return found
 
 
 def is_number(value: Any) -> TypeGuard[float]:

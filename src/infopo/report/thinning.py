@@ -4,20 +4,20 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 
-def thinned(steps: Sequence[int], values: Sequence[float], limit: int) -> list[int]:
-    """Returns the indices of at most `limit` points: the least and the greatest value of each bucket of steps.
+def thinned(values: Sequence[float] | npt.NDArray[np.float64], limit: int) -> list[int]:
+    """Returns the indices of at most `limit` points: the least and the greatest value of each bucket.
 
     Means over buckets would hide the spike that a reader is looking for. The first and the last point are kept.
 
     Args:
-        steps: Steps in rising order, (points,).
-        values: Finite values, (points,).
+        values: Finite values in the order of their steps, (points,).
         limit: Most points that are kept, at least 4.
 
     Example:
-        >>> thinned(range(1000), [0.0] * 500 + [9.0] + [0.0] * 499, 6)
+        >>> thinned([0.0] * 500 + [9.0] + [0.0] * 499, 6)
         [0, 500, 501, 999]
     """
     count = len(values)

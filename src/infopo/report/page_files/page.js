@@ -56,7 +56,7 @@
     show();
     const x = figures[0].x_range;
     for (const [field, end] of [["#from", "start"], ["#to", "end"]]) {
-      const write = () => { one(field).value = Number(x[end].toPrecision(4)); };
+      const write = () => { one(field).value = Math.round(x[end]); };
       x.properties[end].change.connect(write);
       write();
       one(field).addEventListener("change", () => {
