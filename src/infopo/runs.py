@@ -223,7 +223,7 @@ def read_object(path: Path) -> Record | None:
 
 def _metrics(path: Path) -> tuple[list[Record], bool]:
     """Returns the records of metrics, and whether a last line was cut off and left out."""
-    with _named(path):
+    with _os_errors_named(path):
         content = path.read_bytes()
     lines = content.split(b"\n")[:-1]
     # Whole files without a damaged line or a NaN are parsed at once, in two thirds of the time.
