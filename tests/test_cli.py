@@ -255,7 +255,8 @@ def test_train_writes_a_run_that_loads_and_that_its_own_recipe_repeats(
     assert run.series("eval_loss")[0] == [2, 4]  # the last one once
     names = {"logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins",
              "rewards/accuracies", "ratio/mean", "ratio/max", "ratio/capped"}  # fmt: skip
-    assert names <= run.metrics[0].keys()
+    assert run.metrics[0]["step"] == 0  # what is measured before the first update
+    assert names <= run.metrics[1].keys()
     assert run.evaluation is not None
     assert {f"eval_{name}" for name in names} | {"eval_loss"} <= run.evaluation.keys()
     assert {path.name for path in Path("run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}

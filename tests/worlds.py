@@ -27,6 +27,7 @@ PLAIN_SGD: dict[str, Any] = {
     "use_cpu": True,
     "save_strategy": "no",
     "disable_tqdm": True,
+    "probe_size": 0,  # measuring is for the tests of it
     "reference_sides": "both",
 }
 

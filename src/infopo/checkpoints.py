@@ -15,7 +15,7 @@ from infopo import durable
 from infopo.errors import CheckpointError
 from infopo.losses.coupling import Averages
 from infopo.run_state import IDENTITY, STAGING, STATE, seal
-from infopo.runs import write_json_atomic
+from infopo.runs import PROBE, write_json_atomic
 
 AVERAGES = "moving_averages"
 
@@ -31,6 +31,12 @@ def write_identity(checkpoint: Path, identity: dict[str, Any], averages: Sequenc
     """
     kept = [None if any(map(math.isnan, _numbers(average))) else average for average in averages]
     write_json_atomic(checkpoint / IDENTITY, {**identity, AVERAGES: kept})
+
+
+def copy_probe(run_dir: Path, checkpoint: Path) -> None:
+    """Copies the run's probe set, if there is one, so that a run which is resumed elsewhere goes on with the same."""
+    if (run_dir / PROBE).is_file():
+        shutil.copyfile(run_dir / PROBE, checkpoint / PROBE)
 
 
 def read_averages(checkpoint: Path) -> list[Averages]:

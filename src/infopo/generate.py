@@ -87,8 +87,53 @@ def sample(
     _check_lengths(encoded, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
 
     samples: list[list[Sample]] = [[] for _ in prompts]
+    for index, ids in _draws(model, encoded, settings, max(1, batch_size // num_return_sequences), seed):
+        samples[index].append(_to_sample(tokenizer, ids, end_token_ids))
+    return samples
+
+
+def sample_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> list[tuple[list[int], bool]]:
+    """Samples one response to each prompt of token ids from the policy's own law (temperature 1).
+
+    Args:
+        model: A causal language model. It is in evaluation mode during the call, and afterwards as it was.
+        tokenizer: The model's tokenizer.
+        prompt_ids: Token ids of each prompt.
+        max_new_tokens: Largest number of tokens of a response. It is lower where the model's context ends.
+        batch_size: Number of sequences per batch.
+        seed: Seed of the draws.
+
+    Returns:
+        For each prompt the token ids of the response, with the token that ends it, and whether the policy ended it.
+
+    Raises:
+        ModelError: Neither the model nor the tokenizer names an end-of-sequence token.
+    """
+    end_token_ids = _end_token_ids(model, tokenizer)
+    context = getattr(model.config, "max_position_embeddings", None)
+    room = max_new_tokens if context is None else min(max_new_tokens, context - max(map(len, prompt_ids)))
+    settings = _generation_config(max(1, room), temperature=1.0, top_p=1.0)
+    settings.update(eos_token_id=end_token_ids, pad_token_id=_pad_id(tokenizer), num_return_sequences=1)
+    found: list[tuple[list[int], bool]] = [([], False)] * len(prompt_ids)
+    for index, ids in _draws(model, [list(ids) for ids in prompt_ids], settings, batch_size, seed):
+        end = next((place for place, token in enumerate(ids) if token in end_token_ids), None)
+        found[index] = (ids if end is None else ids[: end + 1], end is not None)
+    return found
+
+
+def _draws(
+    model: PreTrainedModel, encoded: list[list[int]], settings: GenerationConfig, per_batch: int, seed: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields index of the prompt and new token ids of each sequence. Prompts of similar length share a batch."""
     longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-    prompts_per_batch = max(1, batch_size // num_return_sequences)
     # Not inference_mode: buffers that rotary embeddings make anew within it could not be used in a backward pass.
     with (
         _evaluation_mode(model),
@@ -96,14 +141,11 @@ def sample(
         _private_random_state(seed, model.device),
         torch.no_grad(),
     ):
-        for start in range(0, len(longest_first), prompts_per_batch):
-            indices = longest_first[start : start + prompts_per_batch]
+        for start in range(0, len(longest_first), per_batch):
+            indices = longest_first[start : start + per_batch]
             responses = _generate_batch(model, [encoded[index] for index in indices], settings)
             for row, ids in enumerate(responses):
-                samples[indices[row // num_return_sequences]].append(
-                    _to_sample(tokenizer, ids, end_token_ids)
-                )
-    return samples
+                yield indices[row // settings.num_return_sequences], ids
 
 
 def _generate_batch(

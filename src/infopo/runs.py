@@ -4,6 +4,9 @@
     environment.json   versions, commit, hardware, seed, command line
     metrics.jsonl      one JSON object per line, each with its `step`
     eval.json          results of evaluation
+    probe.json         examples and samples that training is measured on, with their log-probs at the start
+    generations.jsonl  sampled responses to fixed prompts, one per line, each with its `step`
+    forecast.jsonl     gradients of single examples, one line per measurement
 
 All JSON is strict. NaN and infinities, which JSON lacks, are the texts "NaN", "Infinity" and "-Infinity". `read_run`
 turns them back into numbers in the metrics. This module imports neither torch nor transformers.
@@ -33,6 +36,9 @@ METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 EVALUATION = "eval.json"
+PROBE = "probe.json"
+GENERATIONS = "generations.jsonl"
+FORECAST = "forecast.jsonl"
 
 SCHEMA_VERSION = 1
 """Version of `environment.json`, which rises if a reader must know about a change."""
@@ -93,7 +99,7 @@ class RunWriter:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._last_line_is_whole = False
+        self._metrics = JsonLines(self.directory / METRICS)
         with _os_errors_named(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
@@ -143,18 +149,7 @@ class RunWriter:
         """
         if not isinstance(record.get("step"), int):
             raise ValueError(f"a record of metrics has an integer step, got {record.get('step')!r}")
-        line = f"{to_json(record)}\n".encode()
-        path = self.directory / METRICS
-        with _os_errors_named(path):
-            if not self._last_line_is_whole:
-                _cut_partial_line(path)
-                self._last_line_is_whole = True
-            # With one write to a file that is opened for appending, a kill leaves the line whole, or cut off at its
-            # end.
-            with path.open("ab", buffering=0) as file:
-                if file.write(line) != len(line):
-                    self._last_line_is_whole = False
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._metrics.append(record)
 
     def truncate_metrics_after(self, step: int) -> None:
         """Removes what a resumed run will write again.
@@ -162,12 +157,50 @@ class RunWriter:
         These are records of later steps, a half-written last line, and the summary (`train_runtime`) of a run that
         ended, with all that follows it.
         """
-        path = self.directory / METRICS
-        if not path.exists():
+        self._metrics.truncate_after(step)
+
+
+class JsonLines:
+    """A file of one JSON object per line, each with an integer `step`, that is only added to.
+
+    Args:
+        path: The file, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last_line_is_whole = False
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Adds lines. They survive the end of the process at once, and that of the machine when it is synced.
+
+        Raises:
+            RunDirectoryError: The file cannot be written to.
+        """
+        lines = "".join(f"{to_json(record)}\n" for record in records).encode()
+        with _os_errors_named(self.path):
+            if not self._last_line_is_whole:
+                _cut_partial_line(self.path)
+                self._last_line_is_whole = True
+            # With one write to a file that is opened for appending, a kill leaves the lines whole, or the last cut off.
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(lines) != len(lines):
+                    self._last_line_is_whole = False
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def truncate_after(self, step: int) -> None:
+        """Removes what a resumed run will write again.
+
+        These are records of later steps, a half-written last line, and the summary (`train_runtime`) of a run that
+        ended, with all that follows it.
+        """
+        if not self.path.exists():
             return
-        lines = itertools.takewhile(lambda pair: "train_runtime" not in (pair[1] or {}), _metric_lines(path))
+        lines = itertools.takewhile(
+            lambda pair: "train_runtime" not in (pair[1] or {}), _metric_lines(self.path)
+        )
         kept = [line for line, record in lines if record is not None and record["step"] <= step]
-        write_text_atomic(path, "".join(f"{line}\n" for line in kept))
+        write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
         self._last_line_is_whole = True
 
 

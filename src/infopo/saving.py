@@ -276,6 +276,7 @@ class SavingTrainer(LoadingTrainer):
             if self.args.should_save:
                 about = {**self._identity(), resuming.SETTINGS: resuming.settings_of(self.args, self.model)}
                 checkpoints.write_identity(staging / name, about, averages=self.kept_averages)
+                checkpoints.copy_probe(Path(self.args.output_dir), staging / name)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
 

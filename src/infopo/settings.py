@@ -287,7 +287,43 @@ class ReferenceSettings(Settings):
 
 
 @dataclass
-class TrainSettings(Settings):
+class DiagnosticsSettings(Settings):
+    """What is measured of the policy during training, on examples and samples that stay the same."""
+
+    probe_size: Annotated[int, Ge(0)] = setting(
+        64,
+        "Examples of the probe set, on which likelihood and drift are measured. They are held-out ones if there are "
+        "any, else training examples. 0 switches it off, and what depends on it.",
+        see="diagnostics.md",
+    )
+    probe_steps: Positive | None = setting(
+        None,
+        "Optimizer steps between two measurements on the probe set. null takes the fewest for which they cost at most "
+        "1.5 % of training's arithmetic. The start and the last step are always measured.",
+    )
+    anchor_size: Annotated[int, Ge(0)] = setting(
+        64,
+        "Responses that are sampled once from the starting policy, to measure KL, entropy and length. 0 switches this "
+        "off, and generations.",
+    )
+    anchor_tokens: Positive = setting(128, "Largest number of tokens of a sampled response.")
+    gradient_steps: Positive | None = setting(
+        None,
+        "Optimizer steps between two measurements of the gradients of chosen and rejected responses. null takes the "
+        "fewest for which they cost at most 1.5 % of training's arithmetic.",
+    )
+    gradient_size: Annotated[int, Ge(0)] = setting(
+        16, "Examples of the probe set whose gradients are measured. 0 switches it off."
+    )
+    generation_steps: Positive | None = setting(
+        None,
+        "Optimizer steps between two samplings of responses to the prompts of the anchor set, which are kept in "
+        "`generations.jsonl`. null samples at the start and after the last step.",
+    )
+
+
+@dataclass
+class TrainSettings(DiagnosticsSettings):
     """What a step of training does, beyond the arguments of transformers."""
 
     max_tokens_per_forward: Positive | None = setting(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from infopo import run_state
 from infopo.data.packing import select
+from infopo.diagnostics import ratio_tail
 from infopo.errors import NonFiniteLossError
 from infopo.finite import FiniteWatch
 from infopo.logps import agreement, router
@@ -95,11 +96,65 @@ class RunLoss:
             for term in function(replace(logps, statistic=value))
         ]
 
+    def slopes(self, logps: Sequence[ResponseLogps], counts: Tensor) -> list[Tensor]:
+        """Returns ∂L/∂log π_θ(y) of each response, for the loss L of a set in pieces, without the load-balancing loss.
+
+        Step statistics are those of the set itself, also where training uses a moving average.
+
+        Args:
+            logps: Log-probs of the pieces.
+            counts: Counts of the set (order: `PER`).
+        """
+        statistics, _ = self.coupling.over(logps)
+        counts = counts.clamp(min=1)
+        found: list[Tensor] = []
+        for piece in logps:
+            with torch.enable_grad():
+                policy = piece.policy.detach().requires_grad_()
+                terms = self.terms(replace(piece, policy=policy), statistics)
+                loss = sum(
+                    (term.values.sum() / counts[PER.index(term.per)] for term in terms), policy.sum() * 0
+                )
+            found += torch.autograd.grad(loss, [policy])
+        return found
+
     def add_metrics(self, sums: MetricSums, piece: Piece, sides: frozenset[str]) -> None:
         """Adds what is logged of a piece, of which the reference of these sides is known."""
         sums.add(*preference_metrics(piece.logps, self.metric_rule, sides))
         if piece.aux is not None:
             sums.add({"aux_loss": (piece.aux.detach() * piece.share, piece.share)})
+
+
+class RatioTail:
+    """The log-ratios of rejected responses since the last record, on their device until they are reduced.
+
+    Args:
+        rule: Rule by which the loss makes a weight of a log-ratio.
+        gather: Concatenates a tensor over ranks.
+    """
+
+    def __init__(self, rule: MetricRule, gather: Callable[[Tensor], Tensor]) -> None:
+        self._rule = rule
+        self._gather = gather
+        self._seen: list[Tensor] = []
+
+    def add(self, logps: ResponseLogps) -> None:
+        """Adds the rejected responses of a batch."""
+        log_ratio = (logps.policy.detach() - logps.reference)[logps.rejected]
+        length = logps.length[logps.rejected] if self._rule.length_normalized else 1
+        self._seen.append(torch.stack([log_ratio, self._rule.beta * log_ratio / length]))
+
+    def reduce(self) -> dict[str, float]:
+        """Returns the metrics of all ranks, each of which must call this, and forgets the responses."""
+        if not self._seen:
+            return {}
+        own = torch.cat(self._seen, dim=1)
+        self._seen.clear()
+        longest = int(self._gather(torch.tensor([own.shape[1]], device=own.device)).max())
+        filled = torch.cat([own, own.new_full((2, longest - own.shape[1]), torch.nan)], dim=1)
+        log_ratios, critics = self._gather(filled).reshape(-1, 2, longest).unbind(1)
+        weights = critics.flatten().double().cpu().numpy() if self._rule.has_ratio else None
+        return ratio_tail(log_ratios.flatten().double().cpu().numpy(), weights, self._rule.cap)
 
 
 class StepLoss:
@@ -119,6 +174,7 @@ class StepLoss:
         """Starts a run, with the moving averages of a checkpoint if it is resumed from one."""
         self._run.coupling.reset(averages)
         self._sums = MetricSums()
+        self._tail = RatioTail(self._run.metric_rule, self._run.gather)
         self._finite = FiniteWatch()
         self._seen: list[tuple[Piece, LossTerms]] = []
         self._share = 1.0
@@ -174,6 +230,8 @@ class StepLoss:
         policy = piece.logps.policy
         terms = self._run.terms(piece.logps, self._run.coupling.values)
         self._run.add_metrics(self._sums, piece, self._reference.sides)
+        if "rejected" in self._reference.sides:
+            self._tail.add(piece.logps)
         detached = [replace(term, values=term.values.detach()) for term in terms]
         logps = replace(piece.logps, policy=policy.detach())
         self._seen.append((replace(piece, logps=logps, aux=None), detached))
@@ -208,8 +266,8 @@ class StepLoss:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Returns the metrics since the last call, by one reduction over ranks. All ranks must call this."""
-        return self._sums.reduce(self._run.gather)
+        """Returns the metrics since the last call, over all ranks, each of which must call this."""
+        return self._sums.reduce(self._run.gather) | self._tail.reduce()
 
 
 class EvaluationLoss:

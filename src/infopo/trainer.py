@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from infopo import checkpoints, late_failures, learning, noise, ranks, rehearsal, sharding, startup
+from infopo import (
+    checkpoints,
+    late_failures,
+    learning,
+    noise,
+    observing,
+    ranks,
+    rehearsal,
+    sharding,
+    startup,
+)
 from infopo.arguments import InfoPOConfig, refuse_arguments
 from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
@@ -33,8 +43,10 @@ from infopo.logps import attention
 from infopo.losses import foreign
 from infopo.losses.catalog import mixture_in_words
 from infopo.losses.coupling import Averages
+from infopo.measuring import Instruments
 from infopo.metrics import absent_in_training
 from infopo.model_card import tags_of
+from infopo.observing import Observer, Subject
 from infopo.output import get_logger, shown
 from infopo.policy_setup import name_of, set_up_policy, short_name
 from infopo.records import PackedBatch
@@ -89,6 +101,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    _observer: Observer | None = None
     dataset_names: Sequence[str] = ()
     args: InfoPOConfig
     control: TrainerControl
@@ -317,8 +330,51 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
             if self._loss.coupling.keeps_averages:
                 averages = checkpoints.read_averages(Path(resume_from_checkpoint))
         self._steps.start(averages)
-        with self._running():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._observer = Observer(self.args, self._subject, super().log, checkpoint)
+        self.add_callback(self._observer)
+        try:
+            with self._running():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.remove_callback(self._observer)
+            self._observer = None
+
+    def _subject(self) -> Subject:
+        """Returns what is measured during training, when the policy is prepared for it."""
+        held_out = self.eval_dataset
+        if isinstance(held_out, dict):
+            held_out = next(iter(held_out.values()), None)
+        is_sharded = ranks.is_sharded(self.accelerator)
+        scaler = getattr(self.accelerator, "scaler", None)
+        instruments = Instruments(
+            model=self.model,
+            tokenizer=self.processing_class,
+            collate=self.data_collator,
+            context=self.compute_loss_context_manager,
+            device=self.args.device,
+            batch_size=self.args.per_device_train_batch_size,
+            quiet=self._quiet,
+            reference=self._setup.train,
+            responses=lambda model, batch: self._loss.piece(model, batch, self._setup.train, 1.0).logps,
+            slopes=self._loss.slopes,
+            summed=self._summed if is_sharded else lambda value: value,
+            # Ranks that hold all of the gradient have the same one. Those of FSDP have their parts only by exchanging.
+            unsynchronised=contextlib.nullcontext
+            if is_sharded
+            else partial(self.accelerator.no_sync, self.model_wrapped),
+            loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
+        )
+        return Subject(
+            instruments,
+            held_out if held_out is not None else self.train_dataset,
+            "held-out examples" if held_out is not None else "training examples",
+            starts_as_reference=self._setup.policy_is_reference or not self.reference_sides,
+            without_samples=observing.SHARDED if is_sharded else None,
+            without_gradients=observing.gradient_obstacle(
+                self.model, has_deepspeed=self.is_deepspeed_enabled
+            ),
+        )
 
     def training_step(
         self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | None = None
@@ -395,6 +451,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         """Overrides `Trainer`'s to add the metrics since the last record, by one reduction over ranks."""
         if "loss" in logs:
             logs |= self._steps.metrics()
+            logs |= self._observer.take() if self._observer is not None else {}
         super().log(logs, start_time)
 
     def evaluate(

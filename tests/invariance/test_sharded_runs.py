@@ -22,9 +22,11 @@ from worlds import PLAIN_SGD, quick, random_dataset, tiny_llama
 EFFICIENT = {"cpu_ram_efficient_loading": True}
 """What `accelerate launch --use_fsdp` sets by default: only the first rank loads weights."""
 
+MEASURED = {"probe_size": 4, "probe_steps": 1, "gradient_size": 2, "gradient_steps": 1, "anchor_size": 0}
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "efficient": {"model": "policy", "fsdp_config": EFFICIENT, "reference_store": "store"},
+    "efficient": {"model": "policy", "fsdp_config": EFFICIENT, "reference_store": "store", **MEASURED},
     "found": {"model": "policy", "fsdp_config": EFFICIENT, "reference_store": "store"},
     "live": {"model": "policy", "fsdp_config": EFFICIENT, "reference": "live"},
     "named": {"model": "policy", "fsdp_config": EFFICIENT, "reference": "other"},
@@ -40,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adapter-off": {"lora": True, "reference": "adapter-off", "objective": "dpo", "learning_rate": 0.05},
     "kto": {"objective": "kto", "data": {"chosen": [1, 2], "rejected": [1, 1, 3]}},
     "naive": {"logps_path": "naive"},
-    "FSDP1": {"version": 1},
+    "FSDP1": {"version": 1, **MEASURED},
     "FSDP1 adapter-off": {"version": 1, "lora": True, "reference": "adapter-off", "learning_rate": 0.005},
 }
 
@@ -133,6 +135,12 @@ def test_a_sharded_run_is_the_run_of_a_whole_model(folder: Path, name: str) -> N
     for record, expected in zip(first["logs"], logs, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
         assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4, abs=1e-4)
+        measured = [
+            key for key in expected if key.split("/")[0] in ("probe", "drift", "gradients", "forecast")
+        ]
+        assert bool(measured) == ("probe_size" in CASES[name])
+        for key in measured:
+            assert record[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-3), key
     assert first["evaluation"]["eval_loss"] == pytest.approx(evaluation["eval_loss"], rel=1e-4, abs=1e-5)
     if CASES[name].get("late"):
         late = trainer.evaluate()["eval_loss"]

@@ -81,8 +81,17 @@ class ExampleStream(IterableDataset[PreferenceExample]):
         Raises:
             DataError: As for the iteration.
         """
+        return self.head(1)[0]
+
+    def head(self, size: int) -> list[PreferenceExample]:
+        """Returns the first `size` usable examples of all processes. It reads from the start, and counts nothing.
+
+        Raises:
+            DataError: As for the iteration.
+        """
         # Counts of their own are thrown away, because the stream itself reads the same rows again.
         own_counts = DataCounts(on_bad_row=self.counts.on_bad_row, source=self.counts.source)
-        for example in encoded(self._open_rows(own_counts), self._encoder, own_counts):
-            return example
-        raise DataError("no row can be used", self.counts.source or "data", "no usable row")
+        found = list(islice(encoded(self._open_rows(own_counts), self._encoder, own_counts), size))
+        if not found:
+            raise DataError("no row can be used", self.counts.source or "data", "no usable row")
+        return found

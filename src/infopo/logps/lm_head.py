@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from infopo.errors import LogpsError
-from infopo.logps import agreement, router
+from infopo.logps import agreement, router, spread
 from infopo.logps.wrappers import base_of
 
 TILE_LOGITS = {"cpu": 2**20}
@@ -107,6 +107,45 @@ def token_logps(
             hidden.to(dtype), weight.to(dtype), bias, targets, logit_map or LogitMap(), is_wanted
         )
     return agreement.beside(*result) if is_wanted else result
+
+
+@torch.no_grad()
+def token_spread(
+    hidden: Float[Tensor, "scored width"],
+    weight: Float[Tensor, "vocabulary width"],
+    bias: Float[Tensor, " vocabulary"] | None,
+    logit_map: LogitMap | None = None,
+) -> tuple[Float[Tensor, " scored"], Float[Tensor, " scored"]]:
+    """Returns the entropy of the next token and its largest log-prob at each position (nats), in tiles.
+
+    Args:
+        hidden: Last hidden state of each position.
+        weight: The head's weight.
+        bias: The head's bias, or None.
+        logit_map: What the model does to its logits. By default nothing.
+
+    Example:
+        >>> entropy, log_p_max = token_spread(torch.ones(1, 2), torch.zeros(4, 2), None)  # log 4 and -log 4
+        >>> entropy, log_p_max
+        (tensor([1.3863]), tensor([-1.3863]))
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    lse = hidden.new_full((len(hidden),), -torch.inf, dtype=exact)
+    mean, largest = torch.zeros_like(lse), lse.clone()
+    with torch.autocast(device, enabled=False):
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        for columns, tiles in _tiles(hidden, weight):
+            for rows in tiles:
+                logits = (logit_map or LogitMap()).apply_(
+                    _logits(hidden[rows], weight[columns], bias, columns)
+                )
+                part_lse, part_mean, part_largest = spread.of_logits(logits)
+                both = torch.logaddexp(lse[rows], part_lse)
+                mean[rows] = (lse[rows] - both).exp() * mean[rows] + (part_lse - both).exp() * part_mean
+                lse[rows], largest[rows] = both, torch.maximum(largest[rows], part_largest)
+    return lse - mean, largest - lse
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -393,6 +432,8 @@ def logps_of(
     def after(head: nn.Linear, args: tuple[Tensor], no_logits: Tensor) -> Tensor:
         hidden = states.pop().flatten(0, 1)[positions]
         results.append(token_logps(hidden, head.weight, head.bias, targets, logit_map))
+        if (measured := spread.wanted()) is not None:
+            measured.add(*token_spread(hidden.detach(), head.weight, head.bias, logit_map))
         return _log_probs(results[-1])[None, :, None]
 
     if hasattr(head, _OUT_OF_GRAPHS):

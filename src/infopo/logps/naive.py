@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from infopo.logps import agreement, router
+from infopo.logps import agreement, router, spread
 from infopo.records import PackedBatch
 
 
@@ -47,6 +47,9 @@ def logps_from(
         tensor([-1.3863])
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if (measured := spread.wanted()) is not None:
+        lse, mean, largest = spread.of_logits(logits.detach())
+        measured.add(lse - mean, largest - lse)
     logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
     if not agreement.is_wanted():
         return logps
