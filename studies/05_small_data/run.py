@@ -51,10 +51,7 @@ SHAPE: dict[str, dict[int, dict[str, Any]]] = {
         512: {"batch": 16, "steps": 32, "warmup": 6, "checkpoints": (12,)},
         5000: {"batch": 16, "steps": 312, "warmup": 31, "checkpoints": (40, 120)},
     },
-    "tiny": {
-        4: {"batch": 4, "steps": 2, "checkpoints": (1,)},
-        8: {"batch": 4, "steps": 2, "checkpoints": (1,)},
-    },
+    "tiny": {8: {"batch": 4, "steps": 2, "checkpoints": (1,)}},
 }
 """Training by number of pairs: ten passes over 50 pairs, and one pass over the larger sets."""
 
