@@ -12,7 +12,8 @@ from infopo.evidence import Evidence, History
 from infopo.runs import to_json
 from infopo.verdicts import CHECKS, Verdict, judge, line_of, record_of, verdicts_in
 
-PAGE = (Path(__file__).parents[1] / "docs" / "verdicts.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
 
 START = {
     "step": 0,
@@ -196,3 +197,17 @@ def test_a_line_says_where_what_and_what_to_do():
     )
     assert "lower learning rate" in line
     assert len(line) < 500
+
+
+def test_the_kept_evidence_has_planted_faults_named_first_and_sound_runs_without_a_verdict():
+    record = json.loads((ROOT / "benchmarks" / "results" / "verdicts.json").read_text(encoding="utf-8"))
+    planted = {run["run"]: run["fired"][0] for run in record["runs"] if run["expected_first"]}
+    assert planted == {
+        "unfrozen reference": "reference not frozen",
+        "swapped labels": "suspect labels",
+        "far too high learning rate": "instability",
+        "long-chosen data": "length bias",
+        "near-duplicate pairs": "near-duplicate sides",
+    }
+    sound = [run["fired"] for run in record["runs"] if not run["expected_first"]]
+    assert sound == [[]] * 20

@@ -4,7 +4,8 @@ The input is records of metrics and facts about the data, the output is what `ve
 torch nor transformers, so that a run directory is judged wherever it is read.
 
 The order of `CHECKS` is the order of verdicts: causes come before their symptoms. An unfrozen reference or swapped
-labels also make chosen responses fall, and what has to be mended is the cause.
+labels also make chosen responses fall, and what has to be mended is the cause. Length comes before labels, because a
+longer response is less likely to the reference by its length alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -160,15 +161,6 @@ CHECKS: Sequence[Check] = (
         checks.conflicts,
     ),
     Check(
-        "suspect labels",
-        "share of pairs",
-        "the rejected response is the more likely one before training in at least 60 % of the pairs, by its sum and "
-        "per token, and the 99 % interval of the share is above 50 %",
-        "Look whether chosen and rejected are swapped. If they are not, train on the chosen responses first (sft), or "
-        "make pairs from samples of this policy.",
-        checks.labels,
-    ),
-    Check(
         "near-duplicate sides",
         "share of rows",
         "the sides of at least 10 % of the rows differ in at most 5 % of their tokens, and the 95 % interval of the "
@@ -178,14 +170,6 @@ CHECKS: Sequence[Check] = (
         checks.near_duplicates,
     ),
     Check(
-        "instability",
-        "records, or nats per token",
-        "a loss is NaN or infinite, or at least 3 records of the loss are 8 robust standard deviations above the 20 "
-        f"before them, or chosen responses lose more than {checks.DAMAGE} nats per token with the whole 95 % interval",
-        "Lower the learning rate (a third is a good first try), add warm-up steps, or use larger batches.",
-        checks.instability,
-    ),
-    Check(
         "length bias",
         "Cohen's d",
         "Cohen's d of the lengths of chosen and rejected responses is at least 0.8, its 95 % interval is beyond 0.5, "
@@ -193,6 +177,23 @@ CHECKS: Sequence[Check] = (
         "Balance the lengths in the data, or take a length-normalised loss (simpo, or length_normalized: true), and "
         "compare the length of samples before and after.",
         checks.length,
+    ),
+    Check(
+        "suspect labels",
+        "share of pairs",
+        "the rejected response is the more likely one before training in at least 60 % of the pairs, by its sum and "
+        "per token, and the 99 % interval of the share is above 50 %",
+        "Look whether chosen and rejected are swapped. If they are not, train on the chosen responses first (sft), or "
+        "make pairs from samples of this policy.",
+        checks.labels,
+    ),
+    Check(
+        "instability",
+        "records, or nats per token",
+        "a loss is NaN or infinite, or at least 3 records of the loss are 8 robust standard deviations above the 20 "
+        f"before them, or chosen responses lose more than {checks.DAMAGE} nats per token with the whole 95 % interval",
+        "Lower the learning rate (a third is a good first try), add warm-up steps, or use larger batches.",
+        checks.instability,
     ),
     Check(
         "poor chosen responses",
