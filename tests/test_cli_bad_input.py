@@ -433,11 +433,10 @@ def test_the_demo_refuses_what_it_cannot_use(arguments: list[str], expected: str
     assert refused(*arguments, command="demo") == expected
 
 
-def test_the_demo_asks_for_matplotlib_before_it_trains(refused: Refused, monkeypatch: pytest.MonkeyPatch):
+def test_the_demo_asks_for_what_draws_before_it_trains(refused: Refused, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert (
-        refused("--output", ".", command="demo") == "the pictures need matplotlib: pip install 'infopo[demo]'"
-    )
+    expected = "the demo needs matplotlib and Bokeh: pip install 'infopo[demo]'"
+    assert refused("--output", ".", command="demo") == expected
 
 
 @pytest.mark.parametrize("arguments", [["--labels", "noisy"], ["--seed", "one"]])

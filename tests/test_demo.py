@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from infopo.report import figures
+from infopo.report.document import read_report
 from infopo.report.figures import draw_demo
 from infopo.runs import read_run
 from infopo.workflows import demo as workflow
@@ -237,7 +238,13 @@ def test_the_demo_survives_a_kill_and_keeps_what_it_has(tmp_path: Path):
             assert AutoModelForCausalLM.from_pretrained(result["run"]).num_parameters() > 300_000
     assert (output / "demo.png").stat().st_size > 10_000
     assert (output / "demo.svg").stat().st_size > 10_000
+    page = output / "report.html"
+    assert page.stat().st_size > 1_000_000
+    assert (
+        len(read_report(list(output.glob("runs/*/*"))).plots[0].series) == 30
+    )  # chosen and rejected, same axes
     printed = log_of(output).read_text(encoding="utf-8")
+    assert f"open {page.resolve()} in a browser" in printed
     for line in table(summary):
         assert line in printed
 

@@ -63,7 +63,9 @@ def test_a_mistake_costs_no_start_up(work: Path, fault: str):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("module", "fault"), [("peft", "model.adapter={}"), ("matplotlib", None)])
+@pytest.mark.parametrize(
+    ("module", "fault"), [("peft", "model.adapter={}"), ("matplotlib", None), ("bokeh", None)]
+)
 def test_a_library_that_is_missing_costs_no_start_up(work: Path, module: str, fault: str | None):
     """In a process that finds everything but this library."""
     arguments = ["train", "recipe.yaml", fault] if fault else ["demo", "--output", "demo"]

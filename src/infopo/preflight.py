@@ -109,17 +109,22 @@ def is_installed(*modules: str) -> bool:
     return any(importlib.util.find_spec(module) is not None for module in modules)
 
 
+_OF_DEMO = {"matplotlib": "matplotlib", "Bokeh": "bokeh"}
+"""Libraries that draw the demo's pictures and its report -> their modules."""
+
+
 def check_demo(output: str | Path, seed: int) -> None:
     """Judges the arguments of `infopo demo`, and makes its folder.
 
     Raises:
-        ConfigError: The folder or the seed cannot be used, or the pictures cannot be drawn.
+        ConfigError: The folder or the seed cannot be used, or the pictures or the report cannot be drawn.
     """
     problems, folder = [], Path(output)
     if not 0 <= seed < 2**32:
         problems.append(f"--seed: expected a number in [0, 2**32), got {seed}")
-    if not is_installed("matplotlib"):
-        problems.append("the pictures need matplotlib: pip install 'infopo[demo]'")
+    missing = [name for name, module in _OF_DEMO.items() if not is_installed(module)]
+    if missing:
+        problems.append(f"the demo needs {' and '.join(missing)}: pip install 'infopo[demo]'")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

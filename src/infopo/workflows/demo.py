@@ -46,6 +46,7 @@ from infopo.runs import (
 )
 from infopo.settings import DataSettings, ModelSettings, ObjectiveSettings, ReferenceSettings
 from infopo.workers import WorkerPool
+from infopo.workflows.report import report
 from infopo.workflows.train import MetricsFile
 
 METHODS: Mapping[str, tuple[str, dict[str, float]]] = {
@@ -130,7 +131,7 @@ class Setting:
 
 
 def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict[str, Any]:
-    """Trains every method at every learning rate, prints a table, and writes `summary.json` and two pictures.
+    """Trains every method at every learning rate, prints a table, and writes `summary.json`, two pictures and a report.
 
     Runs go side by side, with one thread each. The results of runs that an earlier call with the same settings has
     finished are used again.
@@ -173,6 +174,11 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     say(*table(summary))
     written = [setting.directory / "summary.json", *pictures]
     say(f"\n{summary['seconds']:.0f} s; written: {', '.join(str(path) for path in written)}")
+    page = setting.directory / "report.html"
+    report([setting.run_dir(method, rate) for method in METHODS for rate in LEARNING_RATES], page)
+    say(
+        f"open {page.resolve()} in a browser: what each run did to chosen and rejected responses, on the same axes"
+    )
     return summary
 
 
@@ -296,6 +302,7 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
             "activation_checkpointing": False,
             "save_strategy": "no",
             "disable_tqdm": True,
+            "logging_steps": 5,
             "seed": setting.seed,
         },
         output_dir=str(run_dir),
