@@ -78,7 +78,8 @@ def _verdicts(report: Report) -> list[str]:
             lines.append(f"- {' '.join([parts[0], *(_cell(part) for part in parts[1:] if part)])}")
         if not run.verdicts:
             found = "nothing was found" if run.has_verdicts else "no verdicts were recorded"
-            lines.append(f"- {_cell(run.name)}: {found}")
+            missing = f" ({len(run.unchecked)} checks could not be made)" if run.unchecked else ""
+            lines.append(f"- {_cell(run.name)}: {found}{missing}")
     return lines
 
 
