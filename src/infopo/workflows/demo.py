@@ -304,6 +304,11 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
             "disable_tqdm": True,
             "logging_steps": 5,
             "seed": setting.seed,
+            # More often than by default, so that the report of these short runs shows curves.
+            "probe_steps": 10,
+            "gradient_steps": 25,
+            "gradient_size": 8,
+            "anchor_tokens": MAX_NEW_TOKENS,
         },
         output_dir=str(run_dir),
     )
@@ -312,7 +317,9 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     writer = RunWriter(run_dir)
     writer.write_recipe(to_yaml(recipe))
     bar = StepBar(f"{title(method)}, lr {learning_rate:g}")
-    trainer = build_trainer_on(recipe, world.tokenizer, world.train, None, [MetricsFile(writer), bar])
+    trainer = build_trainer_on(
+        recipe, world.tokenizer, world.train, world.held_out, [MetricsFile(writer), bar]
+    )
     trainer.remove_callback(PrinterCallback)
     begin = time.perf_counter()
     trainer.train()
