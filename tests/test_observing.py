@@ -20,6 +20,8 @@ from infopo.logps.forward import prepare, response_logps
 from infopo.records import Role
 from infopo.runs import JsonLines
 from infopo.trainer import InfoPOTrainer
+from infopo.workflows.forecast import forecast
+from infopo.workflows.forecast import lines as lines_of
 from trainers import TOKENIZER, trainer_of, weights
 from worlds import random_dataset, random_examples, tiny_llama
 
@@ -83,7 +85,7 @@ def test_gradients_are_those_of_the_loss(tmp_path: Path) -> None:
     """Norms of the two sides against gradients of the loss itself, and what a small step does to the likelihood."""
     trainer = trainer_of(tmp_path, objective="dpo", beta=1.0, **MEASURED)
     model, [first, *_] = trainer.model, [list(trainer.train_dataset)]
-    tools = trainer._subject().instruments
+    tools = trainer.subject().instruments
     found = tools.balance(first[:4])
     batch = pack(first[:4])
     policy = response_logps(model, batch)
@@ -101,7 +103,7 @@ def test_gradients_are_those_of_the_loss(tmp_path: Path) -> None:
 
 def test_a_forecast_is_what_a_small_step_does(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, train=random_dataset(12, seed=5), **MEASURED)
-    tools = trainer._subject().instruments
+    tools = trainer.subject().instruments
     agreed = []
     for pair in list(trainer.train_dataset)[:8]:
         found = tools.balance([pair])
@@ -278,3 +280,38 @@ def test_samples_end_where_the_context_does() -> None:
     model.config.max_position_embeddings = 12
     found = sample_ids(model, TOKENIZER, [[5] * 8, [6] * 4], max_new_tokens=50, batch_size=2, seed=0)
     assert all(1 <= len(ids) <= 4 for ids, _ in found)
+
+
+def test_a_forecast_before_training_names_rows_and_their_shared_hidden_states(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, train=random_dataset(9, seed=5, chosen=(1, 2), rejected=(1, 2)), **MEASURED
+    )
+    before = weights(trainer.model)
+    rows = forecast(trainer, trainer.train_dataset)
+    assert torch.equal(before, weights(trainer.model))
+    assert len(rows) == 9
+    assert [row.falls for row in rows] == sorted((row.falls for row in rows), reverse=True)
+    for example in list(trainer.train_dataset)[:3]:
+        sums = []
+        for ids in (example.chosen_ids[0], example.rejected_ids[0]):
+            row = torch.tensor([[*example.prompt_ids, *ids]])
+            with torch.no_grad():
+                states = trainer.model(input_ids=row, output_hidden_states=True).hidden_states[-1]
+            sums.append(states[0, len(example.prompt_ids) - 1 : -1].double().mean(0).numpy())
+        [found] = [row for row in rows if row.row_id == example.row_id]
+        assert found.ches == pytest.approx(sums[0] @ sums[1] - sums[0] @ sums[0], rel=1e-4)
+
+
+def test_without_the_reference_of_a_row_hidden_states_alone_are_compared(tmp_path: Path) -> None:
+    rows = forecast(trainer_of(tmp_path, ref_model=tiny_llama(seed=1), **MEASURED), random_dataset(4))
+    assert {row.falls for row in rows} == {None}
+    assert "4 rows by their hidden states alone" in lines_of(rows)[0]
+
+
+def test_training_goes_on_where_what_is_measured_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("probe.json", "generations.jsonl", "forecast.jsonl"):
+        (tmp_path / name).mkdir()
+    assert len(records(measured(tmp_path))) == 3
+    assert sum("what is measured is not written" in record.message for record in caplog.records) == 1

@@ -230,6 +230,28 @@ def balance(slopes: Sequence[float], is_chosen: Sequence[bool], squared_norm: Sq
     return Balance(math.sqrt(first), math.sqrt(second), inner, sum(chosen), sum(rejected))
 
 
+def ches(chosen: Values, rejected: Values, tokens_chosen: int, tokens_rejected: int) -> tuple[float, float]:
+    """Returns how much a pair's sides share their hidden states (CHES): ⟨Σh_w, Σh_l⟩ - ‖Σh_w‖², and the same of means.
+
+    A pair with a higher value than others is more likely to lower its chosen response. The value itself has no scale.
+
+    Args:
+        chosen: Sum of the last hidden states before each token of the chosen response, (width,).
+        rejected: The same of the rejected response.
+        tokens_chosen: Tokens of the chosen response.
+        tokens_rejected: Tokens of the rejected response.
+
+    Example:
+        >>> ches(np.array([1.0, 0.0]), np.array([3.0, 4.0]), 1, 2)
+        (2.0, 0.5)
+    """
+    means = chosen / tokens_chosen, rejected / tokens_rejected
+    return (
+        float(chosen @ rejected - chosen @ chosen),
+        float(means[0] @ means[1] - means[0] @ means[0]),
+    )
+
+
 # ---- tails of ratios ---------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from infopo.diagnostics import Balance, SquaredNorm, Values, balance
 from infopo.logps import spread
 from infopo.logps.forward import response_logps
+from infopo.logps.wrappers import base_of
 from infopo.noise import evaluating, in_training
 from infopo.records import PackedBatch, PreferenceExample, ResponseLogps, Role, to_device
 from infopo.reference import LiveReference, Reference
@@ -38,7 +39,7 @@ class Instruments:
         batch_size: Number of examples that are collated at a time.
         quiet: Modules that draw random numbers in training, and are to draw none.
         reference: Gives the reference log-probs of a batch as training has them.
-        responses: Runs the policy on a batch, and returns what the loss sees of it.
+        responses: Runs the policy on a batch, and returns what the loss sees of it beside a reference.
         slopes: The derivative of the loss by log-probs.
         summed: Sums a tensor over ranks that hold parts of the gradient. The identity if each holds all of it.
         unsynchronised: Context of a backward pass whose gradients are not exchanged among ranks.
@@ -53,7 +54,7 @@ class Instruments:
     batch_size: int
     quiet: Sequence[nn.Module]
     reference: Reference
-    responses: Callable[[nn.Module, PackedBatch], ResponseLogps]
+    responses: Callable[[nn.Module, PackedBatch, Reference], ResponseLogps]
     slopes: Slopes
     summed: Callable[[Tensor], Tensor]
     unsynchronised: Callable[[], AbstractContextManager[Any]]
@@ -84,11 +85,35 @@ class Instruments:
         slopes, is_chosen = self._slopes(examples)
         return balance(slopes, is_chosen, self._squared_norm(examples))
 
+    def hidden_sums(self, example: PreferenceExample) -> list[tuple[Values, int]] | None:
+        """Returns, per response, the sum of the head's inputs that score its tokens, (width,), and their number.
+
+        It is None for a model that does not call its output layer on all positions.
+        """
+        head = base_of(self.model).get_output_embeddings()
+        if head is None:
+            return None
+        prompt, found = list(example.prompt_ids), list[tuple[Values, int]]()
+        seen: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            with torch.no_grad(), evaluating(self.model), self.context():
+                for ids in example.response_ids:
+                    row = torch.tensor([[*prompt, *ids]], device=self.device)
+                    self.model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
+                    if len(seen) != 1 or seen[0].shape[:2] != row.shape:
+                        return None
+                    states = seen.pop()[0, len(prompt) - 1 : -1].double()
+                    found.append((states.sum(0).cpu().numpy(), len(ids)))
+        finally:
+            handle.remove()
+        return found
+
     def _slopes(self, examples: Sequence[PreferenceExample]) -> tuple[list[float], list[bool]]:
         seen, counts, roles = list[ResponseLogps](), list[Tensor](), list[int]()
         with torch.no_grad(), evaluating(self.model), self.context():
             for piece in self.pieces(examples):
-                seen.append(self.responses(self.model, piece))
+                seen.append(self.responses(self.model, piece, self.reference))
                 counts.append(piece.counts)
                 roles += piece.roles
         slopes = self.slopes(seen, torch.stack(counts).sum(0))

@@ -5,7 +5,6 @@ Measuring changes nothing of training. At its default intervals it costs less th
 """
 
 import math
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from infopo.models import first_lines
 from infopo.output import get_logger
 from infopo.probes import AnchorSet, ProbeSet
 from infopo.records import PreferenceExample, Role
-from infopo.runs import FORECAST, GENERATIONS, JsonLines
+from infopo.runs import FORECAST, GENERATIONS, JsonLines, RunDirectoryError
 
 logger = get_logger(__name__)
 
@@ -107,6 +106,7 @@ class Observer(TrainerCallback):
         self._log = log
         self._checkpoint = checkpoint
         self._pending: dict[str, float] = {}
+        self._cannot_write = False
         run_dir = Path(args.output_dir)
         self._generations = JsonLines(run_dir / GENERATIONS)
         self._forecast = JsonLines(run_dir / FORECAST)
@@ -130,14 +130,16 @@ class Observer(TrainerCallback):
         self._is_main = state.is_world_process_zero
         if self._is_main:
             for lines in (self._generations, self._forecast):
-                lines.truncate_after(state.global_step if self._checkpoint else -1)
+                step = state.global_step if self._checkpoint else -1
+                self._write_if_possible(partial(lines.truncate_after, step))
         kept = probes.read(self._checkpoint) if self._checkpoint else None
         if kept is not None:
             self._probe, self._anchors = kept
         else:
             self._start(state.global_step)
         if self._is_main and (self._probe or self._anchors):
-            probes.write(Path(self.args.output_dir), self._probe, self._anchors)
+            run_dir = Path(self.args.output_dir)
+            self._write_if_possible(partial(probes.write, run_dir, self._probe, self._anchors))
         if self._is_main and self.args.gradient_size and self._subject.without_gradients:
             logger.warning("gradients are not measured: %s", self._subject.without_gradients)
         self._guard = self._guarded()
@@ -324,7 +326,7 @@ class Observer(TrainerCallback):
                 for pair, each in zip(pairs, alone, strict=True)
             ]
             if self._is_main:
-                self._forecast.append({"step": step, "rows": rows})
+                self._write_if_possible(partial(self._forecast.append, {"step": step, "rows": rows}))
         return found
 
     def _sample(self, step: int) -> dict[str, float]:
@@ -363,21 +365,30 @@ class Observer(TrainerCallback):
         if not self._is_main:
             return
         decode = self._instruments.tokenizer.decode
-        self._generations.append(
-            *(
-                {
-                    "step": step,
-                    "index": index,
-                    "row_id": self._anchors.row_ids[index],
-                    "prompt": decode(self._anchors.prompts[index], skip_special_tokens=False),
-                    "response": decode(responses[index], skip_special_tokens=True),
-                    "tokens": len(responses[index]),
-                    "finished": finished[index],
-                    "mark": None,
-                }
-                for index in range(min(SHOWN_GENERATIONS, len(responses)))
-            )
-        )
+        rows = [
+            {
+                "step": step,
+                "index": index,
+                "row_id": self._anchors.row_ids[index],
+                "prompt": decode(self._anchors.prompts[index], skip_special_tokens=False),
+                "response": decode(responses[index], skip_special_tokens=True),
+                "tokens": len(responses[index]),
+                "finished": finished[index],
+                "mark": None,
+            }
+            for index in range(min(SHOWN_GENERATIONS, len(responses)))
+        ]
+        self._write_if_possible(partial(self._generations.append, *rows))
+
+    def _write_if_possible(self, write: Callable[[], None]) -> None:
+        """Writes a file. Training goes on if that is refused, because a picture is worth less than the run."""
+        try:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            write()
+        except (RunDirectoryError, OSError) as error:
+            if not self._cannot_write:
+                logger.warning("what is measured is not written: %s", error)
+            self._cannot_write = True
 
 
 def _interval(steps: float, logging_steps: int) -> int:
@@ -394,5 +405,9 @@ def _memory(device: torch.device) -> dict[str, float]:
     """Returns the peak memory of the accelerator, or of the process on a CPU (GiB)."""
     if device.type == "cuda":
         return {"memory/peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    if sys.platform == "win32":  # it has no such count
+        return {}
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

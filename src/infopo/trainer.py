@@ -331,7 +331,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
                 averages = checkpoints.read_averages(Path(resume_from_checkpoint))
         self._steps.start(averages)
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._observer = Observer(self.args, self._subject, super().log, checkpoint)
+        self._observer = Observer(self.args, self.subject, super().log, checkpoint)
         self.add_callback(self._observer)
         try:
             with self._running():
@@ -340,8 +340,8 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
             self.remove_callback(self._observer)
             self._observer = None
 
-    def _subject(self) -> Subject:
-        """Returns what is measured during training, when the policy is prepared for it."""
+    def subject(self) -> Subject:
+        """Returns what is measured during training: the policy as it is now, and the instruments for it."""
         held_out = self.eval_dataset
         if isinstance(held_out, dict):
             held_out = next(iter(held_out.values()), None)
@@ -356,7 +356,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
             batch_size=self.args.per_device_train_batch_size,
             quiet=self._quiet,
             reference=self._setup.train,
-            responses=lambda model, batch: self._loss.piece(model, batch, self._setup.train, 1.0).logps,
+            responses=lambda model, batch, reference: self._loss.piece(model, batch, reference, 1.0).logps,
             slopes=self._loss.slopes,
             summed=self._summed if is_sharded else lambda value: value,
             # Ranks that hold all of the gradient have the same one. Those of FSDP have their parts only by exchanging.

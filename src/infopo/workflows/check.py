@@ -27,6 +27,8 @@ from infopo.output import say
 from infopo.preflight import check_run_directory, preflight
 from infopo.run_state import holds_run
 from infopo.verdicts import judge, line_of
+from infopo.workflows.forecast import forecast
+from infopo.workflows.forecast import lines as forecast_lines
 from infopo.workflows.terminal import Terminal, has_color, hush, quiet_bars
 from infopo.workflows.train import run
 
@@ -80,6 +82,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
             if dataset is not None:
                 # The trainer has checked its first rows only.
                 check_fit(trainer.model, dataset.longest_row, dataset.largest_token_id)
+        say(*forecast_lines(forecast(trainer, train)))
         start = time.perf_counter()
         result = run(trainer)
         seconds = time.perf_counter() - start
