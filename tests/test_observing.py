@@ -315,3 +315,15 @@ def test_training_goes_on_where_what_is_measured_cannot_be_written(
         (tmp_path / name).mkdir()
     assert len(records(measured(tmp_path))) == 3
     assert sum("what is measured is not written" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("reference", ["auto", "live"])
+def test_the_page_names_all_that_is_measured(tmp_path: Path, reference: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    measured_names = {name for record in records(measured(tmp_path, reference=reference)) for name in record}
+    for name in measured_names:
+        family, _, rest = name.partition("/")
+        if family in {"probe", "drift", "kl", "anchor", "reference", "gradients", "forecast", "ratio_tail",
+                      "length", "generations", "memory"}:  # fmt: skip
+            plain = name.removesuffix("_ci95").removesuffix("_per_token")
+            assert f"`{plain}`" in page or (family == "ratio_tail" and f"`{rest}`" in page), name

@@ -151,6 +151,8 @@ class RatioTail:
         own = torch.cat(self._seen, dim=1)
         self._seen.clear()
         longest = int(self._gather(torch.tensor([own.shape[1]], device=own.device)).max())
+        if not longest:
+            return {}
         filled = torch.cat([own, own.new_full((2, longest - own.shape[1]), torch.nan)], dim=1)
         log_ratios, critics = self._gather(filled).reshape(-1, 2, longest).unbind(1)
         weights = critics.flatten().double().cpu().numpy() if self._rule.has_ratio else None

@@ -79,6 +79,7 @@ def judge(evidence: Evidence, earlier: Iterable[Verdict] = ()) -> list[Verdict]:
         earlier: Verdicts that were reached before. One that fired stays, with the step at which it first did.
 
     Example:
+        >>> from infopo.evidence import History
         >>> history = History([{"step": 0, "reference/moved": 0.0}, {"step": 10, "reference/moved": 0.4}])
         >>> [(v.name, v.step) for v in judge(Evidence(history)) if v.fired]
         [('reference not frozen', 10)]
@@ -113,6 +114,7 @@ def in_words(verdicts: Sequence[Verdict]) -> str:
     """Returns the end of a run in one line: which verdicts were reached, of how many checks.
 
     Example:
+        >>> from infopo.evidence import History
         >>> in_words(judge(Evidence(History())))
         'verdicts: none (0 of 13 checks made)'
     """

@@ -314,7 +314,7 @@ def test_with_nothing_to_resume_from_a_run_starts_and_says_so(
     recipe = write_recipe(tmp_path / "recipe.yaml", data, train__max_steps=1, train__save_strategy="no")
     train(recipe, [f"output_dir={tmp_path / 'run'}", "train.resume_from_checkpoint=true"])
     assert f"{tmp_path / 'run'}: no checkpoint yet, starting afresh\n" in capsys.readouterr().out
-    assert records(tmp_path / "run")[0]["step"] == 1
+    assert next(record["step"] for record in records(tmp_path / "run") if "loss" in record) == 1
 
 
 @pytest.mark.parametrize("left", ["model.safetensors", "checkpoint-3"])
@@ -580,7 +580,7 @@ def test_weights_that_overflowed_are_not_saved_and_a_lower_rate_goes_on_from_the
         NonFiniteWeightsError, match=r"step 2: model.embed_tokens.weight .*checkpoint-1 is whole"
     ):
         trainer.train()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-1"]
     resumed = tiny_trainer(tmp_path, max_steps=3, learning_rate=1e-8)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3

@@ -94,7 +94,7 @@ def _train(model: nn.Module, load: Load, folder: str, given: dict[str, Any]) -> 
     policy = trainer.model.eval()
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     trainer.train()
-    first = trainer.state.log_history[0]
+    first = next(record for record in trainer.state.log_history if "loss" in record)
     trainer.save_model(folder)
     trained = logps_alone(trainer.model.eval())
     again = logps_alone(load(folder).eval())
