@@ -213,8 +213,8 @@ def test_files_hold_what_was_sampled_and_forecast(tmp_path: Path) -> None:
     [
         {"objective": "sft"},
         {"objective": "kto"},
-        {"objective": "mine"},
-        {"objective": "aot"},
+        pytest.param({"objective": "mine"}, marks=pytest.mark.long),
+        pytest.param({"objective": "aot"}, marks=pytest.mark.long),
         {"reference": "live"},
     ],
 )

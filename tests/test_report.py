@@ -384,6 +384,7 @@ def test_hostile_text_in_every_field_is_shown_and_changes_nothing(tmp_path: Path
     assert r"\x1b[31m\x07\u202e" in found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("other", [HOSTILE, {"a": "b"}, 10**400], ids=["text", "object", "huge"])
 @pytest.mark.parametrize(
     "name", ["environment.json", "eval.json", "data.json", "verdicts.json", "generations.jsonl"]
