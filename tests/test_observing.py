@@ -270,8 +270,8 @@ def test_intervals_follow_from_what_measuring_costs(tmp_path: Path) -> None:
         anchor_tokens=2, per_device_train_batch_size=4, logging_steps=10, callbacks=[Seen()],
     )  # fmt: skip
     trainer.train()
-    # 8 + 4/2 pairs forward against 12 a step: 0.83 of a step, which is 1.5 % of 55.6. Gradients: 36/12 of a step.
-    assert found == [(60, 200)] * 3
+    # 8 + 4/2 pairs at 1.4 against 12 a step: 1.17 steps, which are 1.5 % of 78. Gradients: 2 at 45, 7.5 steps of 500.
+    assert found == [(80, 500)] * 3
     assert [record["step"] for record in records(trainer)] == [0, 3]
 
 

@@ -1,7 +1,7 @@
 """When training is measured, and where the numbers go: a callback around `measuring`, `probes` and `diagnostics`.
 
-Measuring changes nothing of training. At its default intervals it costs less than 3 % of training's arithmetic, which
-`benchmarks/diagnostics.py` compares with time.
+Measuring changes nothing of training. At its default intervals it costs less than 3 % of training's time, as
+`benchmarks/diagnostics.py` measures it.
 """
 
 import math
@@ -34,7 +34,14 @@ from infopo.runs import FORECAST, GENERATIONS, JsonLines, RunDirectoryError
 logger = get_logger(__name__)
 
 BUDGET = 0.015
-"""Share of training's arithmetic that measuring likelihood may cost, and the same for gradients."""
+"""Share of training's time that measuring likelihood may cost, and the same for gradients."""
+
+STEP_COST, LIKELIHOOD_COST, GRADIENT_COST = 3.0, 1.4, 45.0
+"""Cost of a pair in a step of training, in a measurement of likelihood, and in one of gradients.
+
+The unit is a pair's forward pass, of which a backward pass takes two. Gradients take ten units of each pair in the set,
+and ten of it alone, which fills a processor badly: `benchmarks/diagnostics.py` measured the last two.
+"""
 
 SHOWN_GENERATIONS = 16
 """Responses that are kept of each sampling."""
@@ -259,13 +266,13 @@ class Observer(TrainerCallback):
     def _set_intervals(self, state: TrainerState) -> None:
         """Sets how often likelihood and gradients are measured, in optimizer steps, by what they cost.
 
-        A pair costs 1 in a forward pass, and 3 in a step of training. A response of the anchor set costs 1/2.
+        A response of the anchor set costs half of a pair.
         """
-        step = 3 * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        step = STEP_COST * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         anchors = len(self._anchors.responses) if self._anchors else 0
         likelihood = (len(self._probe.examples) if self._probe else 0) + anchors / 2
-        # Three backward passes over the set, and three over each of its examples.
-        gradients = 18 * self.args.gradient_size
+        likelihood *= LIKELIHOOD_COST
+        gradients = GRADIENT_COST * self.args.gradient_size
         logging_steps = max(1, int(state.logging_steps or 1))
         self.probe_steps = self.args.probe_steps or _interval(likelihood / step, logging_steps)
         self.gradient_steps = self.args.gradient_steps or _interval(gradients / step, logging_steps)

@@ -299,7 +299,7 @@ class DiagnosticsSettings(Settings):
     probe_steps: Positive | None = setting(
         None,
         "Optimizer steps between two measurements on the probe set. null takes the fewest for which they cost at most "
-        "1.5 % of training's arithmetic. The start and the last step are always measured.",
+        "1.5 % of training's time. The start and the last step are always measured.",
     )
     anchor_size: Annotated[int, Ge(0)] = setting(
         64,
@@ -310,7 +310,7 @@ class DiagnosticsSettings(Settings):
     gradient_steps: Positive | None = setting(
         None,
         "Optimizer steps between two measurements of the gradients of chosen and rejected responses. null takes the "
-        "fewest for which they cost at most 1.5 % of training's arithmetic.",
+        "fewest for which they cost at most 1.5 % of training's time.",
     )
     gradient_size: Annotated[int, Ge(0)] = setting(
         16, "Examples of the probe set whose gradients are measured. 0 switches it off."
