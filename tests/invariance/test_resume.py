@@ -82,6 +82,12 @@ def write_recipe(path: Path, data: Path, **changes: Any) -> Path:
             "bf16": False,
             "disable_tqdm": True,
             "seed": 3,
+            "probe_size": 6,
+            "probe_steps": 5,
+            "gradient_size": 1,
+            "gradient_steps": 9,
+            "anchor_size": 2,
+            "anchor_tokens": 8,
         },
     }
     for place, value in changes.items():
