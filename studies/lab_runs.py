@@ -6,6 +6,7 @@ log-probs, and without what a trainer does for files, several processes and larg
 the same weights.
 """
 
+import argparse
 import copy
 import hashlib
 import itertools
@@ -34,6 +35,25 @@ VERSION = 1
 """Part of the name of every kept result. It is raised when a change of this file changes results."""
 
 DEFAULT_WORK = Path("~/.cache/infopo/studies").expanduser()
+
+
+def options_of(description: str, folder: Path, arguments: list[str] | None) -> argparse.Namespace:
+    """Returns the options of a study's command line: `out`, `work`, `minutes`, `seeds` and `tiny`.
+
+    Args:
+        description: Docstring of the study's script, of which the first line is its help.
+        folder: Folder of the study.
+        arguments: Arguments of the command line, or None for those of this process.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=folder, help="folder of the results")
+    parser.add_argument("--work", type=Path, help="folder in which finished runs are kept")
+    parser.add_argument("--minutes", type=float, help="time after which no further run is begun")
+    parser.add_argument("--seeds", type=int, default=5, help="repetitions, 2 to 10")
+    parser.add_argument("--tiny", action="store_true", help="small settings, for tests")
+    options = parser.parse_args(arguments)
+    options.work = options.work or (options.out / "work" if options.tiny else DEFAULT_WORK)
+    return options
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from infopo.evidence import Evidence, History, wilson
+from infopo.evidence import Evidence, History
+from infopo.intervals import Z_95, Z_99, wilson
 
 MOVED = 0.01
 """Nats by which a reference log-prob may differ when it is computed again on the same rows: rounding."""
@@ -92,7 +93,7 @@ def labels(evidence: Evidence) -> Outcome:
         if right is None or not n or None in sides:
             return "log-probs of both sides before the first update are not known"
         share, is_so_per_token = 1 - right, sides[0] < sides[1]  # type: ignore[operator]
-    interval = wilson(share, n, z=2.576)
+    interval = wilson(share, n, z=Z_99)
     # A longer response is less likely by its length alone.
     fired = share >= 0.6 and interval[0] > 0.5 and is_so_per_token
     text = f"Before training, the rejected response is the more likely one in {share:.0%} of {n:.0f} pairs."
@@ -206,9 +207,9 @@ def drift(evidence: Evidence) -> Outcome:
     kl, error = evidence.history.last("kl/forward"), evidence.history.last("kl/forward_se")
     if kl is None or error is None:
         return "the run has no anchor set, or no record of it yet"
-    low, high = kl - 1.96 * error, kl + 1.96 * error
+    low, high = kl - Z_95 * error, kl + Z_95 * error
     budget = evidence.kl_budget
-    text = f"KL from the start is {kl:.2f} ± {1.96 * error:.2f} nats per response, of a budget of {budget:g}."
+    text = f"KL from the start is {kl:.2f} ± {Z_95 * error:.2f} nats per response, of a budget of {budget:g}."
     return Finding(kl > budget and low > budget, kl, (low, high), text)
 
 

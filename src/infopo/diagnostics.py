@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from infopo.intervals import Z_95
+
 Values = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-
-NORMAL_95 = 1.959964
-"""Half-width of a 95 % interval in standard errors."""
 
 LEAST_TAIL = 20
 """Least number of ratios for which the shape of their tail is estimated."""
@@ -30,12 +29,13 @@ def mean_and_half_width(values: Values) -> tuple[float, float]:
     """Returns the mean and the half-width of its 95 % interval, which is NaN for fewer than two values.
 
     Example:
-        >>> mean_and_half_width(np.array([1.0, 3.0]))
-        (2.0, 1.959964)
+        >>> mean, half_width = mean_and_half_width(np.array([1.0, 3.0]))
+        >>> mean, round(half_width, 2)
+        (2.0, 1.96)
     """
     if len(values) < 2:
         return (float(values.mean()) if len(values) else math.nan), math.nan
-    return float(values.mean()), NORMAL_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), Z_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def forward_kl(start: Values, now: Values) -> dict[str, float]:
         {'kl/forward': 0.5, 'kl/forward_se': 0.0}
     """
     mean, half_width = mean_and_half_width(start - now)
-    found = {"kl/forward": mean, "kl/forward_se": half_width / NORMAL_95}
+    found = {"kl/forward": mean, "kl/forward_se": half_width / Z_95}
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 

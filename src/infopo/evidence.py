@@ -9,6 +9,9 @@ from typing import Any
 Record = Mapping[str, Any]
 Facts = Mapping[str, Any]
 
+KL_BUDGET = 20.0
+"""Default of the `kl_budget` of a run (nats per response)."""
+
 
 class History:
     """Series of metrics by name, to which records are added as they come.
@@ -78,7 +81,7 @@ class Evidence:
     history: History
     facts: Facts | None = None
     finished: bool = False
-    kl_budget: float = 10.0
+    kl_budget: float = KL_BUDGET
 
 
 def is_spike(loss: float, before: Sequence[float]) -> bool:
@@ -100,15 +103,3 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
     median = statistics.median(window)
     spread = 1.4826 * statistics.median(abs(value - median) for value in window)
     return loss - median > 8 * max(spread, 0.05 * max(1.0, abs(median)))
-
-
-def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """Returns the 95 % Wilson interval of a share of `n`.
-
-    Example:
-        >>> [round(bound, 3) for bound in wilson(0.5, 100)]
-        [0.404, 0.596]
-    """
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)

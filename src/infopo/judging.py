@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.facts import facts_of
 from infopo.evidence import Evidence, History
 from infopo.output import get_logger
-from infopo.runs import RunDirectoryError, write_json_atomic
+from infopo.runs import Dispensable, write_json_atomic
 from infopo.verdicts import DATA, VERDICTS, Verdict, judge, line_of, record_of, verdicts_in
 
 logger = get_logger(__name__)
@@ -39,7 +40,8 @@ class Judge(TrainerCallback):
         self._history: History | None = None
         self._facts: dict[str, Any] | None = None
         self.verdicts: list[Verdict] = []
-        self._must_stop = self._cannot_write = False
+        self._must_stop = False
+        self._files = Dispensable(logger.warning, "verdicts are")
         self._written_at = 0.0
 
     def on_train_begin(
@@ -51,10 +53,11 @@ class Judge(TrainerCallback):
         dataset = kwargs["train_dataloader"].dataset
         self._facts = facts_of(dataset) if isinstance(dataset, ExampleDataset) else None
         folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         self.verdicts = _earlier(folder / VERDICTS, state.global_step) if state.global_step else []
         self._history = History(state.log_history)
         if self._facts is not None:
-            self._write(folder / DATA, self._facts)
+            self._files.write(partial(write_json_atomic, folder / DATA, self._facts))
         self._judge(args, state, ended=False)
 
     def on_log(
@@ -101,18 +104,8 @@ class Judge(TrainerCallback):
             self.announce("on_verdict=stop: a checkpoint is saved, and training ends")
         if new or ended or time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
             record = record_of(self.verdicts, state.global_step, ended)
-            self._write(Path(args.output_dir) / VERDICTS, record)
+            self._files.write(partial(write_json_atomic, Path(args.output_dir) / VERDICTS, record))
             self._written_at = time.monotonic()
-
-    def _write(self, path: Path, content: dict[str, Any]) -> None:
-        """Writes a file. Training goes on if that is refused, because a verdict is worth less than the run."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(path, content)
-        except (RunDirectoryError, OSError) as error:
-            if not self._cannot_write:
-                logger.warning("verdicts are not written: %s", error)
-            self._cannot_write = True
 
 
 def _earlier(path: Path, step: int) -> list[Verdict]:

@@ -24,12 +24,13 @@ from infopo.data.streaming import ExampleStream
 from infopo.diagnostics import distinct_n, forward_kl, mean_and_half_width, without_nan
 from infopo.errors import InfoPOError, ModelError
 from infopo.generate import sample_ids
+from infopo.intervals import Z_95
 from infopo.measuring import Instruments
 from infopo.models import first_lines
 from infopo.output import get_logger
 from infopo.probes import AnchorSet, ProbeSet
 from infopo.records import PreferenceExample, Role
-from infopo.runs import FORECAST, GENERATIONS, JsonLines, RunDirectoryError
+from infopo.runs import FORECAST, GENERATIONS, Dispensable, JsonLines
 
 logger = get_logger(__name__)
 
@@ -113,7 +114,7 @@ class Observer(TrainerCallback):
         self._log = log
         self._checkpoint = checkpoint
         self._pending: dict[str, float] = {}
-        self._cannot_write = False
+        self._files = Dispensable(logger.warning, "what is measured is")
         run_dir = Path(args.output_dir)
         self._generations = JsonLines(run_dir / GENERATIONS)
         self._forecast = JsonLines(run_dir / FORECAST)
@@ -138,7 +139,7 @@ class Observer(TrainerCallback):
         if self._is_main:
             for lines in (self._generations, self._forecast):
                 step = state.global_step if self._checkpoint else -1
-                self._write_if_possible(partial(lines.truncate_after, step))
+                self._files.write(partial(lines.truncate_after, step))
         kept = probes.read(self._checkpoint) if self._checkpoint else None
         if kept is not None:
             self._probe, self._anchors = kept
@@ -146,7 +147,7 @@ class Observer(TrainerCallback):
             self._start(state.global_step)
         if self._is_main and (self._probe or self._anchors):
             run_dir = Path(self.args.output_dir)
-            self._write_if_possible(partial(probes.write, run_dir, self._probe, self._anchors))
+            self._files.write(partial(probes.write, run_dir, self._probe, self._anchors))
         if self._is_main and self.args.gradient_size and self._subject.without_gradients:
             logger.warning("gradients are not measured: %s", self._subject.without_gradients)
         self._guard = self._guarded()
@@ -333,7 +334,7 @@ class Observer(TrainerCallback):
                 for pair, each in zip(pairs, alone, strict=True)
             ]
             if self._is_main:
-                self._write_if_possible(partial(self._forecast.append, {"step": step, "rows": rows}))
+                self._files.write(partial(self._forecast.append, {"step": step, "rows": rows}))
         return found
 
     def _sample(self, step: int) -> dict[str, float]:
@@ -365,7 +366,7 @@ class Observer(TrainerCallback):
         if reference is None:
             return {}
         mean, half_width = mean_and_half_width(self._instruments.log_probs(examples)[0] - reference)
-        return without_nan({"kl/reverse": mean, "kl/reverse_se": half_width / 1.959964})
+        return without_nan({"kl/reverse": mean, "kl/reverse_se": half_width / Z_95})
 
     def _write(self, step: int, responses: Sequence[Sequence[int]], finished: Sequence[bool]) -> None:
         assert self._anchors is not None
@@ -385,17 +386,7 @@ class Observer(TrainerCallback):
             }
             for index in range(min(SHOWN_GENERATIONS, len(responses)))
         ]
-        self._write_if_possible(partial(self._generations.append, *rows))
-
-    def _write_if_possible(self, write: Callable[[], None]) -> None:
-        """Writes a file. Training goes on if that is refused, because a picture is worth less than the run."""
-        try:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            write()
-        except (RunDirectoryError, OSError) as error:
-            if not self._cannot_write:
-                logger.warning("what is measured is not written: %s", error)
-            self._cannot_write = True
+        self._files.write(partial(self._generations.append, *rows))
 
 
 def _interval(steps: float, logging_steps: int) -> int:

@@ -22,7 +22,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,6 +160,29 @@ class RunWriter:
         self._metrics.truncate_after(step)
 
 
+class Dispensable:
+    """Writes files without which training goes on: that one cannot be written is said once, as a warning.
+
+    Args:
+        warn: Takes the warning, as a format and its argument.
+        what: What is not written, with its verb.
+    """
+
+    def __init__(self, warn: Callable[[str, object], None], what: str) -> None:
+        self._warn = warn
+        self._what = what
+        self._is_said = False
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Calls a function that writes a file."""
+        try:
+            write()
+        except (RunDirectoryError, OSError) as error:
+            if not self._is_said:
+                self._warn(f"{self._what} not written: %s", error)
+            self._is_said = True
+
+
 class JsonLines:
     """A file of one JSON object per line, each with an integer `step`, that is only added to.
 
@@ -179,6 +202,7 @@ class JsonLines:
         """
         lines = "".join(f"{to_json(record)}\n" for record in records).encode()
         with _os_errors_named(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._last_line_is_whole:
                 _cut_partial_line(self.path)
                 self._last_line_is_whole = True
@@ -204,6 +228,11 @@ class JsonLines:
         self._last_line_is_whole = True
 
 
+def holds_run_files(directory: Path) -> bool:
+    """Returns whether a directory has a file that `read_run` reads."""
+    return any((directory / name).is_file() for name in (METRICS, RECIPE, ENVIRONMENT, EVALUATION))
+
+
 def read_run(directory: str | Path) -> Run:
     """Reads a run directory. Files may be missing, and the last line of metrics may be half-written.
 
@@ -213,10 +242,10 @@ def read_run(directory: str | Path) -> Run:
     directory = Path(directory)
     if not directory.is_dir():
         raise RunDirectoryError("is no directory; expected the output_dir of a run", str(directory))
-    if not any((directory / name).is_file() for name in (METRICS, RECIPE, ENVIRONMENT, EVALUATION)):
+    if not holds_run_files(directory):
         expected = f"{RECIPE}, {METRICS}, {ENVIRONMENT} or {EVALUATION}"
         raise RunDirectoryError(f"is no run directory: it holds no {expected}", str(directory))
-    metrics, lost = _metrics(directory / METRICS) if (directory / METRICS).is_file() else ([], False)
+    metrics, lost = read_records(directory / METRICS)
     return Run(
         directory,
         recipe=_read_text(directory / RECIPE),
@@ -254,8 +283,16 @@ def read_object(path: Path) -> Record | None:
     return value
 
 
-def _metrics(path: Path) -> tuple[list[Record], bool]:
-    """Returns the records of metrics, and whether a last line was cut off and left out."""
+def read_records(path: Path) -> tuple[list[Record], bool]:
+    """Returns the records of a file with one per line, and whether a last line was cut off and left out.
+
+    Without a file there are none.
+
+    Raises:
+        RunDirectoryError: The file cannot be read, or a line is no record.
+    """
+    if not path.exists():
+        return [], False
     with _os_errors_named(path):
         content = path.read_bytes()
     lines = content.split(b"\n")[:-1]

@@ -24,6 +24,7 @@ from infopo.catalog import (
     SCORE_RULES,
     suggestion,
 )
+from infopo.evidence import KL_BUDGET
 from infopo.losses.catalog import complete_parameters, objective_name
 from infopo.validation import OneOf, Problem, Settings, Text, setting
 from infopo.vocabulary import check_columns
@@ -362,7 +363,7 @@ class TrainSettings(DiagnosticsSettings):
         see="verdicts.md",
     )
     kl_budget: Annotated[float, Ge(0)] = setting(
-        20.0,
+        KL_BUDGET,
         "Largest `kl/forward` (nats per response) that is no drift beyond the budget.",
         see="verdicts.md",
     )

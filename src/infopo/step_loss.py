@@ -20,7 +20,7 @@ from infopo.finite import FiniteWatch
 from infopo.logps import agreement, router
 from infopo.logps.forward import response_logps
 from infopo.losses.catalog import row_of
-from infopo.losses.coupling import Averages, StepCoupling
+from infopo.losses.coupling import Averages, StepCoupling, collected
 from infopo.losses.registry import loss_function, step_statistic
 from infopo.metrics import (
     MetricRule,
@@ -148,15 +148,10 @@ class RatioTail:
         """Returns the metrics of all ranks, each of which must call this, and forgets the responses."""
         if not self._seen:
             return {}
-        own = torch.cat(self._seen, dim=1)
+        of_ranks, _ = collected(torch.cat(self._seen, dim=1).unbind(), self._gather)
         self._seen.clear()
-        longest = int(self._gather(torch.tensor([own.shape[1]], device=own.device)).max())
-        if not longest:
-            return {}
-        filled = torch.cat([own, own.new_full((2, longest - own.shape[1]), torch.nan)], dim=1)
-        log_ratios, critics = self._gather(filled).reshape(-1, 2, longest).unbind(1)
-        weights = critics.flatten().double().cpu().numpy() if self._rule.has_ratio else None
-        return ratio_tail(log_ratios.flatten().double().cpu().numpy(), weights, self._rule.cap)
+        log_ratios, critics = of_ranks.transpose(0, 1).flatten(1).double().cpu().numpy()
+        return ratio_tail(log_ratios, critics if self._rule.has_ratio else None, self._rule.cap)
 
 
 class StepLoss:

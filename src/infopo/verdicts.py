@@ -223,16 +223,16 @@ CHECKS: Sequence[Check] = (
         "squeezing",
         "nats per token",
         f"chosen responses fall, and the most likely token gains more than {checks.FELL} nats",
-        "Take InfoPO or a loss with a likelihood term (cpo, or nll_weight for dpo), a larger β, or a lower "
-        "learning rate.",
+        "Lower the learning rate, raise β, or take a loss with a likelihood term (infopo, cpo, or nll_weight for dpo), "
+        "and compare with sft.",
         checks.squeezing,
     ),
     Check(
         "chosen falling",
         "nats per token",
         f"chosen responses fall by more than {checks.FELL} nats per token, and the 95 % interval is below 0",
-        "Take InfoPO or a loss with a likelihood term (cpo, or nll_weight for dpo), a larger β, or a lower "
-        "learning rate.",
+        "Lower the learning rate, raise β, or take a loss with a likelihood term (infopo, cpo, or nll_weight for dpo), "
+        "and compare with sft.",
         checks.chosen_falling,
     ),
     Check(

@@ -7,7 +7,6 @@
 Finished runs are kept in `--work`, and a later call goes on with the others. Study 04 shares them.
 """
 
-import argparse
 import itertools
 import platform
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from drift import along_runs, interval, is_clear, show
-from lab_runs import DEFAULT_WORK, TRACE, Run, finish
+from lab_runs import TRACE, Run, finish, options_of
 from lab_world import start
 from readme import publish, table
 
@@ -258,16 +257,9 @@ def plot(results: Record, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results")
-    parser.add_argument("--work", type=Path, help="folder in which finished runs are kept")
-    parser.add_argument("--minutes", type=float, help="time after which no further run is begun")
-    parser.add_argument("--seeds", type=int, default=5, help="repetitions, 2 to 10")
-    parser.add_argument("--tiny", action="store_true", help="small settings, for tests")
-    options = parser.parse_args(arguments)
+    options = options_of(__doc__ or "", Path(__file__).parent, arguments)
     lab, labels, seeds = ("tiny", LABELS[1:], 2) if options.tiny else ("short", LABELS, options.seeds)
-    work = options.work or (options.out / "work" if options.tiny else DEFAULT_WORK)
-    results = measure(work, lab, labels, seeds, options.minutes)
+    results = measure(options.work, lab, labels, seeds, options.minutes)
     publish(options.out, results, tables(results), plot)
 
 

@@ -4,6 +4,7 @@ They are read from encoded rows without a model. On 61,000 pairs of 200 tokens t
 distances are computed for an even sample of at most `MAX_COMPARED` rows.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infopo.data.examples import ExampleDataset
+from infopo.intervals import Z_95
 from infopo.records import Role
 
 SCHEMA_VERSION = 1
@@ -91,9 +93,9 @@ class _Rows:
         tokens: npt.NDArray[np.int32] = self._tokens[self._at[response] : self._at[response + 1]]
         return tokens
 
-    def prompt(self, row: int) -> bytes:
-        content: bytes = self._prompts[self._prompt_at[row] : self._prompt_at[row + 1]].tobytes()
-        return content
+    def prompt(self, row: int) -> npt.NDArray[np.int32]:
+        tokens: npt.NDArray[np.int32] = self._prompts[self._prompt_at[row] : self._prompt_at[row + 1]]
+        return tokens
 
 
 def _named_rows(rows: _Rows, found: Sequence[int], n: int) -> Facts:
@@ -138,7 +140,7 @@ def cohens_d(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[float, float]
         return None
     pooled = ((n - 1) * a.var(ddof=1) + (m - 1) * b.var(ddof=1)) / (n + m - 2)
     d = float((a.mean() - b.mean()) / max(pooled**0.5, 0.5))
-    return d, float(1.96 * ((n + m) / (n * m) + d * d / (2 * (n + m))) ** 0.5)
+    return d, float(Z_95 * ((n + m) / (n * m) + d * d / (2 * (n + m))) ** 0.5)
 
 
 # --- near-duplicate sides ---
@@ -246,16 +248,21 @@ def _conflicts(rows: _Rows) -> Facts:
 
 
 def _claims(rows: _Rows, row: int) -> Iterable[tuple[bytes, bytes, bytes]]:
-    """Yields (prompt, better, worse), in which nothing stands for the absent side of a row with one side."""
-    prompt = rows.prompt(row)
+    """Yields digests of (prompt, better, worse), in which nothing stands for the absent side of a row with one side."""
+    prompt = _digest(rows.prompt(row))
     if rows.number_of_pairs(row):
         for chosen, rejected in rows.pairs(row):
-            yield prompt, rows.tokens(chosen).tobytes(), rows.tokens(rejected).tobytes()
+            yield prompt, _digest(rows.tokens(chosen)), _digest(rows.tokens(rejected))
         return
     for chosen in rows.chosen[row]:
-        yield prompt, rows.tokens(chosen).tobytes(), b""
+        yield prompt, _digest(rows.tokens(chosen)), b""
     for rejected in rows.rejected[row]:
-        yield prompt, b"", rows.tokens(rejected).tobytes()
+        yield prompt, b"", _digest(rows.tokens(rejected))
+
+
+def _digest(tokens: npt.NDArray[np.int32]) -> bytes:
+    """Stands for tokens that are compared for equality, so that all rows of a large dataset fit in memory."""
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 # --- the reference ---

@@ -1,7 +1,6 @@
 """Measures the greedy accuracy of a policy on lab problems."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.errors import ConfigError
 from infopo.generate import sample
+from infopo.intervals import wilson
 from infopo.lab.problems import OPERATIONS, Problem, verify
 from infopo.records import Message
 
@@ -31,7 +31,6 @@ MAX_NEW_TOKENS = longest_response(OPERATIONS[1])
 """Token limit for the problems that the shipped policy was trained on."""
 
 # Two-sided 95 % quantile of the standard normal law.
-_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,7 @@ def accuracy(
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of a proportion (Wilson, 1927), which stays within [0, 1] and is never empty.
-
-        (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n),   p = correct / n,   z = 1.96
+    """Returns the 95 % interval of a proportion (see `infopo.intervals.wilson`), within [0, 1] and never empty.
 
     Raises:
         ConfigError: not 0 <= correct <= n with n >= 1.
@@ -128,8 +125,4 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= correct <= n:
         raise ConfigError(f"correct: expected 0 <= correct <= n and n >= 1, got {correct} of {n}")
-    share, spread = correct / n, _Z95**2 / n
-    centre = (share + spread / 2) / (1 + spread)
-    half_width = _Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    # Rounding would otherwise leave the exact ends 0 and 1 by an ulp.
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+    return wilson(correct / n, n)

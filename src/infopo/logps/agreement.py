@@ -5,19 +5,18 @@ that the policy samples itself. It is measured only if it is asked for, and is t
 of tokens, because paths select and reorder rows.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_collected: ContextVar[list[Tensor] | None] = ContextVar("infopo_agreement", default=None)
+from infopo.logps.collecting import Collector
+
+_collected = Collector[list[Tensor]]("agreement")
 
 
-@contextmanager
-def measured(wanted: bool) -> Iterator[list[Tensor]]:
+def measured(wanted: bool) -> AbstractContextManager[list[Tensor]]:
     """Within it, `response_logps` leaves the agreement of each response, summed over tokens, in the list, if wanted.
 
     Example:
@@ -25,17 +24,12 @@ def measured(wanted: bool) -> Iterator[list[Tensor]]:
         ...     is_wanted()
         True
     """
-    found: list[Tensor] = []
-    token = _collected.set(found if wanted else None)
-    try:
-        yield found
-    finally:
-        _collected.reset(token)
+    return _collected.into([], wanted)
 
 
 def is_wanted() -> bool:
     """Returns whether the agreement of the next forward pass is asked for."""
-    return _collected.get() is not None
+    return _collected.current is not None
 
 
 def beside(
@@ -56,7 +50,7 @@ def beside(
 
 def note(sums: Float[Tensor, "responses 2"]) -> Float[Tensor, " responses"]:
     """Keeps the agreement of responses, and returns their log-probs."""
-    found = _collected.get()
+    found = _collected.current
     if found is not None:
         found.append(sums[:, 1].detach())
     return sums[:, 0]

@@ -7,9 +7,7 @@ On the shared-prefix path a token counts as often as rows hold it, so that the l
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -18,13 +16,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from infopo.errors import ConfigError
+from infopo.logps.collecting import Collector
 from infopo.logps.wrappers import base_of
 from infopo.output import get_logger
 from infopo.records import PackedBatch
 
 logger = get_logger(__name__)
 
-_collected: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("infopo_aux_losses", default=None)
+_collected = Collector[list[tuple[Tensor, Tensor]]]("aux_losses")
 
 
 def coefficient(model: nn.Module, setting: float | None) -> float:
@@ -73,20 +72,14 @@ def _is_recorded(base: Any) -> bool:
     return len(classes) < len(kinds) or any(isinstance(module, classes) for module in base.modules())
 
 
-@contextmanager
-def aux_losses(wanted: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def aux_losses(wanted: bool) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
     """Within it, forward passes leave their (auxiliary loss, number of tokens) in the list, if wanted."""
-    found: list[tuple[Tensor, Tensor]] = []
-    token = _collected.set(found if wanted else None)
-    try:
-        yield found
-    finally:
-        _collected.reset(token)
+    return _collected.into([], wanted)
 
 
 def is_wanted() -> bool:
     """Returns whether the auxiliary loss of the next forward pass is asked for."""
-    return _collected.get() is not None
+    return _collected.current is not None
 
 
 def keywords(model: nn.Module) -> dict[str, bool]:
@@ -101,7 +94,7 @@ def note(output: Any, tokens: Tensor) -> None:
         output: Of the model.
         tokens: How often each token counts, of any shape: its attention mask.
     """
-    found, aux = _collected.get(), getattr(output, "aux_loss", None)
+    found, aux = _collected.current, getattr(output, "aux_loss", None)
     if found is None:
         return
     if isinstance(aux, Tensor):

@@ -3,14 +3,14 @@
 They are measured in passes that compute log-probs anyway, if `measured` is around them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from infopo.logps.collecting import Collector
 
 
 @dataclass
@@ -42,23 +42,17 @@ class Spread:
         return entropy, log_p_max
 
 
-_measured: ContextVar[Spread | None] = ContextVar("spread", default=None)
+_measured = Collector[Spread]("spread")
 
 
-@contextmanager
-def measured() -> Iterator[Spread]:
+def measured() -> AbstractContextManager[Spread]:
     """Within it, forward passes that compute log-probs add to the spread that is yielded."""
-    spread = Spread()
-    token = _measured.set(spread)
-    try:
-        yield spread
-    finally:
-        _measured.reset(token)
+    return _measured.into(Spread())
 
 
 def wanted() -> Spread | None:
     """Returns the spread that the next forward pass adds to, or None if nobody asks for it."""
-    return _measured.get()
+    return _measured.current
 
 
 def of_logits(logits: Float[Tensor, "scored vocabulary"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -93,7 +93,7 @@ class StepStatistic:
         return frozenset({self.role})
 
 
-def _collected(
+def collected(
     scores: Sequence[Tensor], gather: Callable[[Tensor], Tensor]
 ) -> tuple[Float[Tensor, "ranks sets items"], int]:
     """Returns sets of scores of all ranks, filled up with infinity to the length of the longest, and that length."""
@@ -134,7 +134,7 @@ class SortedScores:
     ) -> Float[Tensor, "2 items"]:
         """Returns the two sets of all these batches, of all ranks whose tensors `gather` concatenates."""
         sets = [torch.cat([scores(b).detach() for b in batches]) for scores in (self.first, self.second)]
-        ranks, longest = _collected(sets, gather)
+        ranks, longest = collected(sets, gather)
         if not longest:
             return sets[0].new_empty(2, 0)
         rows = [ranks[:, i].flatten().sort().values for i in (0, 1)]
@@ -178,7 +178,7 @@ class StepMoments:
         self, batches: Sequence[ResponseLogps], gather: Callable[[Tensor], Tensor] = lambda values: values
     ) -> Float[Tensor, " items"]:
         """Returns the scores of all these batches, of all ranks whose tensors `gather` concatenates, in order."""
-        ranks, _ = _collected([torch.cat([self.scores(b).detach() for b in batches])], gather)
+        ranks, _ = collected([torch.cat([self.scores(b).detach() for b in batches])], gather)
         # In one order, the sums below are those of any other split of the step, to the last digit.
         found = ranks.flatten().sort().values
         return found[~found.isposinf()]

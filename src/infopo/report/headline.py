@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from infopo.intervals import Z_95
 from infopo.report.numbers import Estimate, number, proportion
 from infopo.report.reading import ReportRun, is_number
 from infopo.runs import EVALUATION, Record
@@ -53,7 +54,7 @@ def _with_interval(record: Record, name: str, source: str) -> Estimate:
     if isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)):
         return Estimate(value, ends[0], ends[1], source)
     errors = (record.get(f"{name}_se"), record.get(f"{name.removesuffix('_from_reference')}_standard_error"))
-    half = next((1.96 * error for error in errors if is_number(error)), ends if is_number(ends) else None)
+    half = next((Z_95 * error for error in errors if is_number(error)), ends if is_number(ends) else None)
     return (
         Estimate(value, value - half, value + half, source)
         if half is not None

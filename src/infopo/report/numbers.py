@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from infopo.intervals import wilson
 from infopo.runs import Record
 
 
@@ -61,24 +62,10 @@ class Estimate:
         return f"{value} [{number(self.low, sign=sign)}, {number(self.high, sign=sign)}]"
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Returns the 95 % Wilson interval of a proportion.
-
-    Example:
-        >>> tuple(round(end, 3) for end in wilson(8, 10))
-        (0.49, 0.943)
-    """
-    z = 1.959964
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def proportion(record: Record, name: str, n: int | None, source: str) -> Estimate | None:
     """Returns the estimate of a share that a record has, with its Wilson interval if n is known."""
     value = record.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         return None
-    low, high = wilson(value * n, n) if n else (None, None)
+    low, high = wilson(value, n) if n else (None, None)
     return Estimate(value, low, high, source, n)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from infopo.intervals import Z_95
 from infopo.report.reading import ReportRun, is_number
 from infopo.report.thinning import thinned
 
@@ -386,7 +387,7 @@ def _points(run: ReportRun, name: str, line: Line) -> Points:
 
 
 def _half_width(record: dict[str, float], name: str, line: Line) -> float:
-    for suffix, factor in ((line.ci, 1.0), (line.se, 1.96)):
+    for suffix, factor in ((line.ci, 1.0), (line.se, Z_95)):
         width = record.get(name + suffix)
         if is_number(width) and width is not None and math.isfinite(width):
             return factor * width

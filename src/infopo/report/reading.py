@@ -14,11 +14,19 @@ from typing import Any, TypeGuard
 
 from infopo.errors import ConfigError
 from infopo.run_state import LOCK, STATE, checkpoints_in
-from infopo.runs import METRICS, Record, Run, RunDirectoryError, parse_record, read_object, read_run
-
-GENERATIONS = "generations.jsonl"
-VERDICTS = "verdicts.json"
-DATA = "data.json"
+from infopo.runs import (
+    GENERATIONS,
+    METRICS,
+    Record,
+    Run,
+    RunDirectoryError,
+    holds_run_files,
+    parse_record,
+    read_object,
+    read_records,
+    read_run,
+)
+from infopo.verdicts import DATA, VERDICTS
 
 FRESH = 600.0
 """Seconds since the last record within which a run on another machine counts as running."""
@@ -130,7 +138,7 @@ def _read(directory: Path) -> ReportRun:
             notes.append(f"{METRICS} has no record yet." if has_metrics else f"There is no {METRICS}.")
     if run.lost_last_line:
         notes.append(f"The last line of {METRICS} was half-written, and is left out.")
-    generations, lost = _read_lines(directory / GENERATIONS)
+    generations, lost = read_records(directory / GENERATIONS)
     if lost:
         notes.append(f"The last line of {GENERATIONS} was half-written, and is left out.")
     return ReportRun(
@@ -161,42 +169,7 @@ def _read_without_metrics(directory: Path, checkpoint: Path) -> Run:
         found = type(history).__name__
         raise RunDirectoryError(f"expected a list under 'log_history', got {found}", str(checkpoint / STATE))
     metrics = [record for entry in history if (record := parse_record(json.dumps(entry).encode()))]
-    try:
-        return replace(read_run(directory), metrics=metrics)
-    except RunDirectoryError:
-        if _holds_anything(directory):
-            raise
-        return Run(directory, metrics=metrics)
-
-
-def _holds_anything(directory: Path) -> bool:
-    from infopo.runs import ENVIRONMENT, EVALUATION, RECIPE
-
-    return any((directory / name).is_file() for name in (RECIPE, ENVIRONMENT, EVALUATION))
-
-
-# --- files with a record per line ---
-
-
-def _read_lines(path: Path) -> tuple[list[Record], bool]:
-    """Returns the records of a file, and whether its last line was cut off and left out."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], False
-    except OSError as error:
-        raise RunDirectoryError(f"cannot be read: {error.strerror or error}", str(path)) from error
-    whole = lines[-1] == b""
-    lines = lines[:-1] if whole else lines
-    records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        record = parse_record(line)
-        if record is None and number == len(lines) and not whole:
-            return records, True
-        if record is None:
-            raise RunDirectoryError("is no JSON object with an integer step", f"{path}:{number}")
-        records.append(record)
-    return records, False
+    return replace(read_run(directory) if holds_run_files(directory) else Run(directory), metrics=metrics)
 
 
 # --- is it still running? ---

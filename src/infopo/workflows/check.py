@@ -82,7 +82,8 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
             if dataset is not None:
                 # The trainer has checked its first rows only.
                 check_fit(trainer.model, dataset.longest_row, dataset.largest_token_id)
-        say(*forecast_lines(forecast(trainer, train)))
+        if trainer.args.probe_size:
+            say(*forecast_lines(forecast(trainer, train)))
         start = time.perf_counter()
         result = run(trainer)
         seconds = time.perf_counter() - start

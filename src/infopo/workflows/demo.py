@@ -26,6 +26,7 @@ from infopo.config import Recipe, to_yaml
 from infopo.data.examples import ExampleDataset
 from infopo.errors import TrainingError
 from infopo.generate import sample
+from infopo.intervals import Z_95
 from infopo.lab import Problem, make_problems
 from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt, one_thread
 from infopo.lab.preferences import make_pairs
@@ -199,7 +200,7 @@ def table(summary: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"| {title(name)} | {r['learning_rate']:.1e} | {r['accuracy']:.3f} [{low:.3f}, {high:.3f}] "
                 f"| {r['chosen_logp_change']:+.2f} | {r['rejected_logp_change']:+.2f} "
-                f"| {r['kl_from_reference']:.2f} ± {1.96 * r['kl_standard_error']:.2f} | {r['seconds']:.0f} |"
+                f"| {r['kl_from_reference']:.2f} ± {Z_95 * r['kl_standard_error']:.2f} | {r['seconds']:.0f} |"
             )
     return lines
 

@@ -6,13 +6,9 @@ from dataclasses import dataclass, replace
 from infopo import probes
 from infopo.data.examples import ExampleDataset
 from infopo.diagnostics import ches
-from infopo.logps.forward import response_logps
-from infopo.records import PackedBatch, PreferenceExample
-from infopo.reference import Reference
+from infopo.records import PreferenceExample
+from infopo.reference import LiveReference
 from infopo.trainer import InfoPOTrainer
-
-ROWS = 32
-"""Rows that are looked at."""
 
 SHOWN = 10
 """Rows that are named."""
@@ -24,8 +20,8 @@ class RowForecast:
 
     Attributes:
         row_id: Name of the row.
-        falls: Whether a small step of gradient descent on this pair alone lowers its chosen response, or None if the
-            reference of the row is not known before training.
+        falls: Whether a small step of gradient descent on this pair alone lowers its chosen response, or None if that
+            was not measured.
         ches: Its length-normalised CHES, or None if the model does not show its hidden states. A higher value than
             other rows have means that the chosen response is more likely to fall.
     """
@@ -35,30 +31,22 @@ class RowForecast:
     ches: float | None
 
 
-class _Itself(Reference):
-    """The policy as its own reference, which it is before the first update."""
-
-    sides = frozenset({"chosen", "rejected", "kl"})
-
-    def __init__(self, trainer: InfoPOTrainer) -> None:
-        self._trainer = trainer
-
-    def __call__(self, batch: PackedBatch) -> object:  # type: ignore[override]
-        return response_logps(self._trainer.model, batch)
-
-
 def forecast(trainer: InfoPOTrainer, dataset: ExampleDataset) -> list[RowForecast]:
-    """Returns what is expected of a random choice of `ROWS` pairs, the first pair of each row, the worst first.
+    """Returns what is expected of the first pair of random rows, the worst first.
+
+    There are `probe_size` rows, whose hidden states are compared. Gradients are measured of the first `gradient_size`.
 
     Args:
         trainer: A trainer that has not trained.
         dataset: The data that it would be trained on.
     """
     subject = trainer.subject()
-    tools = replace(subject.instruments, reference=_Itself(trainer))
+    # Before the first update, the policy is its own reference.
+    itself = LiveReference(trainer.model, frozenset({"chosen", "rejected", "kl"}))
+    tools = replace(subject.instruments, reference=itself)
     is_known = subject.starts_as_reference and subject.without_gradients is None
     found = []
-    for example in probes.choose(dataset, ROWS, trainer.args.seed):
+    for number, example in enumerate(probes.choose(dataset, trainer.args.probe_size, trainer.args.seed)):
         if not example.chosen_ids or not example.rejected_ids:
             continue
         pair = _first_pair(example)
@@ -66,7 +54,9 @@ def forecast(trainer: InfoPOTrainer, dataset: ExampleDataset) -> list[RowForecas
         found.append(
             RowForecast(
                 pair.row_id,
-                tools.balance([pair]).chosen_falls if is_known else None,
+                tools.balance([pair]).chosen_falls
+                if is_known and number < trainer.args.gradient_size
+                else None,
                 None if sums is None else ches(sums[0][0], sums[1][0], sums[0][1], sums[1][1])[1],
             )
         )
@@ -103,7 +93,8 @@ def lines(rows: Sequence[RowForecast]) -> list[str]:
         f"forecast: a step on each of {len(judged)} rows alone would lower the chosen response of {falling} "
         f"({falling / len(judged):.0%})".replace("%", " %")
         if judged
-        else f"forecast: {len(rows)} rows by their hidden states alone, because the reference is another model"
+        else f"forecast: {len(rows)} rows by their hidden states alone, because gradients were not measured, or the "
+        "reference is another model"
     )
     named = ", ".join(
         f"{row.row_id} ({', '.join(part for part in (_falls(row), _ches(row)) if part)})"
