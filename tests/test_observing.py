@@ -283,14 +283,14 @@ def test_samples_end_where_the_context_does() -> None:
 
 
 def test_a_forecast_before_training_names_rows_and_their_shared_hidden_states(tmp_path: Path) -> None:
-    trainer = trainer_of(
-        tmp_path, train=random_dataset(9, seed=5, chosen=(1, 2), rejected=(1, 2)), **MEASURED
-    )
+    data = random_dataset(9, seed=5, chosen=(1, 2), rejected=(1, 2))
+    trainer = trainer_of(tmp_path, train=data, **MEASURED | {"probe_size": 9, "gradient_size": 4})
     before = weights(trainer.model)
     rows = forecast(trainer, trainer.train_dataset)
     assert torch.equal(before, weights(trainer.model))
     assert len(rows) == 9
-    assert [row.falls for row in rows] == sorted((row.falls for row in rows), reverse=True)
+    assert sum(row.falls is not None for row in rows) == 4
+    assert [bool(row.falls) for row in rows] == sorted((bool(row.falls) for row in rows), reverse=True)
     for example in list(trainer.train_dataset)[:3]:
         sums = []
         for ids in (example.chosen_ids[0], example.rejected_ids[0]):

@@ -179,7 +179,8 @@ def test_the_real_files_train_a_tiny_model(
     script("hh_tokenizer").main()
     overrides = ["data.limit=24", "train.max_steps=3", "train.logging_steps=1", "train.per_device_train_batch_size=8",
                  "train.save_strategy=no", f"model.name_or_path={tmp_path / 'model'}", f"data.path={path}",
-                 f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+                 # The mean over tokens has a loss whose size is known.
+                 "objective.length_normalized=true", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
     assert main(["train", RECIPE, *overrides]) == 0, capsys.readouterr().err
     run = read_run(tmp_path / "run")
     assert run.environment is not None

@@ -46,7 +46,7 @@ def test_an_epoch_over_the_fixture_counts_every_row(
     if compressed:
         data = tmp_path / "harmless-24.jsonl.gz"
         data.write_bytes(gzip.compress(FIXTURE.read_bytes()))
-    train(data, tmp_path, monkeypatch, "train.logging_steps=1")
+    train(data, tmp_path, monkeypatch, "train.logging_steps=1", "objective.length_normalized=true")
     printed = capsys.readouterr().out
     assert f"{data}: 24 rows, 22 used, 2 skipped\n" in printed
     assert "  skipped 1: no common prompt (first: " in printed
@@ -104,6 +104,7 @@ def test_every_objective_trains(objective: str, on: str, model_of_the_fixture: P
     if on == "the lab":
         changes = ["train.max_steps=2", "train.eval_strategy=no", "data.eval_split=null"]
     changes += [f"output_dir={tmp_path / 'run'}", "train.logging_steps=1"]
+    changes += ["train.probe_size=4", "train.anchor_size=2", "train.anchor_tokens=8", "train.gradient_size=1"]
     assert main(["train", str(recipe), *changes]) == 0
     run = read_run(tmp_path / "run")
     steps, losses = run.series("loss")

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_headline_has_the_last_values_with_their_intervals(report: Report, runs:
     assert chosen.high == pytest.approx(last["probe/change/chosen"] + last["probe/change/chosen_ci95"])
     kl = report.headline.rows[0][titles.index("Forward KL")]
     assert kl is not None
-    assert kl.high == pytest.approx(0.5 + 1.96 * 0.02)
+    assert kl.high == pytest.approx(0.5 + NormalDist().inv_cdf(0.975) * 0.02)
     accuracy = report.headline.rows[0][titles.index("Reward accuracy")]
     assert accuracy is not None
     assert (accuracy.value, accuracy.n) == (0.8, 64)

@@ -193,7 +193,7 @@ def test_a_line_says_where_what_and_what_to_do():
     assert line.startswith(
         "verdict: chosen falling (step 100). Chosen responses changed by -0.100 ± 0.020 nats"
     )
-    assert "lower learning rate" in line
+    assert "Lower the learning rate" in line
     assert len(line) < 500
 
 

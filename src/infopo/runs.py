@@ -314,12 +314,13 @@ def _metric_lines(path: Path) -> list[tuple[str, Record | None]]:
     """Returns the lines of metrics with their records. The record of a last line that was cut off is None."""
     with _os_errors_named(path):
         lines = path.read_bytes().split(b"\n")
-    if lines[-1] == b"":
+    is_whole = lines[-1] == b""
+    if is_whole:
         lines.pop()
     records: list[tuple[str, Record | None]] = []
     for number, raw in enumerate(lines, start=1):
         record = parse_record(raw)
-        if record is None and number < len(lines):
+        if record is None and (is_whole or number < len(lines)):
             raise RunDirectoryError("is no JSON object with an integer step", f"{path}:{number}")
         records.append((raw.decode("utf-8", errors="replace"), record))
     return records
