@@ -34,6 +34,10 @@ train:
   save_strategy: epoch
   eval_strategy: epoch
   activation_checkpointing: false
+  probe_size: 4
+  anchor_size: 2
+  anchor_tokens: 8
+  gradient_size: 1
 output_dir: run
 """
 

@@ -17,7 +17,8 @@ RECIPE = """\
 model: {name_or_path: lab:policy}
 data: {path: pairs.jsonl, max_length: 64}
 train: {per_device_train_batch_size: 4, logging_steps: 1, max_steps: 2, save_strategy: steps, save_steps: 1,
-        activation_checkpointing: false, use_cpu: true, disable_tqdm: true}
+        activation_checkpointing: false, use_cpu: true, disable_tqdm: true, probe_size: 4, anchor_size: 2,
+        anchor_tokens: 8, gradient_size: 1}
 output_dir: run
 """
 

@@ -18,7 +18,9 @@ RECIPE = """\
 model: lab:policy
 data: {path: pairs.jsonl, max_length: 64}
 train: {per_device_train_batch_size: 4, max_steps: 1, save_steps: 1, save_strategy: steps, report_to: tensorboard,
-        activation_checkpointing: false, use_cpu: true, disable_tqdm: true, logging_steps: 1}
+        activation_checkpointing: false, use_cpu: true, disable_tqdm: true, logging_steps: 1,
+        probe_size: 4, anchor_size: 2,
+        anchor_tokens: 8, gradient_size: 1}
 output_dir: run
 """
 
