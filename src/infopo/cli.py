@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from infopo import __version__
 from infopo.errors import InfoPOError
@@ -166,12 +166,76 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--watch", action="store_true", help="write it again until no run is running")
     report.set_defaults(run=_report)
 
+    _add_evaluate(commands)
+
     objectives = commands.add_parser(
         "objectives", help="list the losses; with a name, show its formula, parameters, needs and source"
     )
     objectives.add_argument("name", nargs="?", metavar="NAME", help="e.g. infopo, or my_module:my_loss")
     objectives.set_defaults(run=_objectives)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="ask a model the items of tasks and mark the answers: reasoning, code, the lab",
+        description="Asks a model the items of tasks, marks the answers by named rules, and writes eval.json. Samples "
+        "are kept, so that a killed evaluation goes on where it stood.",
+    )
+    evaluate.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="local folder, adapter, run directory, hub name or lab:policy",
+    )
+    evaluate.add_argument("--tasks", required=True, metavar="NAME,...", help="e.g. gsm8k,lab")
+    evaluate.add_argument("--output", metavar="DIR", help="default: infopo-eval/NAME, or RUN/evaluation")
+    evaluate.add_argument(
+        "--responses",
+        metavar="FILE",
+        help="mark responses of this file (JSONL, Parquet, ...) in place of a model",
+    )
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[TASK=]FILE",
+        help="a task's data: a file or a hub name",
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
+    evaluate.add_argument(
+        "--num-samples", type=int, default=1, metavar="K", help="responses per item (default: 1)"
+    )
+    evaluate.add_argument(
+        "--temperature", type=float, metavar="T", help="default: 0 (greedy) for one sample, 1 for several"
+    )
+    evaluate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: that of the task")
+    evaluate.add_argument(
+        "--prompting", choices=("chat", "plain"), help="default: chat if the tokenizer has a chat template"
+    )
+    evaluate.add_argument(
+        "--num-fewshot",
+        type=int,
+        default=0,
+        metavar="N",
+        help="worked examples before each problem (default: 0)",
+    )
+    evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    evaluate.add_argument(
+        "--dtype", default="auto", metavar="TYPE", help="auto (as saved), float32, bfloat16 or float16"
+    )
+    evaluate.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="draw the I-th of N shares of the samples into --output, and mark nothing",
+    )
+    evaluate.add_argument(
+        "--allow-code-execution", action="store_true", help="let tasks run code that the model wrote"
+    )
+    evaluate.set_defaults(run=_evaluate, parser=evaluate)
 
 
 def _keys() -> str:
@@ -237,6 +301,41 @@ def _report(arguments: argparse.Namespace) -> None:
     from infopo.workflows.report import report
 
     report(arguments.runs, arguments.output, format=arguments.format, watch=arguments.watch)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    data = {}
+    for given in arguments.data:
+        name, found, path = given.partition("=")
+        if name in tasks and found:
+            data[name] = path
+        elif len(tasks) == 1:
+            data[tasks[0]] = given
+        else:
+            arguments.parser.error(f"--data {given}: expected TASK=FILE, since there are several tasks")
+    shard = None
+    if arguments.shard is not None:
+        number, _, count = arguments.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal()):
+            arguments.parser.error(f"--shard: expected I/N such as 1/4, got {arguments.shard!r}")
+        shard = (int(number), int(count))
+    from infopo.workflows.evaluate import Settings, evaluate
+
+    settings = Settings(
+        tasks=tasks,
+        data=data,
+        shard=shard,
+        **{name: getattr(arguments, name) for name in _EVALUATION},
+    )
+    evaluate(arguments.model, settings, output=arguments.output, responses=arguments.responses)
+
+
+_EVALUATION = (
+    "limit", "num_samples", "temperature", "top_p", "max_new_tokens", "prompting", "num_fewshot", "batch_size", "seed",
+    "dtype", "allow_code_execution",
+)  # fmt: skip
+"""Arguments that are settings of an evaluation under the same names."""
 
 
 def _objectives(arguments: argparse.Namespace) -> None:

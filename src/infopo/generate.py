@@ -76,10 +76,10 @@ def sample(
         ModelError: neither the model nor the tokenizer names an end-of-sequence token.
     """
     _check_arguments(max_new_tokens, temperature, num_return_sequences, batch_size, top_p)
-    end_token_ids = _end_token_ids(model, tokenizer)
+    ends = end_token_ids(model, tokenizer)
     settings = _generation_config(max_new_tokens, temperature, top_p)
     settings.update(
-        eos_token_id=end_token_ids, pad_token_id=_pad_id(tokenizer), num_return_sequences=num_return_sequences
+        eos_token_id=ends, pad_token_id=pad_id(tokenizer), num_return_sequences=num_return_sequences
     )
     if problems := check_variables(chat_template_kwargs or {}, "chat_template_kwargs"):
         raise ConfigError(problems)
@@ -88,7 +88,7 @@ def sample(
 
     samples: list[list[Sample]] = [[] for _ in prompts]
     for index, ids in _draws(model, encoded, settings, max(1, batch_size // num_return_sequences), seed):
-        samples[index].append(_to_sample(tokenizer, ids, end_token_ids))
+        samples[index].append(_to_sample(tokenizer, ids, ends))
     return samples
 
 
@@ -117,14 +117,14 @@ def sample_ids(
     Raises:
         ModelError: Neither the model nor the tokenizer names an end-of-sequence token.
     """
-    end_token_ids = _end_token_ids(model, tokenizer)
+    ends = end_token_ids(model, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None)
     room = max_new_tokens if context is None else min(max_new_tokens, context - max(map(len, prompt_ids)))
     settings = _generation_config(max(1, room), temperature=1.0, top_p=1.0)
-    settings.update(eos_token_id=end_token_ids, pad_token_id=_pad_id(tokenizer), num_return_sequences=1)
+    settings.update(eos_token_id=ends, pad_token_id=pad_id(tokenizer), num_return_sequences=1)
     found: list[tuple[list[int], bool]] = [([], False)] * len(prompt_ids)
     for index, ids in _draws(model, [list(ids) for ids in prompt_ids], settings, batch_size, seed):
-        end = next((place for place, token in enumerate(ids) if token in end_token_ids), None)
+        end = next((place for place, token in enumerate(ids) if token in ends), None)
         found[index] = (ids if end is None else ids[: end + 1], end is not None)
     return found
 
@@ -136,8 +136,8 @@ def _draws(
     longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     # Not inference_mode: buffers that rotary embeddings make anew within it could not be used in a backward pass.
     with (
-        _evaluation_mode(model),
-        _without_shipped_settings(model),
+        evaluation_mode(model),
+        without_shipped_settings(model),
         _private_random_state(seed, model.device),
         torch.no_grad(),
     ):
@@ -152,7 +152,7 @@ def _generate_batch(
     model: PreTrainedModel, prompt_ids: list[list[int]], settings: GenerationConfig
 ) -> list[list[int]]:
     """Returns the new token ids of each sequence, including those after its end."""
-    input_ids, attention_mask = _left_pad(prompt_ids, int(settings.pad_token_id))
+    input_ids, attention_mask = left_pad(prompt_ids, int(settings.pad_token_id))
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
@@ -162,7 +162,7 @@ def _generate_batch(
     return responses
 
 
-def _left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns input ids and attention mask, (rows, longest row), padded on the left so that prompts end together."""
     length = max(map(len, rows))
     input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows])
@@ -170,8 +170,8 @@ def _left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, t
     return input_ids, attention_mask
 
 
-def _to_sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], end_token_ids: list[int]) -> Sample:
-    end = next((position for position, token in enumerate(ids) if token in end_token_ids), None)
+def _to_sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> Sample:
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Sample(text=text, token_ids=tuple(kept), finished=end is not None)
@@ -197,7 +197,7 @@ def _encode_prompts(
     return encoded
 
 
-def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns every token that ends a response: the tokenizer's, and those that the model's configuration adds."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
@@ -208,7 +208,8 @@ def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(ids)
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns a token that fills rows up."""
     # Padding is masked before a prompt and cut off after a response, so any token can be used.
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
@@ -221,7 +222,7 @@ def _generation_config(max_new_tokens: int, temperature: float, top_p: float) ->
 
 
 @contextmanager
-def _without_shipped_settings(model: PreTrainedModel) -> Iterator[None]:
+def without_shipped_settings(model: PreTrainedModel) -> Iterator[None]:
     """Removes the settings that the model ships within the block, because `generate` would use them as defaults."""
     shipped = model.generation_config
     model.generation_config = GenerationConfig()
@@ -266,7 +267,7 @@ def _check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, context: in
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Puts the model into evaluation mode within the block, and afterwards each submodule into the mode that it had.
 
     `model.train()` would be wrong, because a frozen part of a model may be in evaluation mode while the rest trains.

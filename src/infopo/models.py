@@ -121,6 +121,43 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def load_for_use(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Loads a model to ask it things: complete, or an adapter that is merged into its base.
+
+    It is on the accelerator, if there is one, and in evaluation mode.
+
+    Args:
+        name_or_path: Local folder (a saved model, an adapter, a run directory), hub name or `lab:policy`.
+        dtype: Type of the weights. `auto` is that of the files.
+        kwargs: Further arguments of `from_pretrained`.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        model = _load_merged(name_or_path, dtype, kwargs)
+    else:
+        model = load_policy(name_or_path, dtype=dtype, **kwargs)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return model.to(device or "cpu").eval()
+
+
+def _load_merged(name_or_path: str, dtype: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        raise ModelError(f"model {name_or_path!r} is an adapter: pip install 'infopo[peft]'") from error
+    if dtype not in ("auto", *DTYPES):
+        raise ModelError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            name_or_path, dtype=DTYPES.get(dtype, "auto"), **kwargs
+        )
+        return model.merge_and_unload()
+    except Exception as error:  # its base may be anything
+        raise _cannot_load(f"adapter {name_or_path!r} or its base", name_or_path, error) from error
+
+
 _EXPECTED = "expected a causal language model (one that AutoModelForCausalLM loads)"
 
 _MOST_LAYERS = 10_000

@@ -61,22 +61,34 @@ def check_run_directory(recipe: Recipe) -> None:
         ConfigError: The directory cannot be made or written to.
         CheckpointError: There is no such checkpoint.
     """
-    run_dir = Path(recipe.output_dir)
     resume = recipe.train.get("resume_from_checkpoint", False)
+    check_writable(Path(recipe.output_dir), "output_dir")
+    if isinstance(resume, str):
+        run_state.look_at(Path(resume))
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Refuses a folder that cannot be made or written to, and leaves everything as it was.
+
+    Args:
+        folder: The folder, which need not exist.
+        name: Name of the setting that names it.
+
+    Raises:
+        ConfigError: It cannot be used.
+    """
     try:
-        there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:
-        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"{name}: {folder} cannot be made: {error.strerror}") from error
     if not there.is_dir():
-        raise ConfigError(f"output_dir: {run_dir} cannot be made: {there} is a file")
+        raise ConfigError(f"{name}: {folder} cannot be made: {there} is a file")
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=".infopo-"):
             pass  # permissions alone do not tell: the file system may be read-only, or no place for files
     except OSError as error:
         reason = "no permission" if isinstance(error, PermissionError) else error.strerror or error
-        raise ConfigError(f"output_dir: {run_dir} cannot be written to: {reason}") from error
-    if isinstance(resume, str):
-        run_state.look_at(Path(resume))
+        raise ConfigError(f"{name}: {folder} cannot be written to: {reason}") from error
 
 
 def refuse_second_run(recipe: Recipe) -> None:

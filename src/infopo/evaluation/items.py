@@ -66,7 +66,8 @@ class Task:
         rules: Rules by name. All mark the same outputs. The first is the headline.
         max_new_tokens: Largest number of tokens of a response, unless the user sets another.
         examples: Worked examples as (prompt, response), for few-shot prompts. Empty if there are none.
-        stop: Texts at which a response to a few-shot prompt ends, since a base model would go on with the next example.
+        stop: Texts at which a response to a plain prompt ends, because a base model would go on with the next problem.
+        plain: How a problem reads as plain text, for models without a chat template. `{prompt}` is what is asked.
         executes_code: Whether grading runs what the model wrote, which the user has to allow.
     """
 
@@ -76,9 +77,22 @@ class Task:
     max_new_tokens: int
     examples: Sequence[tuple[str, str]] = ()
     stop: Sequence[str] = ()
+    plain: str = "Question: {prompt}\nAnswer:"
     executes_code: bool = False
 
     @property
     def headline(self) -> str:
         """Name of the rule whose result stands for the task."""
         return next(iter(self.rules))
+
+
+def shown_text(prompt: Text) -> str:
+    """Returns a prompt as one text for people to read.
+
+    Example:
+        >>> shown_text([{"role": "user", "content": "1+1=?"}])
+        'user: 1+1=?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)

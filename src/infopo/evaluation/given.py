@@ -1,0 +1,131 @@
+"""Responses that something else wrote, matched to the items of a task. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infopo.data.files import file_rows
+from infopo.errors import DataError
+from infopo.evaluation.items import Item, shown_text
+
+IDS = ("item", "id", "task_id", "question_id", "idx")
+TEXTS = ("response", "output", "completion", "generation", "answer", "text")
+PROMPTS = ("prompt", "question", "instruction")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Responses to one item.
+
+    Attributes:
+        item: The item.
+        responses: One or more, in the order of the file.
+    """
+
+    item: Item
+    responses: Sequence[str]
+
+
+def given_responses(path: Path, task: str, items: Sequence[Item]) -> tuple[list[Given], str]:
+    """Reads a file of responses (JSONL, JSON, CSV, Parquet, compressed or not) and matches them to items.
+
+    A row has the response as `response`, `output`, `completion`, `generation`, `answer` or `text` (a text, or a list of
+    samples), and says what it answers by the item's id (`item`, `id`, `task_id`, ...), with or without the task's name
+    before it, or by the question itself (`prompt`, `question`, `instruction`). Rows that say neither are taken in the
+    order of the items, if there are as many. A row with another `task` is left out.
+
+    Returns:
+        Items with their responses, and how they were matched: "id", "prompt" or "order".
+
+    Raises:
+        DataError: A row has no response, answers no item, or nothing says what the rows answer. Names the row.
+    """
+    if not path.is_file():
+        raise DataError("there is no such file", str(path), "no such file")
+    rows = []
+    for number, row in file_rows(path, str(path)):
+        row_id = f"{path}:{number}"
+        if isinstance(row, DataError):
+            raise row
+        if not isinstance(row, Mapping):
+            raise DataError(f"expected an object, got {type(row).__name__}", row_id, "not an object")
+        if row.get("task", task) == task:
+            rows.append((row_id, row))
+    if not rows:
+        raise DataError(f"holds no responses to task {task}", str(path), "no responses")
+    id_field, prompt_field = _field(rows, IDS), _field(rows, PROMPTS)
+    text_field = _field(rows, tuple(name for name in TEXTS if name not in (id_field, prompt_field)))
+    if text_field is None:
+        raise DataError(
+            f"expected a column {', '.join(TEXTS[:-1])} or {TEXTS[-1]}, got {', '.join(rows[0][1])}",
+            rows[0][0],
+            "no response",
+        )
+    places, how = _places(path, task, items, rows, id_field, prompt_field)
+    found: dict[int, list[str]] = {}
+    for (row_id, row), place in zip(rows, places, strict=True):
+        found.setdefault(place, []).extend(_texts(row.get(text_field), text_field, row_id))
+    return [Given(items[place], found[place]) for place in sorted(found)], how
+
+
+def _field(rows: Sequence[tuple[str, Mapping[str, Any]]], names: Sequence[str]) -> str | None:
+    """Returns the first of these names that every row has."""
+    return next((name for name in names if all(row.get(name) is not None for _, row in rows)), None)
+
+
+def _texts(value: Any, field: str, row_id: str) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{field}: expected a text or a list of texts, got {value!r:.60}", row_id, "no text")
+    return list(texts)
+
+
+def _places(
+    path: Path,
+    task: str,
+    items: Sequence[Item],
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    id_field: str | None,
+    prompt_field: str | None,
+) -> tuple[list[int], str]:
+    """Returns for each row the index of its item, and how it was found."""
+    by_id = {item.id: place for place, item in enumerate(items)}
+    by_id |= {item.id.removeprefix(f"{task}/"): place for place, item in enumerate(items)}
+    if id_field is not None and str(rows[0][1][id_field]) in by_id:
+        return [_found(by_id, str(row[id_field]), id_field, row_id) for row_id, row in rows], "id"
+    by_prompt = {_bare(shown_text(item.prompt)): place for place, item in enumerate(items)}
+    by_prompt |= {_bare(_last_content(item)): place for place, item in enumerate(items)}
+    if prompt_field is not None:
+        keys = [_bare(shown_text(row[prompt_field])) for _, row in rows]
+        return [
+            _found(by_prompt, key, prompt_field, row_id) for key, (row_id, _) in zip(keys, rows)
+        ], "prompt"
+    if id_field is not None:
+        _found(by_id, str(rows[0][1][id_field]), id_field, rows[0][0])
+    if len(rows) != len(items):
+        raise DataError(
+            f"has {len(rows)} responses to {len(items)} items of {task}, and no column says which ({', '.join(IDS)}, "
+            f"or {', '.join(PROMPTS)})",
+            str(path),
+            "cannot be matched",
+        )
+    return list(range(len(items))), "order"
+
+
+def _found(known: Mapping[str, int], key: str, field: str, row_id: str) -> int:
+    if key not in known:
+        raise DataError(
+            f"{field}: {key!r:.80} is no item of the task, such as {next(iter(known), '')!r:.60}",
+            row_id,
+            "unknown item",
+        )
+    return known[key]
+
+
+def _last_content(item: Item) -> str:
+    return item.prompt if isinstance(item.prompt, str) else str(item.prompt[-1].get("content"))
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,187 @@
+"""Results of an evaluation: marks of every item, what they add up to, and the two files that hold them.
+
+`items.jsonl` has a line per response with its marks, `eval.json` the record: what was evaluated, with what, and the
+figures with their intervals. Imports no torch.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infopo.errors import DataError
+from infopo.evaluation.items import Mark
+from infopo.evaluation.pass_at_k import pass_at_k
+from infopo.intervals import wilson
+from infopo.paired import bootstrap_interval
+from infopo.runs import EVALUATION, Record, read_object, to_json, write_json_atomic, write_text_atomic
+
+ITEMS = "items.jsonl"
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response with its marks.
+
+    Attributes:
+        task: Name of the task.
+        item: Id of the item.
+        sample: Its number among the samples of this item, from 0.
+        prompt: What was asked, as people read it.
+        response: What was answered.
+        tokens: Number of tokens, or None if it is not known.
+        finished: Whether the model ended the response itself.
+        marks: What each rule makes of it.
+    """
+
+    task: str
+    item: str
+    sample: int
+    prompt: str
+    response: str
+    tokens: int | None
+    finished: bool
+    marks: Mapping[str, Mark]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that was read.
+
+    Attributes:
+        folder: Where it is.
+        record: Content of `eval.json`.
+        responses: All responses with their marks.
+    """
+
+    folder: Path
+    record: Record
+    responses: Sequence[Response]
+
+    def scores(self, task: str, rule: str | None = None) -> dict[str, list[float]]:
+        """Returns for each item of a task the scores of its samples, 1 if right.
+
+        Args:
+            task: Name of the task.
+            rule: Name of the rule, by default the headline.
+        """
+        rule = rule or self.record["tasks"][task]["headline"]
+        found: dict[str, list[float]] = {}
+        for each in self.responses:
+            if each.task == task and rule in each.marks:
+                found.setdefault(each.item, []).append(float(each.marks[rule].correct))
+        return found
+
+
+def summary(responses: Sequence[Response], rule: str) -> Record:
+    """Returns what a rule's marks of a task add up to.
+
+    The interval of one sample an item is Wilson's. Several samples of an item depend on each other, so that the
+    interval is then that of a bootstrap over items.
+
+    Returns:
+        accuracy (the mean over items of the share of samples that are right), correct, n (responses), ci95, notes (why
+        responses have no answer, with counts), and with k > 1 samples an item pass@k for powers of two, and majority.
+    """
+    by_item: dict[str, list[Mark]] = {}
+    for each in responses:
+        by_item.setdefault(each.item, []).append(each.marks[rule])
+    groups = list(by_item.values())
+    right = [sum(mark.correct for mark in marks) for marks in groups]
+    n, correct = len(responses), sum(right)
+    notes = Counter(mark.note for marks in groups for mark in marks if mark.note)
+    found: Record = {"accuracy": None, "correct": correct, "n": n, "ci95": None, "notes": dict(notes)}
+    if not groups:
+        return found
+    shares = np.array([c / len(marks) for c, marks in zip(right, groups)])
+    found["accuracy"] = float(shares.mean())
+    fewest = min(map(len, groups))
+    if max(map(len, groups)) == 1:
+        found["ci95"] = wilson(correct / n, n)
+        return found
+    found["ci95"] = bootstrap_interval(shares)
+    for k in (2**power for power in range(fewest.bit_length())):
+        found[f"pass@{k}"] = _with_interval([pass_at_k(len(m), c, k) for c, m in zip(right, groups)])
+    found["majority"] = _with_interval([float(majority(marks)) for marks in groups])
+    return found
+
+
+def majority(marks: Sequence[Mark]) -> bool:
+    """Returns whether the answer that most samples of an item agree on is right. Of equally many, the first counts.
+
+    Example:
+        >>> majority([Mark(False, "7"), Mark(True, "8"), Mark(True, "8"), Mark(False, None, "no answer")])
+        True
+    """
+    answers = Counter(mark.answer for mark in marks if mark.answer is not None)
+    if not answers:
+        return False
+    most = answers.most_common(1)[0][0]
+    return next(mark.correct for mark in marks if mark.answer == most)
+
+
+def _with_interval(values: Sequence[float]) -> Record:
+    return {"value": float(np.mean(values)), "ci95": bootstrap_interval(values)}
+
+
+def write_evaluation(folder: Path, record: Mapping[str, Any], responses: Iterable[Response]) -> None:
+    """Writes both files of an evaluation, each as a whole or not at all.
+
+    Raises:
+        RunDirectoryError: A file cannot be written.
+    """
+    write_text_atomic(folder / ITEMS, "".join(f"{to_json(_to_line(each))}\n" for each in responses))
+    write_json_atomic(folder / EVALUATION, {"schema_version": SCHEMA_VERSION, **record})
+
+
+def read_evaluation(folder: str | Path) -> Evaluation:
+    """Reads the evaluation in a folder.
+
+    Raises:
+        DataError: There is none, or it is of another version.
+        RunDirectoryError: A file is damaged.
+    """
+    folder = Path(folder)
+    record = read_object(folder / EVALUATION)
+    if record is None or record.get("schema_version") != SCHEMA_VERSION or "tasks" not in record:
+        raise DataError(
+            f"holds no evaluation; expected {EVALUATION} of `infopo evaluate`", str(folder), "no evaluation"
+        )
+    return Evaluation(folder, record, list(read_items(folder / ITEMS)))
+
+
+def read_items(path: Path) -> Iterable[Response]:
+    """Yields the responses of a file.
+
+    Raises:
+        DataError: The file is missing, or a line is none.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {path}", str(path), "no such file")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield _of_line(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise DataError(
+                    f"is no marked response: {type(error).__name__}: {error}",
+                    f"{path}:{number}",
+                    "damaged line",
+                ) from error
+
+
+def _to_line(each: Response) -> Record:
+    return {**vars(each), "marks": {rule: vars(mark) for rule, mark in each.marks.items()}}
+
+
+def _of_line(record: Record) -> Response:
+    marks = {
+        rule: Mark(bool(mark["correct"]), mark["answer"], mark["note"])
+        for rule, mark in record["marks"].items()
+    }
+    return Response(**{**record, "marks": marks})
