@@ -9,6 +9,7 @@
     ├── ModelError                 a model, tokenizer or adapter cannot be loaded or is not what it must be
     │   └── LogpsError             log-probs of this model cannot be trusted (start-up self-test)
     ├── ReferenceStoreError        the store of reference log-probs cannot be read or written (names the file)
+    ├── ServerError                a server of models cannot be reached, or does not answer (names the URL)
     └── TrainingError              the run itself went wrong
         ├── NonFiniteLossError     loss is NaN or infinite (names the rows)
         ├── NonFiniteWeightsError  a weight is NaN or infinite, and is not saved
@@ -131,6 +132,10 @@ class LogpsError(ModelError):
 
 class ReferenceStoreError(InfoPOError, RuntimeError):
     """The store of reference log-probs cannot be read or written."""
+
+
+class ServerError(InfoPOError, RuntimeError):
+    """A server of models cannot be reached, refuses access, or does not answer."""
 
 
 class TrainingError(InfoPOError, RuntimeError):
