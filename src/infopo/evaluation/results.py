@@ -5,6 +5,7 @@ figures with their intervals. Imports no torch.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,13 @@ from infopo.evaluation.items import Mark
 from infopo.evaluation.pass_at_k import pass_at_k
 from infopo.intervals import wilson
 from infopo.paired import bootstrap_interval
-from infopo.runs import EVALUATION, Record, read_object, to_json, write_json_atomic, write_text_atomic
+from infopo.runs import EVALUATION, RECIPE, Record, read_object, to_json, write_json_atomic, write_text_atomic
 
 ITEMS = "items.jsonl"
+
+FOLDER = "evaluation"
+"""Folder of a run directory that an evaluation of it goes to."""
+
 SCHEMA_VERSION = 2
 
 
@@ -127,6 +132,19 @@ def majority(marks: Sequence[Mark]) -> bool:
 
 def _with_interval(values: Sequence[float]) -> Record:
     return {"value": float(np.mean(values)), "ci95": bootstrap_interval(values)}
+
+
+def default_folder(name: str) -> Path:
+    """Returns the folder that an evaluation goes to if the user names none.
+
+    Example:
+        >>> default_folder("lab:policy").as_posix()
+        'infopo-eval/lab-policy'
+    """
+    folder = Path(name)
+    if (folder / RECIPE).is_file():
+        return folder / FOLDER
+    return Path("infopo-eval") / re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
 def write_evaluation(folder: Path, record: Mapping[str, Any], responses: Iterable[Response]) -> None:

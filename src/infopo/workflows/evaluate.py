@@ -1,7 +1,6 @@
 """`infopo evaluate` asks a model the items of tasks, marks the answers, and writes what came of it."""
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from infopo.evaluation.drawing import Law
 from infopo.evaluation.given import given_responses
 from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
 from infopo.evaluation.prompting import Prompts
-from infopo.evaluation.results import Response, summary, write_evaluation
+from infopo.evaluation.results import Response, default_folder, summary, write_evaluation
 from infopo.evaluation.samples import SampleStore, prompt_hash
 from infopo.evaluation.tasks import task as task_named
 from infopo.models import load_for_use, load_tokenizer
@@ -24,9 +23,6 @@ from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.run_state import MODELS, last
 from infopo.runs import Record, environment, to_json
-
-FOLDER = "evaluation"
-"""Folder of a run directory that an evaluation of it goes to."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ def evaluate(
                 f"--tasks {task.name}: marking runs code that a model wrote; add --allow-code-execution if it may run "
                 "on this machine"
             )
-    folder = Path(output) if output is not None else _default_folder(model or str(responses))
+    folder = Path(output) if output is not None else default_folder(model or str(responses))
     check_writable(folder, "--output")
     loaded = [_load(task, settings) for task in tasks]
     if responses is not None:
@@ -320,10 +316,3 @@ def model_in(name: str) -> str:
         raise ConfigError(f"{name}: holds no model, adapter or checkpoint")
     say(f"{name} has no final model yet: {checkpoint} is evaluated")
     return checkpoint
-
-
-def _default_folder(name: str) -> Path:
-    folder = Path(name)
-    if (folder / "recipe.yaml").is_file():
-        return folder / FOLDER
-    return Path("infopo-eval") / re.sub(r"[^\w.-]+", "-", name).strip("-.")

@@ -1,0 +1,279 @@
+"""What can be compared: evaluations, run directories, files of results and files of responses, as scores by item.
+
+Imports no heavy library.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infopo.data.files import SUFFIXES, file_rows
+from infopo.errors import ConfigError, DataError
+from infopo.evaluation.given import IDS, PROMPTS, TEXTS, given_responses
+from infopo.evaluation.items import Answered, Item, shown_text
+from infopo.evaluation.results import (
+    FOLDER,
+    ITEMS,
+    SCHEMA_VERSION,
+    Evaluation,
+    default_folder,
+    read_evaluation,
+    read_items,
+)
+from infopo.evaluation.tasks import task as task_named
+from infopo.runs import EVALUATION, GENERATIONS, read_object, read_records
+
+SCORES = ("score", "correct", "is_correct", "passed", "is_solved", "exact_match", "acc", "accuracy", "reward")
+"""Columns that may hold the score of a row, if it does not name its `metrics`."""
+
+RESULT_IDS = (*IDS, "doc_id")
+
+GENERATED = "generations"
+"""Name under which marks of a run's last samples are compared, if the run was not evaluated."""
+
+ABOUT = ("prompting", "num_fewshot", "law", "samples")
+"""Settings of a task that are named if they differ between two evaluations."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one model on one task by one rule.
+
+    Attributes:
+        rule: Name of the rule.
+        scores: Score of each sample, by item.
+        prompts: What was asked, by item. Empty if it is not known.
+        about: Settings that are named if they differ, and the hash of the data under `data`.
+        rules: Names of all rules that there are scores of.
+    """
+
+    rule: str
+    scores: Mapping[str, Sequence[float]]
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    rules: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of the things that are compared.
+
+    Attributes:
+        name: Name, as the user gave it.
+        tasks: Scores by task.
+        note: What is compared, if that is not the whole of it.
+    """
+
+    name: str
+    tasks: Mapping[str, Scored]
+    note: str | None = None
+
+
+def read_contender(
+    source: str, tasks: Sequence[str] = (), data: Mapping[str, str] | None = None, rule: str | None = None
+) -> Contender:
+    """Reads the scores of one contender.
+
+    Args:
+        source: A folder of `infopo evaluate`, a run directory, its `eval.json` or `items.jsonl`, a file with a score
+            per row, a file of responses, or the name of a model that was evaluated in this folder.
+        tasks: Tasks that are compared; all if empty. Responses without scores are graded by them.
+        data: Data of those tasks, by name.
+        rule: Name of the rule. By default it is the headline of each task.
+
+    Raises:
+        ConfigError: There is nothing to compare.
+        DataError: A file is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = _of_folder(source, path, rule)
+    elif path.is_file():
+        found = _of_file(source, path, tasks, data or {}, rule)
+    elif default_folder(source).is_dir():
+        found = _of_folder(source, default_folder(source), rule)
+    else:
+        raise ConfigError(
+            f"{source}: is no file or folder, and was not evaluated here; run `infopo evaluate {source} --tasks ...`"
+        )
+    if missing := [name for name in tasks if name not in found.tasks]:
+        raise ConfigError(f"{source}: has no task {missing[0]!r}; it has {', '.join(found.tasks) or 'none'}")
+    chosen = {name: found.tasks[name] for name in tasks} if tasks else found.tasks
+    return Contender(found.name, chosen, found.note)
+
+
+def _of_folder(source: str, folder: Path, rule: str | None) -> Contender:
+    for place in dict.fromkeys((folder, folder / FOLDER, default_folder(source))):
+        record = read_object(place / EVALUATION)
+        if record is not None and record.get("schema_version") == SCHEMA_VERSION:
+            return _of_evaluation(source, read_evaluation(place), rule)
+    records, _ = read_records(folder / GENERATIONS)
+    marks = _last_marks(records)
+    if not marks.scores:
+        raise ConfigError(
+            f"{source}: has no evaluation and no marked samples; run `infopo evaluate {source} --tasks ...` first"
+        )
+    note = f"{source} was not evaluated: marks of its last samples ({GENERATIONS}) are compared"
+    return Contender(source, {GENERATED: marks}, note)
+
+
+def _last_marks(records: Sequence[Mapping[str, Any]]) -> Scored:
+    """Returns the marks of the last samples of a run, of prompts that have a verifier."""
+    step = max((record["step"] for record in records), default=0)
+    last = [
+        (f"{record.get('row_id')}#{record.get('index')}", record)
+        for record in records
+        if record["step"] == step and isinstance(record.get("mark"), bool)
+    ]
+    scores = {item: [float(record["mark"])] for item, record in last}
+    return Scored(
+        "verifier", scores, {item: str(record.get("prompt")) for item, record in last}, {"step": step}
+    )
+
+
+def _of_evaluation(source: str, evaluation: Evaluation, rule: str | None) -> Contender:
+    tasks = {}
+    for name, record in evaluation.record["tasks"].items():
+        rules = list(record["rules"])
+        chosen = rule or record["headline"]
+        if chosen not in rules:
+            raise ConfigError(f"--rule: {source} has no rule {chosen!r} of {name}; it has {', '.join(rules)}")
+        prompts = {each.item: each.prompt for each in evaluation.responses if each.task == name}
+        about = {key: record[key] for key in ABOUT if key in record}
+        about["data"] = (record.get("data") or {}).get("sha256")
+        tasks[name] = Scored(chosen, evaluation.scores(name, chosen), prompts, about, rules)
+    return Contender(source, tasks)
+
+
+def _of_file(
+    source: str, path: Path, tasks: Sequence[str], data: Mapping[str, str], rule: str | None
+) -> Contender:
+    if path.name in (EVALUATION, ITEMS) and (path.parent / EVALUATION).is_file():
+        record = read_object(path.parent / EVALUATION) or {}
+        if record.get("schema_version") == SCHEMA_VERSION:
+            return _of_evaluation(source, read_evaluation(path.parent), rule)
+    if path.name == EVALUATION:
+        raise ConfigError(f"{source}: has totals only, no scores by item; run `infopo evaluate` first")
+    if path.name == ITEMS:
+        return _of_items(source, path, rule)
+    if not str(path).endswith(SUFFIXES):
+        raise ConfigError(f"{source}: expected a folder, or a file that ends in {', '.join(SUFFIXES)}")
+    rows = _rows(path)
+    if (found := _of_scores(rows, tasks, rule)) is not None:
+        return Contender(source, found)
+    if not any(name in rows[0][1] for name in TEXTS):
+        raise ConfigError(
+            f"{source}: has neither scores ({', '.join(SCORES)}) nor responses ({', '.join(TEXTS)}); it has "
+            f"the columns {', '.join(map(str, rows[0][1]))}"
+        )
+    if not tasks:
+        raise ConfigError(f"{source}: has responses without scores; name what grades them with --tasks")
+    return Contender(source, {name: _graded(path, name, data.get(name), rule) for name in tasks})
+
+
+def _of_items(source: str, path: Path, rule: str | None) -> Contender:
+    """Returns the scores of an `items.jsonl` without its `eval.json`. The first rule of a task is its headline."""
+    found: dict[str, tuple[str, dict[str, list[float]], dict[str, str], list[str]]] = {}
+    for each in read_items(path):
+        rules = list(each.marks)
+        chosen, scores, prompts, _ = found.setdefault(each.task, (rule or rules[0], {}, {}, rules))
+        if chosen not in each.marks:
+            raise ConfigError(
+                f"--rule: {source} has no rule {chosen!r} of {each.task}; it has {', '.join(rules)}"
+            )
+        scores.setdefault(each.item, []).append(float(each.marks[chosen].correct))
+        prompts[each.item] = each.prompt
+    return Contender(
+        source,
+        {name: Scored(r, scores, prompts, {}, rules) for name, (r, scores, prompts, rules) in found.items()},
+    )
+
+
+def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    rows = []
+    for number, row in file_rows(path, str(path)):
+        if isinstance(row, DataError):
+            raise row
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"expected an object, got {type(row).__name__}", f"{path}:{number}", "not an object"
+            )
+        rows.append((f"{path}:{number}", row))
+    if not rows:
+        raise DataError("has no rows", str(path), "no rows")
+    return rows
+
+
+def _of_scores(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], tasks: Sequence[str], rule: str | None
+) -> dict[str, Scored] | None:
+    """Returns the scores of rows that have an id and a score, or None if they do not.
+
+    Files of samples of lm-evaluation-harness are among them: rows name their `metrics`, and there is a row for each
+    `filter`, which is taken for a rule of its own.
+    """
+    first = rows[0][1]
+    named = first.get("metrics")
+    metrics = [name for name in named if name in first] if isinstance(named, list) else []
+    columns = metrics or [name for name in SCORES if name in first]
+    ids = next((name for name in (*RESULT_IDS, *PROMPTS) if first.get(name) is not None), None)
+    if not columns or ids is None:
+        return None
+    filters = list(dict.fromkeys(row.get("filter") for _, row in rows))
+    rules = [
+        column if each in (None, "none") else f"{column},{each}" for column in columns for each in filters
+    ]
+    chosen = rule or rules[0]
+    if chosen not in rules:
+        raise ConfigError(f"--rule: there is no rule {chosen!r}; there are {', '.join(rules)}")
+    column, _, wanted = chosen.partition(",")
+    found: dict[str, dict[str, list[float]]] = {}
+    prompts: dict[str, dict[str, str]] = {}
+    prompt = next((name for name in PROMPTS if first.get(name) is not None), None)
+    for row_id, row in rows:
+        if wanted and row.get("filter") != wanted:
+            continue
+        name = str(row.get("task") or (tasks[0] if len(tasks) == 1 else "results"))
+        if row.get(ids) is None:
+            raise DataError(f"column {ids!r}: expected the item, got nothing", row_id, "no item")
+        item = str(row[ids])
+        found.setdefault(name, {}).setdefault(item, []).append(_score(row.get(column), column, row_id))
+        if prompt is not None:
+            prompts.setdefault(name, {})[item] = shown_text(row[prompt])
+    return {name: Scored(chosen, scores, prompts.get(name, {}), {}, rules) for name, scores in found.items()}
+
+
+def _score(value: Any, column: str, row_id: str) -> float:
+    words = {"true": 1.0, "false": 0.0}  # as CSV has them
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = float("nan")
+    if score != score:
+        raise DataError(f"column {column!r}: expected a score, got {value!r:.60}", row_id, "no score")
+    return score
+
+
+def _graded(path: Path, name: str, data: str | None, rule: str | None) -> Scored:
+    task = task_named(name)
+    if task.executes_code:
+        raise ConfigError(
+            f"--tasks {name}: marking runs code that a model wrote; mark {path} by `infopo evaluate --responses` first"
+        )
+    chosen = rule or task.headline
+    if chosen not in task.rules:
+        raise ConfigError(f"--rule: {name} has no rule {chosen!r}; it has {', '.join(task.rules)}")
+    given, _ = given_responses(path, name, task.load(data))
+    answered = [Answered(each.item, text) for each in given for text in each.responses]
+    scores: dict[str, list[float]] = {}
+    for one, mark in zip(answered, task.rules[chosen](answered), strict=True):
+        scores.setdefault(one.item.id, []).append(float(mark.correct))
+    prompts = {each.item.id: _text_of(each.item) for each in given}
+    return Scored(chosen, scores, prompts, {}, list(task.rules))
+
+
+def _text_of(item: Item) -> str:
+    return shown_text(item.prompt)
