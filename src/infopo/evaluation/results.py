@@ -19,7 +19,16 @@ from infopo.evaluation.items import Mark
 from infopo.evaluation.pass_at_k import pass_at_k
 from infopo.intervals import wilson
 from infopo.paired import bootstrap_interval
-from infopo.runs import EVALUATION, RECIPE, Record, read_object, to_json, write_json_atomic, write_text_atomic
+from infopo.runs import (
+    EVALUATION,
+    RECIPE,
+    Record,
+    RunDirectoryError,
+    read_object,
+    to_json,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 ITEMS = "items.jsonl"
 
@@ -153,6 +162,10 @@ def write_evaluation(folder: Path, record: Mapping[str, Any], responses: Iterabl
     Raises:
         RunDirectoryError: A file cannot be written.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot be made: {error.strerror}", str(folder)) from error
     write_text_atomic(folder / ITEMS, "".join(f"{to_json(_to_line(each))}\n" for each in responses))
     write_json_atomic(folder / EVALUATION, {"schema_version": SCHEMA_VERSION, **record})
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -129,7 +129,7 @@ class SampleStore:
             for place, record in _records(path):
                 self._places.setdefault(record["key"], (path, place))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "SampleStore":
         return self
 
     def __exit__(self, *_: object) -> None:

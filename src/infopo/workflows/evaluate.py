@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from infopo.errors import ConfigError, DataError
-from infopo.evaluation.asking import Subject, answers, ask, wanted
+from infopo.evaluation.asking import Subject, Wanted, answers, ask, wanted
 from infopo.evaluation.drawing import Law
 from infopo.evaluation.given import given_responses
 from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
@@ -181,7 +181,7 @@ def _of_model(model: str, loaded: Sequence[Loaded], settings: Settings, folder: 
             found[each.task.name] = _record(each, settings, responses) | {
                 "prompting": asked.style,
                 "num_fewshot": settings.num_fewshot,
-                "prompt_sha256": prompt_hash([list(sample.prompt_ids) for sample in needed]),  # type: ignore[arg-type]
+                "prompt_sha256": _hash_of_all(needed),
                 "law": law.record,
             }
             marked += responses
@@ -209,6 +209,11 @@ def _of_responses(path: Path, loaded: Sequence[Loaded], settings: Settings, fold
         marked += responses
     about = {"name": str(path), "weights": None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return _write(folder, about, settings, found, marked)
+
+
+def _hash_of_all(needed: Sequence[Wanted]) -> str:
+    """Returns one hash of all prompts, by which two evaluations are known to have asked the same."""
+    return hashlib.sha256("".join(prompt_hash(each.prompt_ids) for each in needed).encode()).hexdigest()
 
 
 def _load(task: Task, settings: Settings) -> Loaded:
