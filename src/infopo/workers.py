@@ -43,7 +43,7 @@ class WorkerPool(ProcessPoolExecutor):
     ) -> None:
         self._others = multiprocessing.active_children()
         context = multiprocessing.get_context(method)
-        super().__init__(processes, context, _begin, (initializer, initargs))
+        super().__init__(processes, context, begin_worker, (initializer, initargs))
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         # Workers start here, and a process has the signal mask of the thread that starts it.
@@ -65,7 +65,8 @@ class WorkerPool(ProcessPoolExecutor):
         return None
 
 
-def _begin(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+def begin_worker(initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()) -> None:
+    """Is what a worker process does first: it leaves Ctrl-C to its parent, and ends if that ends."""
     # The mask of `submit` does this from the first instruction on, where there are such masks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -22,7 +22,7 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 _LONGEST = 400
 """Largest number of digits, and of zeros of a power of ten. A loop that repeats a digit is no answer."""
 
-_MINUS = str.maketrans({"\u2212": "-", "\ufe63": "-", "\uff0d": "-", "\u2010": "-", "\u2011": "-"})
+MINUS = str.maketrans({"\u2212": "-", "\ufe63": "-", "\uff0d": "-", "\u2010": "-", "\u2011": "-"})
 _WIDE = str.maketrans(
     {0xFF10 + digit: str(digit) for digit in range(10)} | {"％": "%", "．": ".", "，": ",", "：": ":"}
 )
@@ -115,7 +115,7 @@ def plain(text: str) -> str:
         >>> plain(r"**Total:** $9 \times 2 = \frac{36}{2}$, or \u221218")
         'Total: $9  *  2 =  36/2 $, or \\u221218'
     """
-    text = text.translate(_MINUS).translate(_WIDE)
+    text = text.translate(MINUS).translate(_WIDE)
     for sign, fraction in _HALVES.items():
         if sign in text:
             text = re.sub(rf"(?<=\d)\s?{sign}", f" {fraction}", text).replace(sign, fraction)
