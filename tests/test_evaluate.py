@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from infopo.evaluation.results import Response, read_evaluation, summary
 from infopo.intervals import wilson
 from infopo.lab import make_problems, policy_path
 from infopo.lab.evaluation import accuracy
+from servers import Answer, completion, failure, serving
 
 
 def run(*arguments: object, tasks: str = "lab") -> int:
@@ -261,3 +263,33 @@ def test_a_killed_evaluation_goes_on_to_the_same_files(tmp_path: Path) -> None:
     assert main([*command(killed)[3:]]) == 0
     assert (killed / "items.jsonl").read_bytes() == (tmp_path / "whole" / "items.jsonl").read_bytes()
     assert path.read_bytes().count(b"\n") == 240
+
+
+def test_a_served_model_is_asked_and_what_it_answered_before_it_failed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    solutions = {problem.question: problem.solution for problem in make_problems(40, 0, "evaluation")}
+    is_well = False
+
+    def answer(body: dict[str, Any], number: int) -> Answer:
+        if number >= 36 and not is_well:
+            return failure(401, "the key has expired")
+        return completion(solutions[body["messages"][-1]["content"]])
+
+    with serving(answer) as served:
+        arguments = ("--server", served.url, "--limit", 40, "--output", tmp_path, "--concurrency", 2)
+        assert run(*arguments) == 2
+        assert "expired" in capsys.readouterr().err
+        kept = (tmp_path / "samples.jsonl").read_bytes().count(b"\n")
+        assert 30 <= kept <= 36
+        is_well = True
+        assert run(*arguments) == 0
+        assert f"40 samples, {kept} of them from the store" in capsys.readouterr().out
+        assert len(served.bodies) <= 42
+    found = read_evaluation(tmp_path).record
+    assert found["tasks"]["lab"]["rules"]["lab"]["correct"] == 40
+    assert (found["model"]["name"], found["model"]["weights"]) == ("served-model", None)
+    assert served.bodies[0]["temperature"] == 0
+    assert "seed" not in served.bodies[0]

@@ -229,6 +229,18 @@ def _add_evaluate(commands: Any) -> None:
         "--dtype", default="auto", metavar="TYPE", help="auto (as saved), float32, bfloat16 or float16"
     )
     evaluate.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask an OpenAI-compatible server (vLLM, SGLang), e.g. http://localhost:8000/v1; MODEL is its name there",
+    )
+    evaluate.add_argument(
+        "--concurrency",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests to the server at a time (default: 8)",
+    )
+    evaluate.add_argument(
         "--shard",
         metavar="I/N",
         help="draw the I-th of N shares of the samples into --output, and mark nothing",
@@ -340,12 +352,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if not (number.isdecimal() and count.isdecimal()):
             arguments.parser.error(f"--shard: expected I/N such as 1/4, got {arguments.shard!r}")
         shard = (int(number), int(count))
-    from infopo.workflows.evaluate import Settings, evaluate
+    from infopo.evaluation.server import ServerSettings
+    from infopo.evaluation.settings import Settings
+    from infopo.workflows.evaluate import evaluate
 
+    server = None
+    if arguments.server is not None:
+        server = ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
     settings = Settings(
         tasks=tasks,
         data=data,
         shard=shard,
+        server=server,
         **{name: getattr(arguments, name) for name in _EVALUATION},
     )
     evaluate(arguments.model, settings, output=arguments.output, responses=arguments.responses)

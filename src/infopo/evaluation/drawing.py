@@ -82,14 +82,15 @@ class Drawn:
 
     Attributes:
         text: The response without special tokens, up to a stop text.
-        tokens: Number of tokens drawn, with the one that ends the response.
+        tokens: Number of tokens drawn, with the one that ends the response. None if a server does not say.
         finished: Whether the policy ended it itself, by a token or a stop text.
-        logp: Σ log π(token) over the tokens drawn, at temperature 1 and without a nucleus (nats).
-        token_ids: The tokens drawn, with the one that ends the response.
+        logp: Σ log π(token) over the tokens drawn, at temperature 1 and without a nucleus (nats). None if a server drew
+            them.
+        token_ids: The tokens drawn, with the one that ends the response. () if a server drew them.
     """
 
     text: str
-    tokens: int
+    tokens: int | None
     finished: bool
     logp: float | None
     token_ids: tuple[int, ...] = ()

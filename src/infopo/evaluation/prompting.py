@@ -1,6 +1,7 @@
 """What a model is asked: items of a task as token ids, rendered as in training."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ class Prompts:
     """Renders the items of a task for a tokenizer.
 
     Args:
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer, or None if a server renders the prompts.
         task: The task, whose worked examples and plain form are used.
         style: One of `STYLES`, or None for `chat` if the tokenizer has a chat template.
         num_fewshot: Number of worked examples before each problem.
@@ -36,13 +37,13 @@ class Prompts:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         task: Task,
         style: str | None = None,
         num_fewshot: int = 0,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
-        has_template = bool(tokenizer.chat_template)
+        has_template = tokenizer is None or bool(tokenizer.chat_template)
         self.style = style or ("chat" if has_template else "plain")
         if self.style not in STYLES:
             raise ConfigError(f"--prompting: expected one of {', '.join(STYLES)}, got {style!r}")
@@ -55,8 +56,13 @@ class Prompts:
             )
         self._task = task
         self._examples = task.examples[:num_fewshot]
-        self._tokens = Tokenization(tokenizer)
-        self._template = ChatTemplate(tokenizer, variables)
+        self._tokenizer = tokenizer
+        self._variables = variables
+
+    @cached_property
+    def _rendering(self) -> tuple[Tokenization, ChatTemplate]:
+        assert self._tokenizer is not None, "a server renders its prompts"
+        return Tokenization(self._tokenizer), ChatTemplate(self._tokenizer, self._variables)
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -71,8 +77,9 @@ class Prompts:
         """
         if self.style != "chat":
             return ()
+        tokens, template = self._rendering
         try:
-            return Endings(self._tokens).ids(self._template.end_of_turn([], ""))[:1]
+            return Endings(tokens).ids(template.end_of_turn([], ""))[:1]
         except DataError:  # a template that refuses a conversation of one word
             return ()
 
@@ -92,7 +99,8 @@ class Prompts:
         Raises:
             DataError: The prompt is empty, or the template refuses it.
         """
-        found = prompt_ids(self._tokens, self._template, self.text(item), item.id)
+        tokens, template = self._rendering
+        found = prompt_ids(tokens, template, self.text(item), item.id)
         if not found:
             raise DataError("the prompt has no tokens; expected at least one", item.id, "empty prompt")
         return found

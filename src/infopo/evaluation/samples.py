@@ -61,7 +61,7 @@ class Sample:
     logp: float | None
 
 
-def prompt_hash(prompt: Sequence[int] | Text) -> str:
+def prompt_hash(prompt: Sequence[Any]) -> str:
     """Returns the SHA-256 of a prompt's token ids, or of its messages if a server renders them."""
     return hashlib.sha256(json.dumps(prompt, ensure_ascii=True).encode()).hexdigest()
 

@@ -3,92 +3,29 @@
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from infopo.errors import ConfigError, DataError
-from infopo.evaluation.asking import Subject, Wanted, answers, ask, wanted
+from infopo.evaluation.asking import Wanted, answers, ask, wanted
+from infopo.evaluation.diversity import diversity
 from infopo.evaluation.drawing import Law
 from infopo.evaluation.given import given_responses
 from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.results import Response, default_folder, summary, write_evaluation
-from infopo.evaluation.samples import SampleStore, prompt_hash
+from infopo.evaluation.samples import SampleStore
+from infopo.evaluation.settings import Settings
+from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
 from infopo.evaluation.tasks import task as task_named
 from infopo.models import load_for_use, load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.run_state import MODELS, last
 from infopo.runs import Record, environment, to_json
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an evaluation is made.
-
-    Attributes:
-        tasks: Names of tasks.
-        data: A file or hub name by task. Tasks without one use their own source.
-        limit: Largest number of items of a task, the first of its data. None means all.
-        num_samples: Responses per item.
-        temperature: Divisor of the logits. None means greedy decoding for one sample, and 1 for several.
-        top_p: Mass of the nucleus that tokens are drawn from.
-        max_new_tokens: Largest number of tokens of a response. None means that of the task.
-        prompting: "chat" or "plain". None means chat if the tokenizer has a chat template.
-        num_fewshot: Number of worked examples before each problem.
-        batch_size: Number of sequences that are drawn together.
-        seed: Seed of the samples.
-        dtype: Type of the weights.
-        shard: (number from 1, count) of a process that draws its share of the samples and marks nothing.
-        allow_code_execution: Whether code that the model wrote may run.
-    """
-
-    tasks: Sequence[str]
-    data: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
-    num_samples: int = 1
-    temperature: float | None = None
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    prompting: str | None = None
-    num_fewshot: int = 0
-    batch_size: int = 32
-    seed: int = 0
-    dtype: str = "auto"
-    shard: tuple[int, int] | None = None
-    allow_code_execution: bool = False
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.tasks:
-            problems.append("--tasks: expected at least one")
-        if len(set(self.tasks)) != len(self.tasks):
-            problems.append("--tasks: a task is named twice")
-        for name in sorted(set(self.data) - set(self.tasks)):
-            problems.append(f"--data: {name!r} is none of the tasks {', '.join(self.tasks)}")
-        counts = {"--limit": self.limit, "--num-samples": self.num_samples, "--batch-size": self.batch_size,
-                  "--max-new-tokens": self.max_new_tokens}  # fmt: skip
-        problems += [
-            f"{name}: expected at least 1, got {n}" for name, n in counts.items() if n is not None and n < 1
-        ]
-        if self.temperature == 0 and self.num_samples > 1:
-            problems.append("--num-samples: greedy decoding has one response; set --temperature above 0")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"--seed: expected a number in [0, 2**32), got {self.seed}")
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            problems.append(f"--shard: expected I/N with 1 <= I <= N, got {self.shard[0]}/{self.shard[1]}")
-        if problems:
-            raise ConfigError(problems)
-
-    def law(self, task: Task, stop: tuple[str, ...]) -> Law:
-        """Returns the distribution that answers to a task are drawn from."""
-        temperature = self.temperature
-        if temperature is None:
-            temperature = 0.0 if self.num_samples == 1 else 1.0
-        return Law(self.max_new_tokens or task.max_new_tokens, temperature, self.top_p, stop)
 
 
 @dataclass(frozen=True)
@@ -118,7 +55,8 @@ def evaluate(
     """Evaluates a model, or responses that something else wrote.
 
     Args:
-        model: Local folder, adapter, run directory, hub name or `lab:policy`, or None for given responses.
+        model: Local folder, adapter, run directory, hub name or `lab:policy`, or None for given responses and for
+            the only model of a server.
         settings: What is evaluated, and how.
         output: Folder of the results. By default it is `evaluation` in a run directory, else `infopo-eval/NAME` here.
         responses: A file of responses (see `given_responses`).
@@ -131,8 +69,8 @@ def evaluate(
         DataError: Data of a task, or a response, cannot be used.
         ModelError: The model cannot be loaded.
     """
-    if (model is None) == (responses is None):
-        raise ConfigError("expected either a model or --responses FILE")
+    if (model is None and settings.server is None) == (responses is None):
+        raise ConfigError("expected either a model (or --server URL) or --responses FILE")
     tasks = [task_named(name) for name in settings.tasks]
     for task in tasks:
         if task.executes_code and not settings.allow_code_execution:
@@ -140,58 +78,78 @@ def evaluate(
                 f"--tasks {task.name}: marking runs code that a model wrote; add --allow-code-execution if it may run "
                 "on this machine"
             )
-    folder = Path(output) if output is not None else default_folder(model or str(responses))
+    name = model or (settings.server.url if settings.server is not None else str(responses))
+    folder = Path(output) if output is not None else default_folder(name)
     check_writable(folder, "--output")
     loaded = [_load(task, settings) for task in tasks]
     if responses is not None:
         return _of_responses(Path(responses), loaded, settings, folder)
-    assert model is not None
     return _of_model(model, loaded, settings, folder)
 
 
-def _of_model(model: str, loaded: Sequence[Loaded], settings: Settings, folder: Path) -> Path:
-    name = model_in(model)
-    disable_progress_bar()  # transformers' own, for weights that load at once
-    tokenizer = load_tokenizer(name)
-    prompts = [Prompts(tokenizer, each.task, settings.prompting, settings.num_fewshot) for each in loaded]
-    subject = Subject.of(model, load_for_use(name, settings.dtype), tokenizer)
+def _of_model(model: str | None, loaded: Sequence[Loaded], settings: Settings, folder: Path) -> Path:
+    subject = _subject(model, settings)
+    prompts = [
+        Prompts(subject.tokenizer, each.task, settings.prompting, settings.num_fewshot) for each in loaded
+    ]
     found: dict[str, Record] = {}
     marked: list[Response] = []
     with SampleStore(folder, settings.shard) as store:
         for each, asked in zip(loaded, prompts):
             law = settings.law(each.task, asked.stop)
-            needed = wanted(
-                subject, asked, each.items, law, num_samples=settings.num_samples, seed=settings.seed
-            )
-            if settings.shard is not None:
-                needed = needed[settings.shard[0] - 1 :: settings.shard[1]]
-            missing = sum(sample.key not in store for sample in needed)
-            begin = time.perf_counter()
-            with tqdm(total=missing, desc=each.task.name, unit=" samples", disable=None) as bar:
-                ask(subject, asked, each.task.name, needed, law, store, batch_size=settings.batch_size,
-                    on_progress=bar.update)  # fmt: skip
-            say(_drawn_line(each, len(needed), missing, time.perf_counter() - begin))
-            if settings.shard is not None:
-                continue
-            pairs = list(answers(needed, store))
-            texts = {sample.item.id: shown_text(sample.prompt) for sample in needed}
-            given = [Answered(item, sample.text, sample.finished) for item, sample in pairs]
-            numbers = [(sample.sample, sample.tokens) for _, sample in pairs]
-            responses = _mark(each.task, given, numbers, texts)
-            found[each.task.name] = _record(each, settings, responses) | {
-                "prompting": asked.style,
-                "num_fewshot": settings.num_fewshot,
-                "prompt_sha256": _hash_of_all(needed),
-                "law": law.record,
-            }
-            marked += responses
+            needed = _draw(subject, asked, each, law, store, settings)
+            if settings.shard is None:
+                responses, logps = _answered(each.task, needed, store)
+                found[each.task.name] = _record(each, settings, responses, logps) | {
+                    "prompting": asked.style,
+                    "num_fewshot": settings.num_fewshot,
+                    "prompt_sha256": _hash_of_all(needed),
+                    "law": law.record,
+                }
+                marked += responses
     if settings.shard is not None:
-        say(
-            f"shard {settings.shard[0]} of {settings.shard[1]} is drawn; without --shard, all shards are marked"
-        )
+        number, count = settings.shard
+        say(f"shard {number} of {count} is drawn; without --shard, all shards are marked")
         return folder
-    about = {"name": model, "path": name, "weights": subject.weights, "dtype": str(subject.model.dtype)}
-    return _write(folder, about, settings, found, marked)
+    return _write(folder, {**subject.record, "name": model or subject.name}, settings, found, marked)
+
+
+def _subject(model: str | None, settings: Settings) -> Subject:
+    if settings.server is not None:
+        return ServedSubject(settings.server)
+    assert model is not None
+    path = model_in(model)
+    disable_progress_bar()  # transformers' own, for weights that load at once
+    tokenizer = load_tokenizer(path)
+    return LoadedModel(model, load_for_use(path, settings.dtype), tokenizer, settings.batch_size)
+
+
+def _draw(
+    subject: Subject, prompts: Prompts, each: Loaded, law: Law, store: SampleStore, settings: Settings
+) -> list[Wanted]:
+    """Draws the samples that the store lacks, and returns all that are needed, or those of the shard."""
+    needed = list(
+        wanted(subject, prompts, each.items, law, num_samples=settings.num_samples, seed=settings.seed)
+    )
+    if settings.shard is not None:
+        needed = needed[settings.shard[0] - 1 :: settings.shard[1]]
+    missing = sum(sample.key not in store for sample in needed)
+    begin = time.perf_counter()
+    with tqdm(total=missing, desc=each.task.name, unit=" samples", disable=None) as bar:
+        ask(subject, prompts, each.task.name, needed, law, store, on_progress=bar.update)
+    say(_drawn_line(each, len(needed), missing, time.perf_counter() - begin))
+    return needed
+
+
+def _answered(
+    task: Task, needed: Sequence[Wanted], store: SampleStore
+) -> tuple[list[Response], list[float | None]]:
+    """Returns the responses with their marks, and their log-probs."""
+    pairs = list(answers(needed, store))
+    texts = {sample.item.id: shown_text(sample.prompt) for sample in needed}
+    given = [Answered(item, sample.text, sample.finished) for item, sample in pairs]
+    numbers = [(sample.sample, sample.tokens) for _, sample in pairs]
+    return _mark(task, given, numbers, texts), [sample.logp for _, sample in pairs]
 
 
 def _of_responses(path: Path, loaded: Sequence[Loaded], settings: Settings, folder: Path) -> Path:
@@ -213,7 +171,7 @@ def _of_responses(path: Path, loaded: Sequence[Loaded], settings: Settings, fold
 
 def _hash_of_all(needed: Sequence[Wanted]) -> str:
     """Returns one hash of all prompts, by which two evaluations are known to have asked the same."""
-    return hashlib.sha256("".join(prompt_hash(each.prompt_ids) for each in needed).encode()).hexdigest()
+    return hashlib.sha256("".join(each.prompt_sha256 for each in needed).encode()).hexdigest()
 
 
 def _load(task: Task, settings: Settings) -> Loaded:
@@ -249,7 +207,12 @@ def _mark(
     ]
 
 
-def _record(each: Loaded, settings: Settings, responses: Sequence[Response]) -> Record:
+def _record(
+    each: Loaded,
+    settings: Settings,
+    responses: Sequence[Response],
+    logps: Sequence[float | None] | None = None,
+) -> Record:
     lengths = [response.tokens for response in responses if response.tokens is not None]
     return {
         "headline": each.task.headline,
@@ -259,6 +222,7 @@ def _record(each: Loaded, settings: Settings, responses: Sequence[Response]) -> 
         "rules": {rule: summary(responses, rule) for rule in each.task.rules},
         "tokens_mean": sum(lengths) / len(lengths) if lengths else None,
         "finished_share": sum(response.finished for response in responses) / max(1, len(responses)),
+        "diversity": diversity(responses, each.task.headline, logps=logps, seed=settings.seed) or None,
     }
 
 
@@ -267,7 +231,7 @@ def _write(
 ) -> Path:
     record = {
         "model": about,
-        "settings": vars(settings),
+        "settings": asdict(settings),
         "environment": environment(seed=settings.seed),
         "tasks": found,
     }
