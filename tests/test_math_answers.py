@@ -60,6 +60,7 @@ def test_a_comparison_that_hangs_or_dies_costs_its_own_mark_only() -> None:
     assert notes == [TIME_OUT, FAILED, f"{FAILED} (ValueError)", f"{FAILED} (MemoryError)"]
 
 
+@pytest.mark.long
 def test_a_tower_of_powers_takes_neither_the_machine_nor_the_others() -> None:
     responses = [r"\boxed{10^{10^{10^{10}}}}", r"\boxed{9^{9^{9^9}}+1}", r"\boxed{18}"]
     marks = math_verify_marks([Answered(Item("math/0", "?", "18"), response) for response in responses])

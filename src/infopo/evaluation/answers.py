@@ -74,6 +74,17 @@ def read_number(response: str, *, finished: bool = True) -> Number | None:
     return found
 
 
+def last_box(text: str) -> str | None:
+    r"""Returns what stands in the last `\boxed{...}` of a text, or None if there is none.
+
+    Example:
+        >>> last_box(r"so $x = \boxed{\frac{1}{2}}$")
+        '\\frac{1}{2}'
+    """
+    boxes = [marker for marker in _MARKER.finditer(text) if marker["boxed"]]
+    return text[boxes[-1].end() : _closing_brace(text, boxes[-1].end())].strip() if boxes else None
+
+
 def _numeric(answered: Answered) -> Mark:
     found = read_number(answered.response, finished=answered.finished)
     if found is None:

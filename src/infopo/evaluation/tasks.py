@@ -5,8 +5,14 @@ from collections.abc import Callable, Mapping
 from infopo.errors import ConfigError
 from infopo.evaluation.items import Task
 from infopo.evaluation.lab_task import lab_task
+from infopo.evaluation.reasoning import gsm8k_task, math_task, svamp_task
 
-TASKS: Mapping[str, Callable[[], Task]] = {"lab": lab_task}
+TASKS: Mapping[str, Callable[[], Task]] = {
+    "lab": lab_task,
+    "gsm8k": gsm8k_task,
+    "svamp": svamp_task,
+    "math": math_task,
+}
 """Name -> a function that makes the task. It loads no data."""
 
 
