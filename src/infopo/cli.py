@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from infopo import __version__
+from infopo import __version__, cli_compare
 from infopo.errors import InfoPOError
 from infopo.losses.catalog import OBJECTIVES
 from infopo.output import say, shown
@@ -167,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     _add_evaluate(commands)
-    _add_compare(commands)
+    cli_compare.add_compare(commands)
+    cli_compare.add_winrate(commands)
 
     objectives = commands.add_parser(
         "objectives", help="list the losses; with a name, show its formula, parameters, needs and source"
@@ -251,34 +252,6 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate, parser=evaluate)
 
 
-def _add_compare(commands: Any) -> None:
-    compare = commands.add_parser(
-        "compare",
-        help="compare models on the items that both answered: tests, intervals, wins and losses",
-        description="Compares each with the first, paired by item. An evaluation is a folder of infopo evaluate, a run "
-        "directory, a file with a score per row (also of lm-evaluation-harness), or a file of responses.",
-    )
-    compare.add_argument("sources", nargs="+", metavar="EVALUATION", help="two or more")
-    compare.add_argument("--tasks", default="", metavar="NAME,...", help="default: all that both have")
-    compare.add_argument("--rule", metavar="RULE", help="mark by this rule (default: each task's headline)")
-    compare.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="[TASK=]FILE",
-        help="data of tasks that grade files of responses",
-    )
-    compare.add_argument(
-        "--items", type=int, default=5, metavar="N", help="list N won and N lost items (default: %(default)s)"
-    )
-    compare.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
-    compare.add_argument(
-        "--format", choices=("markdown", "json"), default="markdown", help="default: %(default)s"
-    )
-    compare.add_argument("--output", metavar="FILE", help="default: the terminal")
-    compare.set_defaults(run=_compare, parser=compare)
-
-
 def _keys() -> str:
     """Returns a text that says where the keys of a recipe are listed, and names the objectives."""
     names = textwrap.fill(", ".join(OBJECTIVES), 78, initial_indent="  ", subsequent_indent="  ")
@@ -345,7 +318,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    tasks, data = _tasks_and_data(arguments)
+    tasks, data = cli_compare.tasks_and_data(arguments)
     shard = None
     if arguments.shard is not None:
         number, _, count = arguments.shard.partition("/")
@@ -390,34 +363,3 @@ def _check(arguments: argparse.Namespace) -> None:
     from infopo.workflows.check import check
 
     check(arguments.recipe, arguments.overrides)
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    tasks, data = _tasks_and_data(arguments)
-    from infopo.workflows.compare import compare
-
-    compare(
-        arguments.sources,
-        tasks,
-        data=data,
-        rule=arguments.rule,
-        seed=arguments.seed,
-        format=arguments.format,
-        output=arguments.output,
-        items=arguments.items,
-    )
-
-
-def _tasks_and_data(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Returns the names of --tasks, and the files of --data by task."""
-    tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
-    data = {}
-    for given in arguments.data:
-        name, found, path = given.partition("=")
-        if name in tasks and found:
-            data[name] = path
-        elif len(tasks) == 1:
-            data[tasks[0]] = given
-        else:
-            arguments.parser.error(f"--data {given}: expected TASK=FILE, with one of the names in --tasks")
-    return tasks, data

@@ -149,7 +149,7 @@ def _imported(target: str) -> Callable[..., Any]:
             f"{target!r}: expected MODULE:FUNCTION, with the module's name as Python imports it, e.g. "
             f"{stem}:{attribute or 'my_loss'}"
         )
-    value: Any = _module(module_name, target)
+    value: Any = load_module(module_name, target)
     for part in attribute.split("."):
         known = [key for key, each in vars(value).items() if callable(each) and not key.startswith("_")]
         if not hasattr(value, part):
@@ -161,7 +161,16 @@ def _imported(target: str) -> Callable[..., Any]:
     return value
 
 
-def _module(name: str, target: str) -> Any:
+def load_module(name: str, target: str) -> Any:
+    """Imports a module of the user, from the folders that are searched or from where Python looks.
+
+    Args:
+        name: Name of the module.
+        target: What the user wrote, for errors.
+
+    Raises:
+        ConfigError: There is no such module, or it cannot be imported.
+    """
     folders = [*_folders, Path.cwd()]
     top = name.partition(".")[0]
     _forget_another(top, folders)

@@ -1,0 +1,141 @@
+"""Asks a judge about pairs of responses: who it is, what it will take, and what was answered already."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from infopo.errors import ConfigError, InfoPOError
+from infopo.evaluation.judge import (
+    ANSWER_TOKENS,
+    TEMPLATES,
+    FunctionJudge,
+    Judge,
+    Judgements,
+    Question,
+    ServedJudge,
+)
+from infopo.evaluation.server import KEY_VARIABLE, ServedModel, ServerSettings
+from infopo.evaluation.winrate import Duel, Outcome, is_identical, judged
+from infopo.output import say
+
+CHARACTERS_A_TOKEN = 4
+"""For the estimate of tokens before anything is asked."""
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Who judges, and how.
+
+    Attributes:
+        judge: URL of an OpenAI-compatible server, or `my_module:my_judge`.
+        model: Name of the judge's model, or None for the only one that is served.
+        template: One of `TEMPLATES`.
+        key_variable: Environment variable of the server's key.
+        concurrency: Largest number of requests at a time.
+        per_minute: Largest number of requests per minute, or None.
+        timeout: Seconds after which a request is given up, and sent again.
+        retries: Number of times that a request is sent again.
+        prices: Price of a million tokens of prompts and of answers, for the estimate, or None.
+        yes: Whether to ask the server without asking the user first.
+    """
+
+    judge: str
+    model: str | None = None
+    template: str = "chat"
+    key_variable: str = KEY_VARIABLE
+    concurrency: int = 8
+    per_minute: float | None = None
+    timeout: float = 300.0
+    retries: int = 6
+    prices: tuple[float, float] | None = None
+    yes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.template not in TEMPLATES:
+            raise ConfigError(f"--template: expected one of {', '.join(TEMPLATES)}, got {self.template!r}")
+        if not self.is_server and ":" not in self.judge:
+            raise ConfigError(f"--judge: expected a URL or MODULE:FUNCTION, got {self.judge!r}")
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the judge is behind a server."""
+        return self.judge.startswith(("http://", "https://"))
+
+    def make(self) -> Judge:
+        """Returns the judge."""
+        if not self.is_server:
+            return FunctionJudge(self.judge)
+        server = ServerSettings(
+            self.judge,
+            self.model,
+            key_variable=self.key_variable,
+            concurrency=self.concurrency,
+            per_minute=self.per_minute,
+            timeout=self.timeout,
+            retries=self.retries,
+        )
+        return ServedJudge(ServedModel(server))
+
+
+def run_judge(
+    duels: Sequence[Duel], store: Judgements, judge: Judge, settings: JudgeSettings
+) -> list[Outcome]:
+    """Asks a judge what the store lacks, after saying what it takes, and returns the outcome of each duel.
+
+    Raises:
+        ConfigError: Nobody has agreed to the cost, or the judge refuses every question.
+        ServerError: The judge does not answer. What it has answered is kept.
+    """
+    questions = [q for duel in duels if not is_identical(duel) for q in duel.questions(settings.template)]
+    missing = store.missing(questions, judge)
+    say(estimate(missing, len(questions), judge.name, settings.prices), file=sys.stderr)
+    if missing and settings.is_server and not settings.yes:
+        _confirm()
+    try:
+        with tqdm(total=len(missing), desc="answers", disable=None) as bar:
+            store.ask(missing, judge, bar.update)
+    except (InfoPOError, KeyboardInterrupt):
+        left = len(store.missing(missing, judge))
+        say(
+            f"{len(missing) - left} of {len(missing)} answers are kept in {store.path}; the same command goes on there",
+            file=sys.stderr,
+        )
+        raise
+    refused = [said for q in missing if (said := store.answer(q, judge).get("refusal"))]
+    if refused and len(refused) == len(missing) == len(questions):
+        raise ConfigError(f"--judge: {judge.name} refuses every question: {refused[0]}")
+    return judged(duels, store, judge, settings.template)
+
+
+def estimate(
+    missing: Sequence[Question], questions: int, judge: str, prices: tuple[float, float] | None = None
+) -> str:
+    """Returns what is about to be asked, in words: number, tokens, and cost if prices are known.
+
+    Args:
+        missing: What is to be asked.
+        questions: Number of all questions.
+        judge: Name of the judge.
+        prices: Price of a million tokens of prompts and of answers.
+    """
+    letters = sum(len(message["content"]) for question in missing for message in question.conversation)
+    prompt_tokens, answer_tokens = letters // CHARACTERS_A_TOKEN, len(missing) * ANSWER_TOKENS
+    kept = f", {questions - len(missing)} are answered already" if questions > len(missing) else ""
+    text = (
+        f"{len(missing)} questions to {judge} (both orders{kept}): about {prompt_tokens:,} tokens of prompts and at "
+        f"most {answer_tokens:,} of answers"
+    )
+    if prices is None:
+        return text
+    cost = (prompt_tokens * prices[0] + answer_tokens * prices[1]) / 1e6
+    return f"{text}, at most about {cost:,.2f} at the given prices"
+
+
+def _confirm() -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("--yes: add it to ask the judge without a question on the terminal")
+    say("go on? [y/N]", file=sys.stderr)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError("nothing was asked")
