@@ -13,7 +13,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,21 +93,30 @@ class Run:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
+Watch = Callable[[int, PreTrainedModel, torch.optim.Optimizer], None]
+Train = Callable[[Run, World], Record]
+
+
 def kept(work: Path, run: Run) -> Record | None:
     """Returns the result of a run that has been finished, or None."""
     file = work / "runs" / f"{run.key}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def finish(work: Path, runs: Sequence[Run], minutes: float | None = None) -> list[Record]:
+def finish(
+    work: Path, runs: Sequence[Run], minutes: float | None = None, train: Train | None = None
+) -> list[Record]:
     """Computes what is missing, in the order given, and returns the results of the runs that are finished.
 
     Args:
         work: Folder in which policies, pairs and results are kept.
         runs: The runs of a study. Those which share data should follow one another.
         minutes: Time after which no further run is begun, or None.
+        train: Computes the result of a run, by default `train_and_measure`. Runs whose results have other fields
+            have another type, too, so that their names differ.
     """
     torch.set_num_threads(1)
+    train = train or train_and_measure
     (work / "runs").mkdir(parents=True, exist_ok=True)
     begin, missing = time.monotonic(), [run for run in runs if kept(work, run) is None]
     for number, run in enumerate(missing):
@@ -116,7 +125,7 @@ def finish(work: Path, runs: Sequence[Run], minutes: float | None = None) -> lis
         start = time.process_time()
         result: Record = {
             **asdict(run),
-            **train_and_measure(run, world(work, run.lab, run.labels, run.seed, run.pairs)),
+            **train(run, world(work, run.lab, run.labels, run.seed, run.pairs)),
         }
         result["seconds"] = time.process_time() - start
         write_text_atomic(work / "runs" / f"{run.key}.json", json.dumps(result))
@@ -125,8 +134,15 @@ def finish(work: Path, runs: Sequence[Run], minutes: float | None = None) -> lis
     return [record for run in runs if (record := kept(work, run)) is not None]
 
 
-def train_and_measure(run: Run, shared: World) -> Record:
-    """Trains a copy of the start policy. Returns what was measured at each step and at each checkpoint."""
+def train_and_measure(run: Run, shared: World, watch: Watch | None = None) -> Record:
+    """Trains a copy of the start policy. Returns what was measured at each step and at each checkpoint.
+
+    Args:
+        run: What to train.
+        shared: The data and the start policy.
+        watch: Is called before the first step and after each, with the number of steps made. It may not change the
+            policy.
+    """
     policy = copy.deepcopy(shared.policy)
     prepare([policy], "auto")
     parameters = dict(run.parameters)
@@ -135,6 +151,8 @@ def train_and_measure(run: Run, shared: World) -> Record:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=run.rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, run.warmup, run.steps)
     points, trace = [], []
+    if watch:
+        watch(0, policy, optimizer)
     for step, batch in enumerate(batches(run, shared)):
         logps = response_logps(policy.train(), batch)
         # The loss is differentiated by the log-probs first, which shows how hard it pulls on each response.
@@ -147,6 +165,8 @@ def train_and_measure(run: Run, shared: World) -> Record:
         optimizer.step()
         schedule.step()
         trace.append([value, *_share_and_cap(seen, pull, parameters), float(norm)])
+        if watch:
+            watch(step + 1, policy, optimizer)
         if step + 1 == run.steps or step + 1 in run.checkpoints:
             points.append({"step": step + 1, **measure(policy.eval(), shared)})
     lengths = [

@@ -41,6 +41,9 @@ from lab_train_policy import IGNORED, collate, encode
 Array = NDArray[np.float64]
 Record = dict[str, Any]
 
+FOREIGN = "foreign"
+"""Labels of verified pairs that the policy has not sampled: their sides begin with the same unlikely line."""
+
 FORWARD = 48
 """Number of rows of a forward pass without gradient."""
 
@@ -161,7 +164,8 @@ class World:
         policy: The start policy, which is the reference, too.
         tokenizer: Its tokenizer.
         pairs: Training pairs, with reference values.
-        held_out: Pairs on other problems, with reference values. They are the same for all seeds.
+        held_out_pairs: Pairs on other problems, with reference values. They are the same for all seeds.
+        held_out: The same as batches.
         anchors: Samples of the start policy on evaluation problems, with reference values.
         solutions: Worked solutions of the evaluation problems, as ids and length of the prompt.
         problems: The evaluation problems.
@@ -171,6 +175,7 @@ class World:
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     pairs: list[PreferenceExample]
+    held_out_pairs: list[PreferenceExample]
     held_out: list[PackedBatch]
     anchors: list[PackedBatch]
     solutions: list[tuple[list[int], int]]
@@ -188,7 +193,9 @@ def world(work: Path, lab: str, labels: str, seed: int, pairs: int) -> World:
     # So few questions coincide that the number of pairs stays what it is said to be, but for a handful.
     own = own if lab == "tiny" else [example for example in own if tuple(example.prompt_ids) not in asked]
     batches = [packed(held_out[i : i + FORWARD // 2]) for i in range(0, len(held_out), FORWARD // 2)]
-    return World(setting, policy, tokenizer, own, batches, anchors, encode(tokenizer, problems), problems)
+    return World(
+        setting, policy, tokenizer, own, held_out, batches, anchors, encode(tokenizer, problems), problems
+    )
 
 
 @cache
@@ -235,9 +242,12 @@ def _pairs(work: Path, lab: str, labels: str, seed: int, n: int) -> list[Prefere
     policy, tokenizer = start_policy(work, lab)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": [], "reference": []}
     if len(found["rows"]) < n:
+        kind = "verified" if labels == FOREIGN else labels
         rows = make_pairs(
-            policy, tokenizer, labels=labels, n=n, seed=seed, operations=LABS[lab].operations
+            policy, tokenizer, labels=kind, n=n, seed=seed, operations=LABS[lab].operations
         ).rows
+        if labels == FOREIGN:
+            rows = [_foreign(row) for row in rows]
         values = [
             list(example.reference or ()) for example in _with_reference(_encoded(rows, tokenizer), policy)
         ]
@@ -246,6 +256,17 @@ def _pairs(work: Path, lab: str, labels: str, seed: int, n: int) -> list[Prefere
         write_text_atomic(file, json.dumps(found))
     examples = _encoded(found["rows"][:n], tokenizer)
     return [replace(e, reference=r) for e, r in zip(examples, found["reference"], strict=False)]
+
+
+def _foreign(row: Record) -> Record:
+    """Returns a pair whose sides both begin with a line that the policy would not write."""
+    return {
+        **row,
+        **{
+            side: [{**row[side][0], "content": f"0+0=0\n{row[side][0]['content']}"}]
+            for side in ("chosen", "rejected")
+        },
+    }
 
 
 def _encoded(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[PreferenceExample]:
