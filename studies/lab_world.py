@@ -242,12 +242,14 @@ def _pairs(work: Path, lab: str, labels: str, seed: int, n: int) -> list[Prefere
     policy, tokenizer = start_policy(work, lab)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": [], "reference": []}
     if len(found["rows"]) < n:
-        kind = "verified" if labels == FOREIGN else labels
-        rows = make_pairs(
-            policy, tokenizer, labels=kind, n=n, seed=seed, operations=LABS[lab].operations
-        ).rows
         if labels == FOREIGN:
-            rows = [_foreign(row) for row in rows]
+            _pairs(work, lab, "verified", seed, n)
+            kept = work / "pairs" / f"{lab}-{LABS[lab].tuning_steps}-verified-{seed}.json"
+            rows = [_foreign(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"][:n]]
+        else:
+            rows = make_pairs(
+                policy, tokenizer, labels=labels, n=n, seed=seed, operations=LABS[lab].operations
+            ).rows
         values = [
             list(example.reference or ()) for example in _with_reference(_encoded(rows, tokenizer), policy)
         ]

@@ -74,22 +74,23 @@ SHAPE: dict[str, dict[str, Any]] = {
     },
 }
 """Two passes over the pairs."""
+CORE = tuple(METHODS)[:4]
 CELLS = (
-    ("verified", RATES, tuple(METHODS)),
-    ("graded", RATES, tuple(METHODS)[:3]),
-    (FOREIGN, RATES[:1], tuple(METHODS)[:5]),
+    (("verified", RATES, CORE), (FOREIGN, RATES[:1], (*CORE, "DPO, β 1"))),
+    (("graded", RATES, CORE[:3]), ("verified", RATES, tuple(METHODS)[4:])),
 )
-"""Labels, and the learning rates and methods that they are trained with."""
+"""Labels, learning rates and methods of the runs. All seeds of the first part come before those of the second."""
+
+Cell = tuple[str, Sequence[float], Sequence[str]]
 
 
-def grid(
-    lab: str, seeds: int, cells: Sequence[tuple[str, Sequence[float], Sequence[str]]] = CELLS
-) -> list[Run]:
-    """Returns all runs, one seed after the other, so that a part of them is balanced."""
+def grid(lab: str, seeds: int, parts: Sequence[Sequence[Cell]] = CELLS) -> list[Run]:
+    """Returns all runs, within a part one seed after the other, so that what is finished is balanced."""
     return [
         WatchedRun(lab, labels, seed, objective=objective, parameters=parameters, rate=rate, **SHAPE[lab])
+        for part in parts
         for seed in range(1, seeds + 1)
-        for labels, rates, names in cells
+        for labels, rates, names in part
         for rate in rates
         for objective, parameters in (METHODS[name] for name in names)
     ]
@@ -142,12 +143,10 @@ class Watcher:
         parameters = list(policy.parameters())
         direction = -self.of_loss(policy, parameters, self.trained[: self.run.direction])
         adam = direction / (second_moment(optimizer, parameters, direction).sqrt() + 1e-8)
-        chosen, rejected = (
-            torch.stack([gradient(policy, parameters, row, side) for row in self.rows]) for side in (0, 1)
-        )
-        weights = torch.tensor(
-            [[abs(pull) for pull in self.pulls(policy, [row])] for row in self.rows], dtype=torch.float32
-        )
+        sides = [gradients(policy, parameters, row) for row in self.rows]
+        chosen, rejected = (torch.stack(each) for each in zip(*sides, strict=True))
+        # As if each row were alone: a term's mean has their number in its denominator.
+        weights = len(self.rows) * torch.tensor(self.pulls(policy, self.rows)).float().abs().view(-1, 2)
         half = self.run.judged
         parts = {"trained": slice(0, half), "held": slice(half, 2 * half)}
         return {
@@ -193,12 +192,13 @@ class Watcher:
         return flat(torch.autograd.grad((logps * pull).sum(), parameters))
 
 
-def gradient(
-    policy: PreTrainedModel, parameters: Sequence[Tensor], row: PreferenceExample, side: int
-) -> Tensor:
-    """Returns the gradient of log π of a pair's chosen (0) or rejected (1) response, as one vector."""
-    batch = packed([row])
-    return flat(torch.autograd.grad(response_logps(policy, batch)[side], parameters))
+def gradients(
+    policy: PreTrainedModel, parameters: Sequence[Tensor], row: PreferenceExample
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of log π of a pair's chosen and of its rejected response, as vectors."""
+    chosen, rejected = response_logps(policy, packed([row]))
+    first = flat(torch.autograd.grad(chosen, parameters, retain_graph=True))
+    return first, flat(torch.autograd.grad(rejected, parameters))
 
 
 def flat(gradients: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from infopo.build import build_policy
 from infopo.cli import main
 from infopo.config import load_recipe
 from infopo.losses.catalog import OBJECTIVES
+from infopo.run_files import RunFiles
 from infopo.runs import read_run
 from infopo.workflows import train as train_workflow
 
@@ -134,14 +135,14 @@ def test_a_command_line_that_is_wrong_exits_with_2(arguments: list[str], capsys:
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], save: str, said: str
 ):
-    plain = train_workflow.MetricsFile.on_log
+    plain = RunFiles.on_log
 
     def interrupt(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
         plain(self, args, state, *rest, **more)
         if state.global_step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_workflow.MetricsFile, "on_log", interrupt)
+    monkeypatch.setattr(RunFiles, "on_log", interrupt)
     assert main(["train", "recipe.yaml", f"train.save_strategy={save}", "train.save_steps=1"]) == 130
     assert capsys.readouterr().err.endswith(said)
 

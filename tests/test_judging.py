@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from infopo.data.examples import ExampleDataset
 from infopo.records import PreferenceExample
 from infopo.trainer import InfoPOTrainer
+from test_ranks import needs_no_accelerator, torchrun
 from trainers import trainer_of
 from worlds import ids, random_dataset
 
@@ -112,3 +113,30 @@ def test_a_folder_that_cannot_be_written_to_costs_the_verdicts_and_not_the_run(
         trainer.train()
     assert trainer.state.global_step == 4
     assert caplog.text.count("verdicts are not written: ") == 1
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import os
+from pathlib import Path
+from test_judging import planted
+settings = dict(on_verdict="stop", max_steps=9, logging_steps=2, per_device_train_batch_size=2, use_cpu=True)
+trainer = planted(Path({run!r}), 4, **settings)
+trainer.train()
+print(f"rank {{os.environ['RANK']}} ended after step {{trainer.state.global_step}}", flush=True)
+"""
+
+
+@pytest.mark.long
+@needs_no_accelerator
+def test_all_ranks_stop_after_the_same_step(tmp_path: Path) -> None:
+    """The first rank judges. What it logs with step 4 is asked for after the next step."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run")))
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr
+    ended = sorted(line for line in done.stdout.splitlines() if "ended" in line)
+    assert ended == ["rank 0 ended after step 5", "rank 1 ended after step 5"]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert written(tmp_path / "run")["step"] == 5

@@ -14,6 +14,7 @@ turns them back into numbers in the metrics. This module imports neither torch n
 
 import contextlib
 import errno
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -445,6 +446,7 @@ def environment(
     }
 
 
+@functools.cache
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -463,6 +465,7 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
     }
 
 
+@functools.cache
 def _own_git_state() -> dict[str, Any] | None:
     """Returns the state of the checkout that infopo itself runs from, or None if it is installed elsewhere."""
     package = Path(__file__).parent
@@ -489,6 +492,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+@functools.cache
 def _cpu_model() -> str | None:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():

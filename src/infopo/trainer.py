@@ -54,6 +54,7 @@ from infopo.reference import StoredReference, is_exact, reference_sides, toleran
 from infopo.reference_setup import ReferenceBuilder, ReferenceSetup
 from infopo.reference_store import ReferenceStore
 from infopo.refusals import RefusingTrainer
+from infopo.run_files import RunFiles
 from infopo.saving import SavingTrainer
 from infopo.step_loss import EvaluationLoss, RunLoss, StepLoss
 
@@ -173,6 +174,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         """Sets what the steps of a run need, when transformers' part of the constructor has set up the processes."""
         ranks.leave_at_exit()
         self.add_callback(ranks.StartLine(logger.info))
+        self.add_callback(RunFiles(self))
         self.add_callback(Judge())
         if hasattr(policy, "add_model_tags"):
             policy.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]

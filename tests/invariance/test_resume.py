@@ -33,8 +33,9 @@ from infopo.lab import policy_path
 from infopo.lab.preferences import make_pairs
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.models import load_policy
+from infopo.run_files import RunFiles
 from infopo.trainer import InfoPOTrainer
-from infopo.workflows.train import MetricsFile, train
+from infopo.workflows.train import train
 from worlds import random_dataset, tiny_llama, tiny_of
 
 STEPS, SAVE_STEPS, ROWS = 13, 3, 26  # 7 steps an epoch, the last of 2 rows
@@ -120,14 +121,14 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it with a step to end every later run after it, as a kill would; with None to let runs finish."""
     at: list[int | None] = [None]
 
-    plain = MetricsFile.on_log
+    plain = RunFiles.on_log
 
     def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         plain(self, args, state, control, **kwargs)  # the file then holds more than the checkpoint
         if state.global_step == at[0]:
             raise Killed
 
-    monkeypatch.setattr(MetricsFile, "on_log", on_log)
+    monkeypatch.setattr(RunFiles, "on_log", on_log)
     return lambda step: at.__setitem__(0, step)
 
 

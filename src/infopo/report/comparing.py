@@ -45,7 +45,7 @@ def compare(trees: Sequence[Mapping[str, str]]) -> Comparison:
 
 
 def settings_of(run: ReportRun) -> dict[str, str]:
-    """Returns the resolved recipe of a run as `{"train.learning_rate": "1e-05", ...}`; empty without one.
+    """Returns the settings of a run as `{"train.learning_rate": "1e-05", ...}`; empty if they are not known.
 
     Raises:
         RunDirectoryError: The recipe is not valid YAML.
@@ -54,9 +54,13 @@ def settings_of(run: ReportRun) -> dict[str, str]:
 
 
 def recipe_tree(run: ReportRun) -> dict[str, Any]:
-    """Returns the resolved recipe of a run as a tree, with secrets masked; empty without one."""
+    """Returns the resolved recipe of a run as a tree, with secrets masked, or the settings of a script's run.
+
+    It is empty if neither was written.
+    """
     if run.run.recipe is None:
-        return {}
+        settings = (run.run.environment or {}).get("settings")
+        return masked_tree(settings) if isinstance(settings, dict) else {}
     try:
         return masked_tree(read_tree(run.run.recipe, Problems(RECIPE)))
     except ConfigError as error:
@@ -66,7 +70,7 @@ def recipe_tree(run: ReportRun) -> dict[str, Any]:
 def environment_of(run: ReportRun) -> dict[str, str]:
     """Returns versions, hardware and the like of a run; empty if they were not recorded."""
     record = masked_tree(run.run.environment or {})
-    left_out = ("schema_version", "command_line", "resumed")
+    left_out = ("schema_version", "command_line", "resumed", "settings")
     tree = flat({key: value for key, value in record.items() if key not in left_out})
     resumed = record.get("resumed")
     for part in resumed if isinstance(resumed, list) else []:
@@ -122,6 +126,7 @@ def data_of(run: ReportRun) -> str:
     path = flat(recipe_tree(run)).get("data.path") or flat(run.run.environment or {}).get("data.path", "")
     rows = (run.run.environment or {}).get("rows")
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    path = path if path not in ("", "null") else str(first.get("source") or "")
     return f"{path}, {first['used']} rows" if path and is_number(first.get("used")) else path
 
 

@@ -48,7 +48,7 @@ from infopo.runs import (
 from infopo.settings import DataSettings, ModelSettings, ObjectiveSettings, ReferenceSettings
 from infopo.workers import WorkerPool
 from infopo.workflows.report import report
-from infopo.workflows.train import MetricsFile
+from infopo.workflows.train import write_recipe
 
 METHODS: Mapping[str, tuple[str, dict[str, float]]] = {
     "infopo": ("infopo", {"beta": 1.0}),
@@ -316,11 +316,9 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     if (finished := _finished(run_dir, recipe)) is not None:
         return finished
     writer = RunWriter(run_dir)
-    writer.write_recipe(to_yaml(recipe))
     bar = StepBar(f"{title(method)}, lr {learning_rate:g}")
-    trainer = build_trainer_on(
-        recipe, world.tokenizer, world.train, world.held_out, [MetricsFile(writer), bar]
-    )
+    trainer = build_trainer_on(recipe, world.tokenizer, world.train, world.held_out, [bar])
+    write_recipe(trainer, recipe)
     trainer.remove_callback(PrinterCallback)
     begin = time.perf_counter()
     trainer.train()

@@ -1,25 +1,20 @@
 """`infopo train` trains as a recipe says, and leaves a run directory with an aligned model."""
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from infopo import ranks, resuming, run_state
+from infopo import ranks, run_state
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
-from infopo.data.examples import ExampleDataset
-from infopo.errors import ConfigError, SaveError
-from infopo.losses import foreign
+from infopo.errors import ConfigError
 from infopo.output import say
 from infopo.preflight import preflight
-from infopo.runs import RunDirectoryError, RunWriter, environment
+from infopo.run_files import RunFiles
+from infopo.runs import RunWriter
 from infopo.trainer import InfoPOTrainer
 from infopo.verdicts import in_words
 from infopo.workflows.terminal import attach, judge_of, logging_above, quiet_bars
@@ -65,7 +60,6 @@ def _train(recipe: Recipe) -> None:
     path = recipe.data.path
     trainer.dataset_names = [path] if isinstance(path, str) else list(path)
     trainer.base_name = recipe.model.name_or_path
-    trainer.add_callback(MetricsFile(writer))
     if resume is True and run_state.last(run_dir) is None:
         if is_main:
             say(f"{run_dir}: no checkpoint yet, starting afresh")
@@ -82,12 +76,11 @@ def _train(recipe: Recipe) -> None:
             # A stream has read no row yet.
             if account.rows:
                 say(*account.lines())
-        _write_account(writer, recipe, trainer, resume)
+    write_recipe(trainer, recipe)
     with logging_above(attach(trainer)):
         run(trainer, resume)
     if is_main and recipe.data.streaming:
         say(*trainer.data_counts["train"].lines())
-        _write_account(writer, recipe, trainer, resume)
     trainer.save_final_model()
     if trainer.eval_dataset is not None:
         metrics = final_evaluation(trainer)
@@ -107,16 +100,14 @@ def _how_to_go_on(run_dir: Path) -> str:
     return f"go on from {checkpoint} with train.resume_from_checkpoint=true"
 
 
-def _write_account(writer: RunWriter, recipe: Recipe, trainer: InfoPOTrainer, resume: str | bool) -> None:
-    """Writes recipe and environment. Those of a resumed run are written beside those of its beginning."""
-    done = run_state.step_of(Path(resume)) if isinstance(resume, str) else 0
-    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, ExampleDataset) else None
+def write_recipe(trainer: InfoPOTrainer, recipe: Recipe) -> None:
+    """Has a trainer write the recipe when training begins. That of a resumed run is written beside that of its start.
+
+    Without its files, a run of a recipe ends.
+    """
     train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
-    asked = resuming.steps_of(trainer.args, rows)
-    # Nothing is trained if the checkpoint has all the steps that are asked for.
-    if not done or asked is None or asked > done:
-        writer.write_recipe(to_yaml(replace(recipe, train=train)), done)
-        writer.write_environment(_environment(recipe, trainer), done)
+    files = next(each for each in trainer.callback_handler.callbacks if isinstance(each, RunFiles))
+    files.recipe = to_yaml(replace(recipe, train=train))
 
 
 def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
@@ -146,55 +137,3 @@ def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
         if "metric_for_best_model" not in str(error):
             raise
         raise ConfigError(f"train.metric_for_best_model: {error.args[0]}") from error
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every log record to the run's `metrics.jsonl`. On resume, records after the checkpoint are removed."""
-
-    def __init__(self, writer: RunWriter) -> None:
-        self.writer = writer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self.writer.truncate_metrics_after(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs:
-            try:
-                self.writer.append_metrics({"step": state.global_step, "time": round(time.time(), 3), **logs})
-            except RunDirectoryError as error:
-                raise SaveError(f"{error}. {run_state.kept(self.writer.directory)}") from error
-
-
-def _environment(recipe: Recipe, trainer: InfoPOTrainer) -> dict[str, Any]:
-    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return environment(
-        seed=trainer.args.seed,
-        accelerators=accelerators,
-        extra={
-            "model": {"name_or_path": recipe.model.name_or_path, "hash": trainer.policy_hash},
-            "reference": {"source": recipe.reference.source, "hash": trainer.reference_hash},
-            "data": {"path": recipe.data.path, "hash": trainer.data_hash()},
-            "rows": [
-                {
-                    "source": a.source,
-                    "rows": a.rows,
-                    "used": a.used,
-                    "skipped": dict(a.skipped),
-                    "notes": dict(a.notes),
-                }
-                for a in trainer.data_counts.values()
-            ],
-            "processes": trainer.args.world_size,
-            "losses_from_outside": foreign.records(trainer.mixture),
-        },
-    )
