@@ -237,10 +237,19 @@ def build_stream(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Exam
     counts = DataCounts(on_bad_row=data.on_bad_row, source=masked(" + ".join(_names(data.path))))
 
     def open_rows(counts: DataCounts) -> Iterator[PreferenceRow]:
-        sources = _located(data, data.path, data.split)
-        return islice(_open_rows(data, data.path, sources, counts), data.limit)
+        return training_rows(data, counts)
 
     return ExampleStream(open_rows, encoder_of(data, tokenizer), counts)
+
+
+def training_rows(data: DataSettings, counts: DataCounts) -> Iterator[PreferenceRow]:
+    """Returns the rows that a recipe trains on, which are read one by one.
+
+    Raises:
+        DataError: A source is not there, or a row cannot be used and `counts.on_bad_row` is `raise`.
+    """
+    sources = _located(data, data.path, data.split)
+    return islice(_open_rows(data, data.path, sources, counts), data.limit)
 
 
 def _names(path: str | list[str] | dict[str, float]) -> list[str]:

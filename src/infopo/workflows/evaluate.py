@@ -26,6 +26,7 @@ from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.run_state import MODELS, last
 from infopo.runs import Record, environment, to_json
+from infopo.workflows.overlap import overlap_of_run
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ def _of_model(model: str | None, loaded: Sequence[Loaded], settings: Settings, f
         number, count = settings.shard
         say(f"shard {number} of {count} is drawn; without --shard, all shards are marked")
         return folder
+    if model is not None:
+        for name, overlap in overlap_of_run(model, {each.task.name: each.items for each in loaded}).items():
+            found[name]["overlap"] = overlap
     return _write(folder, {**subject.record, "name": model or subject.name}, settings, found, marked)
 
 
