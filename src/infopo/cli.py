@@ -191,7 +191,12 @@ def _add_evaluate(commands: Any) -> None:
         metavar="MODEL",
         help="local folder, adapter, run directory, hub name or lab:policy",
     )
-    evaluate.add_argument("--tasks", required=True, metavar="NAME,...", help="e.g. gsm8k,lab")
+    evaluate.add_argument(
+        "--tasks",
+        required=True,
+        metavar="NAME,...",
+        help="e.g. gsm8k,lab, or lm-evaluation-harness's such as mmlu",
+    )
     evaluate.add_argument("--output", metavar="DIR", help="default: infopo-eval/NAME, or RUN/evaluation")
     evaluate.add_argument(
         "--responses",
@@ -204,6 +209,9 @@ def _add_evaluate(commands: Any) -> None:
         default=[],
         metavar="[TASK=]FILE",
         help="a task's data: a file or a hub name",
+    )
+    evaluate.add_argument(
+        "--include-path", metavar="DIR", help="task files of lm-evaluation-harness, beside its own"
     )
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
     evaluate.add_argument(
@@ -344,7 +352,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 _EVALUATION = (
     "limit", "num_samples", "temperature", "top_p", "max_new_tokens", "prompting", "num_fewshot", "batch_size", "seed",
-    "dtype", "allow_code_execution",
+    "dtype", "allow_code_execution", "include_path",
 )  # fmt: skip
 """Arguments that are settings of an evaluation under the same names."""
 

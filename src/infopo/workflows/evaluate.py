@@ -14,12 +14,14 @@ from infopo.evaluation.asking import Wanted, answers, ask, wanted
 from infopo.evaluation.diversity import diversity
 from infopo.evaluation.drawing import Law
 from infopo.evaluation.given import given_responses
+from infopo.evaluation.harness import Standard
 from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.results import Response, default_folder, summary, write_evaluation
 from infopo.evaluation.samples import SampleStore
 from infopo.evaluation.settings import Settings
 from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
+from infopo.evaluation.tasks import TASKS
 from infopo.evaluation.tasks import task as task_named
 from infopo.models import load_for_use, load_tokenizer
 from infopo.output import say
@@ -72,7 +74,8 @@ def evaluate(
     """
     if (model is None and settings.server is None) == (responses is None):
         raise ConfigError("expected either a model (or --server URL) or --responses FILE")
-    tasks = [task_named(name) for name in settings.tasks]
+    tasks = [task_named(name) for name in settings.tasks if name in TASKS]
+    standard = Standard.of([name for name in settings.tasks if name not in TASKS], settings, responses)
     for task in tasks:
         if task.executes_code and not settings.allow_code_execution:
             raise ConfigError(
@@ -85,16 +88,20 @@ def evaluate(
     loaded = [_load(task, settings) for task in tasks]
     if responses is not None:
         return _of_responses(Path(responses), loaded, settings, folder)
-    return _of_model(model, loaded, settings, folder)
+    return _of_model(model, loaded, standard, settings, folder)
 
 
-def _of_model(model: str | None, loaded: Sequence[Loaded], settings: Settings, folder: Path) -> Path:
+def _of_model(
+    model: str | None, loaded: Sequence[Loaded], standard: Standard, settings: Settings, folder: Path
+) -> Path:
     subject = _subject(model, settings)
     prompts = [
         Prompts(subject.tokenizer, each.task, settings.prompting, settings.num_fewshot) for each in loaded
     ]
-    found: dict[str, Record] = {}
-    marked: list[Response] = []
+    # Their data and task files can be missing, which should not cost samples of the others.
+    harness = standard.run(subject, settings)
+    found = dict(harness.tasks)
+    marked = list(harness.responses)
     with SampleStore(folder, settings.shard) as store:
         for each, asked in zip(loaded, prompts):
             law = settings.law(each.task, asked.stop)
@@ -115,7 +122,8 @@ def _of_model(model: str | None, loaded: Sequence[Loaded], settings: Settings, f
     if model is not None:
         for name, overlap in overlap_of_run(model, {each.task.name: each.items for each in loaded}).items():
             found[name]["overlap"] = overlap
-    return _write(folder, {**subject.record, "name": model or subject.name}, settings, found, marked)
+    about = {**subject.record, "name": model or subject.name}
+    return _write(folder, about, settings, found, marked, harness.groups)
 
 
 def _subject(model: str | None, settings: Settings) -> Subject:
@@ -231,16 +239,27 @@ def _record(
 
 
 def _write(
-    folder: Path, about: Record, settings: Settings, found: Mapping[str, Record], marked: Sequence[Response]
+    folder: Path,
+    about: Record,
+    settings: Settings,
+    found: Mapping[str, Record],
+    marked: Sequence[Response],
+    groups: Mapping[str, Record] | None = None,
 ) -> Path:
     record = {
         "model": about,
         "settings": asdict(settings),
         "environment": environment(seed=settings.seed),
         "tasks": found,
+        **({"groups": groups} if groups else {}),
     }
     write_evaluation(folder, record, marked)
-    say("", *table(found), "", f"written: {folder / 'eval.json'}, {folder / 'items.jsonl'}")
+    say(
+        "",
+        *table({**found, **(groups or {})}),
+        "",
+        f"written: {folder / 'eval.json'}, {folder / 'items.jsonl'}",
+    )
     return folder
 
 
