@@ -130,7 +130,7 @@ def test_a_slow_answer_is_given_up():
         release.set()
     with (
         serving(lambda body, n: time.sleep(0.6) or completion("late")) as served,
-        pytest.raises(ServerError, match=r"no answer within 0.2 s, after 1 tries; raise the time-out"),
+        pytest.raises(ServerError, match=r"no answer within 0.2 s, after 1 try; raise the time-out"),
     ):
         ServedModel(settings(served.url, timeout=0.2, retries=0)).ask(request())
 
@@ -138,7 +138,7 @@ def test_a_slow_answer_is_given_up():
 def test_a_server_that_is_not_there():
     with serving(lambda body, n: None) as served:
         pass
-    with pytest.raises(ServerError, match="cannot be reached, after 1 tries"):
+    with pytest.raises(ServerError, match="cannot be reached, after 1 try"):
         ServedModel(settings(served.url, retries=0))
     with pytest.raises(ServerError, match="cannot be reached"):
         ServedModel(settings(served.url, retries=0, model="mine")).ask(request())

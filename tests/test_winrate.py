@@ -12,6 +12,7 @@ from infopo.workflows.ask_judge import JudgeSettings
 from infopo.workflows.calibrate import read_votes
 from infopo.workflows.winrate import winrate
 from servers import completion, failure, serving
+from test_full_disk import files_of_at_most
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,23 @@ def test_a_failure_half_way_keeps_what_was_answered(sides, tmp_path, capsys):
         winrate(*sides, judge(served), output="out")
         assert len(served.bodies) == 11, "the second time everything is known"
     assert found["result"]["win_rate"] == 0.75
+
+
+def test_a_full_disk_keeps_what_was_answered(sides, capsys):
+    with serving(prefers("good")) as served:
+        command = ["winrate", *sides, "--judge", served.url, "--yes", "--output", "out", "--concurrency", "1"]
+        with files_of_at_most(2000):
+            assert main(command) == 2
+        assert "error: out/judgements.jsonl: No space left on device" in capsys.readouterr().err
+        asked = len(served.bodies)
+        assert 2 < asked < 18
+        assert main(command) == 0
+        assert len(served.bodies) == 18 + 1, "the answer that could not be written is asked for again"
+
+
+def test_files_that_do_not_exist(sides, capsys):
+    assert main(["winrate", sides[0], "nowhere.jsonl", "--judge", "http://127.0.0.1:9/v1"]) == 2
+    assert "error: nowhere.jsonl: there is no such file" in capsys.readouterr().err
 
 
 def test_nonsense_is_counted(sides):

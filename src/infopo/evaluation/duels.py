@@ -131,7 +131,7 @@ def is_side(source: str) -> bool:
 def has_responses(source: str) -> bool:
     """Whether a source is a side, an evaluation or a file, and not a model that is to be asked."""
     path = Path(source)
-    return is_side(source) or (path / ITEMS).is_file() or path.is_file()
+    return is_side(source) or (path / ITEMS).is_file() or path.is_file() or source.endswith(SUFFIXES)
 
 
 def read_answers(source: str, items: Sequence[Item]) -> Answers:

@@ -152,7 +152,7 @@ class ServedModel:
         )
         self._pace = _Pace(settings.per_minute)
         self._left_out: set[str] = set()
-        self.name = settings.model or self._only_model()
+        self.name = self._model()
 
     def ask(self, request: Request) -> Reply:
         """Returns the response to one request.
@@ -232,23 +232,33 @@ class ServedModel:
                 return True
         return False
 
-    def _only_model(self) -> str:
+    def _model(self) -> str:
+        """Returns the name of the model. A server that is not there is found here, before anything is asked."""
+        retries, named = min(1, self.settings.retries), self.settings.model
         try:
-            served = [each.id for each in self._client.models.list().data or []]
+            served = [
+                each.id for each in self._client.with_options(max_retries=retries).models.list().data or []
+            ]
+        except (self._openai.APIConnectionError, self._openai.AuthenticationError) as error:
+            raise self._error(error, retries) from error
         except self._openai.OpenAIError as error:
-            raise self._error(error) from error
+            if named is None:
+                raise self._error(error, retries) from error
+            return named  # not every server has a list
         except (ValueError, AttributeError, TypeError) as error:
-            raise ServerError(
-                f"{self.settings.url}: is no OpenAI-compatible server: /models is no list"
-            ) from error
-        if len(served) != 1:
-            there = ", ".join(served[:10]) or "none"
+            if named is None:
+                problem = f"{self.settings.url}: is no OpenAI-compatible server: /models is no list"
+                raise ServerError(problem) from error
+            return named
+        if named is None and len(served) != 1:
+            there = ", ".join(map(str, served[:10])) or "none"
             raise ServerError(f"{self.settings.url}: name one of its models; it serves {there}")
-        return str(served[0])
+        return named or str(served[0])
 
-    def _error(self, error: Any) -> ServerError:
+    def _error(self, error: Any, retries: int | None = None) -> ServerError:
         url, variable = self.settings.url, self.settings.key_variable
-        tries = f"after {self.settings.retries + 1} tries"
+        tried = (self.settings.retries if retries is None else retries) + 1
+        tries = "after 1 try" if tried == 1 else f"after {tried} tries"
         if isinstance(error, self._openai.AuthenticationError | self._openai.PermissionDeniedError):
             has = "the key" if os.environ.get(variable) else "no key"
             return ServerError(

@@ -97,9 +97,10 @@ def win_rate(duels: Sequence[Duel], outcomes: Sequence[Outcome], seed: int = 0) 
     Prompts are drawn with replacement, because both orders of a prompt and several duels of it depend on each other.
 
     Returns:
-        prompts, asked (duels), answered, invalid, wins, losses, ties, flips, identical, win_rate, ci95, p (of the null
-        hypothesis that it is 1/2), smallest (difference from 1/2 that so many prompts show), longer_wins (share of the
-        decided duels that the longer response wins), mean characters of both, and `length_adjusted`.
+        prompts (with an answer), asked (duels), answered, invalid, wins, losses, ties, flips, identical, win_rate,
+        ci95, p (of the null hypothesis that it is 1/2), smallest (difference from 1/2 that so many prompts show),
+        longer_wins (share of the decided duels that the longer response wins), characters (means of both sides), and
+        `length_adjusted`.
     """
     kinds = Counter(each.kind for each in outcomes)
     kept = [(duel, each.score) for duel, each in zip(duels, outcomes, strict=True) if each.score is not None]
@@ -110,7 +111,7 @@ def win_rate(duels: Sequence[Duel], outcomes: Sequence[Outcome], seed: int = 0) 
     decided = [(len(duel.a) - len(duel.b), score) for duel, score in kept if score != 0.5]
     longer = [float((delta > 0) == (score == 1)) for delta, score in decided if delta]
     return {
-        "prompts": len({duel.item for duel in duels}),
+        "prompts": len(scores),
         "asked": len(duels),
         "answered": len(kept),
         "invalid": kinds["invalid"],

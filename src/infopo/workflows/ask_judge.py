@@ -90,7 +90,9 @@ def run_judge(
     """
     questions = [q for duel in duels if not is_identical(duel) for q in duel.questions(settings.template)]
     missing = store.missing(questions, judge)
-    say(estimate(missing, len(questions), judge.name, settings.prices), file=sys.stderr)
+    repeated = len(questions) - len({question.key(judge) for question in questions})
+    kept = len(questions) - repeated - len(missing)
+    say(estimate(missing, judge.name, settings.prices, repeated=repeated, kept=kept), file=sys.stderr)
     if missing and settings.is_server and not settings.yes:
         _confirm()
     try:
@@ -110,21 +112,28 @@ def run_judge(
 
 
 def estimate(
-    missing: Sequence[Question], questions: int, judge: str, prices: tuple[float, float] | None = None
+    missing: Sequence[Question],
+    judge: str,
+    prices: tuple[float, float] | None = None,
+    *,
+    repeated: int = 0,
+    kept: int = 0,
 ) -> str:
     """Returns what is about to be asked, in words: number, tokens, and cost if prices are known.
 
     Args:
         missing: What is to be asked.
-        questions: Number of all questions.
         judge: Name of the judge.
         prices: Price of a million tokens of prompts and of answers.
+        repeated: Number of further questions that are the same as one of them.
+        kept: Number of further questions that are answered already.
     """
     letters = sum(len(message["content"]) for question in missing for message in question.conversation)
     prompt_tokens, answer_tokens = letters // CHARACTERS_A_TOKEN, len(missing) * ANSWER_TOKENS
-    kept = f", {questions - len(missing)} are answered already" if questions > len(missing) else ""
+    others = f", {repeated} more repeat one of them" if repeated else ""
+    others += f", {kept} more are answered already" if kept else ""
     text = (
-        f"{len(missing)} questions to {judge} (both orders{kept}): about {prompt_tokens:,} tokens of prompts and at "
+        f"{len(missing)} questions to {judge} (both orders{others}): about {prompt_tokens:,} tokens of prompts and at "
         f"most {answer_tokens:,} of answers"
     )
     if prices is None:
