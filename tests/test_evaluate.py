@@ -172,8 +172,8 @@ def test_responses_that_cannot_be_matched_are_named(
         (["lab:policy", "--tasks", "lab", "--data", "lab=x.jsonl"], "makes its own problems"),
         (["lab:policy", "--tasks", "lab", "--output", "/dev/null"], "--output"),
         (["./no-such-model", "--tasks", "lab"], "no such folder"),
-        (["--tasks", "lab"], "either a model or --responses"),
-        (["lab:policy", "--responses", "x.jsonl", "--tasks", "lab"], "either a model or --responses"),
+        (["--tasks", "lab"], "either a model .* or --responses"),
+        (["lab:policy", "--responses", "x.jsonl", "--tasks", "lab"], "either a model .* or --responses"),
         (["--responses", "no.jsonl", "--tasks", "lab"], "no such file"),
     ],
 )  # fmt: skip
