@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from infopo.errors import ConfigError
-from infopo.evaluation.drawing import Drawn, Law, Request, draw
+from infopo.evaluation.drawing import Drawn, Request, draw
+from infopo.evaluation.law import Law
 from infopo.lab import policy_path
 
 QUESTIONS = ["7+5=?", "12+5-3*2=?", "34+57*2-81=?", "3*9+4=?", "84-7*9=?"]

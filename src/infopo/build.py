@@ -24,6 +24,8 @@ from infopo.data.sources import Located, located, read_mixture, read_rows
 from infopo.data.streaming import ExampleStream
 from infopo.encoding import encode_once
 from infopo.errors import ConfigError, DataError, InfoPOError, ModelError
+from infopo.evaluation.during import TaskEvaluation, refuse_sharded
+from infopo.evaluation.settings import Settings as EvaluationSettings
 from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
@@ -328,15 +330,16 @@ def build_trainer_on(
     Raises:
         ConfigError: A library is not installed, or a folder or the hub cannot be written to.
     """
+    tasks = build_tasks(recipe)
     model, args, adapter = build_policy(recipe), build_arguments(recipe), build_adapter(recipe)
     try:
-        return InfoPOTrainer(
+        trainer = InfoPOTrainer(
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*([tasks] if tasks is not None else []), *(callbacks or [])],
             peft_config=adapter,
         )
     except ConfigError as error:
@@ -345,3 +348,29 @@ def build_trainer_on(
         raise
     except (OSError, ImportError, ValueError) as error:
         raise ConfigError(f"train: the trainer cannot be set up: {error}") from error
+    if tasks is not None:
+        refuse_sharded([tasks], trainer.accelerator)
+        tasks.log = trainer.log
+    return trainer
+
+
+def build_tasks(recipe: Recipe) -> TaskEvaluation | None:
+    """Returns what asks the policy tasks at each evaluation, or None if the recipe names no tasks.
+
+    Raises:
+        ConfigError: A task does not exist, or a setting does not go with it.
+        DataError: Data of a task cannot be used.
+    """
+    given = recipe.evaluate
+    if not given.names:
+        return None
+    values = {f.name: getattr(given, f.name) for f in fields(given)}
+    try:
+        return TaskEvaluation(EvaluationSettings(**values | {"tasks": given.names, "data": given.data or {}}))
+    except ConfigError as error:
+        # On the command line they are options.
+        problems = [
+            re.sub(r"--([a-z-]+)", lambda option: f"evaluate.{option[1].replace('-', '_')}", problem)
+            for problem in error.problems
+        ]
+        raise ConfigError(problems) from error

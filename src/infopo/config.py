@@ -20,6 +20,7 @@ from infopo.secrets import learn, masked_tree
 from infopo.settings import (
     AdapterSettings,
     DataSettings,
+    EvaluateSettings,
     ModelSettings,
     ObjectiveSettings,
     ReferenceSettings,
@@ -40,6 +41,7 @@ class Recipe:
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     train: dict[str, Any] = field(default_factory=dict)
     """Arguments of the trainer under transformers' names, and `resume_from_checkpoint`."""
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Origin of each dotted key (`line 3`, `override`) for messages. This is not a setting."""
 
@@ -157,23 +159,29 @@ def to_yaml(recipe: Recipe) -> str:
     return dump_tree(tree)
 
 
-_SHORTHANDS = {"model": "name_or_path", "data": "path", "objective": "name", "reference": "source"}
+_SHORTHANDS = {
+    "model": "name_or_path", "data": "path", "objective": "name", "reference": "source", "evaluate": "tasks",
+}  # fmt: skip
 """Sections, and the setting that a text in place of the section means."""
 
 
 def _expand_shorthands(tree: Tree) -> Tree:
-    """Replaces `model: sft`, `data: pairs.jsonl`, `objective: dpo` and `reference: live` by the mappings they mean."""
+    """Replaces `model: sft`, `data: pairs.jsonl`, `evaluate: gsm8k` and their like by the mappings they mean."""
     for section, key in _SHORTHANDS.items():
         value = tree.get(section)
-        if isinstance(value, str) or (section == "data" and isinstance(value, list)):
+        if isinstance(value, str) or (section in ("data", "evaluate") and isinstance(value, list)):
             tree[section] = {key: value}
     return tree
 
 
 SECTIONS: Mapping[str, type[Settings]] = {
     "model": ModelSettings, "model.adapter": AdapterSettings, "data": DataSettings, "reference": ReferenceSettings,
+    "evaluate": EvaluateSettings,
 }  # fmt: skip
 """Sections by their dotted names."""
+
+
+_TOP = tuple(name for name in SECTIONS if "." not in name)
 
 
 def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problems) -> Recipe:
@@ -186,9 +194,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
     learn(tree)
     homes = _homes(train_fields)
     _refuse_unknown(tree, [f.name for f in fields(Recipe) if f.name != "places"], "", problems, homes)
-    sections = {
-        name: _read_section(name, tree.get(name), problems, homes) for name in ("model", "data", "reference")
-    }
+    sections = {name: _read_section(name, tree.get(name), problems, homes) for name in _TOP}
     if tree.get("output_dir") is None:
         problems.add("output_dir", "is required: the folder that the run is written to")
     elif problem := TrainField("output_dir", (str,)).problem(tree["output_dir"]):
@@ -214,15 +220,18 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
         ObjectiveSettings(**objective),
         ReferenceSettings(**sections["reference"]),
         train,
+        EvaluateSettings(**sections["evaluate"]),
         dict(problems.places),
     )
 
 
 def _homes(train_fields: Mapping[str, TrainField]) -> dict[str, str]:
     """Returns the place of each setting, for those who write it elsewhere or under another tool's name."""
-    homes = {name: f"train.{name}" for name in train_fields}
+    homes = {f.name: f"evaluate.{f.name}" for f in fields(EvaluateSettings)}
+    homes |= {name: f"train.{name}" for name in train_fields}
     homes |= {key: f"objective.{key}" for row in OBJECTIVES.values() for key in row.parameters}
-    homes |= {f.name: f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)}
+    others = {name: section for name, section in SECTIONS.items() if name != "evaluate"}
+    homes |= {f.name: f"{name}.{f.name}" for name, section in others.items() for f in fields(section)}
     homes |= {"output_dir": "output_dir, at the top level", "beta": "objective.beta"}
     return dict(SYNONYMS) | homes | {name: SYNONYMS[name] for name in ("objective", "reference")}
 
@@ -321,6 +330,11 @@ def _contradictions(sections: Mapping[str, Tree], train: Tree) -> Iterator[Probl
         }
         for key in (key for key, asks in asks_for_eval.items() if asks):
             yield f"train.{key}", "there is no data to evaluate on; set data.eval_path or data.eval_split"
+    if sections["evaluate"]["tasks"] and train.get("eval_strategy", "no") in ("no", None):
+        yield (
+            "evaluate.tasks",
+            "tasks are asked at each evaluation; set train.eval_strategy, e.g. to epoch or steps",
+        )
     if train.get("fp16") is True and train.get("bf16") is True:
         yield "train.fp16", "bf16 is on too; keep one of them"
     elif train.get("fp16") is True and model["dtype"] in ("float16", "bfloat16") and model["adapter"] is None:

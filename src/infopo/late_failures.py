@@ -133,13 +133,18 @@ def check_best_metric(
     if args.save_strategy == SaveStrategy.BEST and (metric is None or args.eval_strategy == "no"):
         problems.append("save_strategy='best': needs metric_for_best_model and eval_strategy")
     if metric and args.eval_strategy != "no" and evaluation is not None and not _adds(callbacks, trainer):
-        problems += _metric_problems(metric, args, evaluation)
+        added = [name for callback in callbacks for name in getattr(callback, "metric_names", ())]
+        if metric not in added and f"eval_{metric}" not in added:
+            problems += _metric_problems(metric, args, evaluation, added)
     if problems:
         raise ConfigError(problems)
 
 
 def _metric_problems(
-    metric: str, args: InfoPOConfig, evaluation: ExampleDataset | Mapping[str, ExampleDataset]
+    metric: str,
+    args: InfoPOConfig,
+    evaluation: ExampleDataset | Mapping[str, ExampleDataset],
+    added: Sequence[str],
 ) -> list[str]:
     rule, mixture = MetricRule.of(args.mixture()), args.mixture()
     sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
@@ -159,7 +164,7 @@ def _metric_problems(
             remedy = " reference_sides='both' (in a recipe, reference.sides: both) computes it."
         elif len(prefixes) > 1 and wanted in METRICS:
             remedy = f" There are several sets: write e.g. {next(iter(prefixes))}{wanted!s}."
-        told = [n for n in there if not n.endswith(OF_MODEL)]
+        told = [*added, *(n for n in there if not n.endswith(OF_MODEL))]
         return [
             f"metric_for_best_model: evaluation will give no {metric!r}{suggestion(wanted, told)}.{remedy} "
             f"It gives: {', '.join(told)}"[:480]

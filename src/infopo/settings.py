@@ -369,6 +369,45 @@ class TrainSettings(DiagnosticsSettings):
     )
 
 
+@dataclass
+class EvaluateSettings(Settings):
+    """Tasks that the policy is asked at each evaluation, beside the loss on the evaluation data."""
+
+    tasks: Text | list[str] | None = setting(
+        None,
+        "Names of tasks. Each adds the metric `eval_tasks/NAME`, by which `load_best_model_at_end` can choose. null is "
+        "none.",
+        see="evaluation.md#during-training",
+    )
+    data: dict[str, str] | None = setting(
+        None, "A file or hub name by task. Tasks without one use their own source."
+    )
+    limit: Positive | None = setting(
+        None, "Number of items of each task, the first of its data. null takes all."
+    )
+    num_samples: Positive = setting(1, "Responses per item.")
+    temperature: Annotated[float, Ge(0)] | None = setting(
+        None, "Divisor of the logits. null is greedy decoding for one sample per item, and 1 for several."
+    )
+    max_new_tokens: Positive | None = setting(
+        None, "Largest number of tokens of a response. null is that of the task."
+    )
+    prompting: Annotated[str, OneOf(("chat", "plain"))] | None = setting(
+        None, "`chat` or `plain`. null is chat if the tokenizer has a chat template."
+    )
+    num_fewshot: Annotated[int, Ge(0)] = setting(0, "Number of worked examples before each problem.")
+    batch_size: Positive = setting(32, "Number of sequences that are drawn together.")
+    seed: Annotated[int, Ge(0)] = setting(0, "Seed of the samples, which is the same at each evaluation.")
+    allow_code_execution: bool = setting(
+        False, "Whether code that the model wrote may run, as code tasks need."
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return [self.tasks] if isinstance(self.tasks, str) else list(self.tasks or [])
+
+
 def arguments_of(section: type[Settings]) -> dict[str, str]:
     """Returns the settings of a section that `InfoPOConfig` has too, with their names there.
 

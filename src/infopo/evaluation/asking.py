@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infopo.evaluation.drawing import Drawn, Law
+from infopo.evaluation.drawing import Drawn
 from infopo.evaluation.items import Item
+from infopo.evaluation.law import Law
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.samples import Sample, SampleStore, key_of, prompt_hash, seed_of
 from infopo.evaluation.subjects import Subject
@@ -94,6 +95,15 @@ def ask(
             on_progress(1)
     finally:
         store.add(piece)
+
+
+def in_memory(
+    subject: Subject, prompts: Prompts, task: str, needed: Sequence[Wanted], law: Law
+) -> list[tuple[Item, Sample]]:
+    """Returns every needed sample, drawn anew and kept nowhere."""
+    found = subject.draw([each.rendered for each in needed], [each.seed for each in needed], prompts, law)
+    samples = {index: _sample(subject, task, needed[index], law, response) for index, response in found}
+    return [(each.item, samples[index]) for index, each in enumerate(needed)]
 
 
 def answers(needed: Sequence[Wanted], store: SampleStore) -> Iterator[tuple[Item, Sample]]:

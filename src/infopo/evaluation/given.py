@@ -8,6 +8,7 @@ from typing import Any
 from infopo.data.files import file_rows
 from infopo.errors import DataError
 from infopo.evaluation.items import Item, shown_text
+from infopo.evaluation.samples import Sample
 
 IDS = ("item", "id", "task_id", "question_id", "idx")
 TEXTS = ("response", "output", "completion", "generation", "answer", "text")
@@ -67,6 +68,25 @@ def given_responses(path: Path, task: str, items: Sequence[Item]) -> tuple[list[
     for (row_id, row), place in zip(rows, places, strict=True):
         found.setdefault(place, []).extend(_texts(row.get(text_field), text_field, row_id))
     return [Given(items[place], found[place]) for place in sorted(found)], how
+
+
+def as_sample(task: str, item: Item, number: int, text: str) -> Sample:
+    """Returns a response from a file in the form of a drawn one, of which less is known."""
+    return Sample(
+        key="",
+        task=task,
+        item=item.id,
+        sample=number,
+        seed=0,
+        weights="",
+        law={},
+        prompt=item.prompt,
+        text=text,
+        token_ids=(),
+        tokens=None,
+        finished=True,
+        logp=None,
+    )
 
 
 def _field(rows: Sequence[tuple[str, Mapping[str, Any]]], names: Sequence[str]) -> str | None:

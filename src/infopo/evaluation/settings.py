@@ -1,11 +1,11 @@
-"""How an evaluation is made. Imports no torch but for the law of samples."""
+"""How an evaluation is made. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from infopo.errors import ConfigError
-from infopo.evaluation.drawing import Law
 from infopo.evaluation.items import Task
+from infopo.evaluation.law import Law
 from infopo.evaluation.server import ServerSettings
 
 

@@ -1,15 +1,16 @@
 """Who is asked: a model in this process, or one behind a server. Both draw the samples that the store lacks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.errors import DataError, ServerError
 from infopo.evaluation import server
-from infopo.evaluation.drawing import Drawn, Law, Request, draw
+from infopo.evaluation.drawing import Drawn, Request, draw
 from infopo.evaluation.items import Item
+from infopo.evaluation.law import Law
 from infopo.evaluation.prompting import Prompts
 from infopo.generate import end_token_ids
 from infopo.hashing import config_hash, hash_weights
@@ -64,16 +65,18 @@ class LoadedModel:
         model: The model.
         tokenizer: Its tokenizer.
         batch_size: Number of sequences that are drawn together.
-        weights: See `Subject`. The values are hashed as they lie in memory.
+        weights: See `Subject`. By default, the hash of the values as they lie in memory.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
-    weights: str = field(init=False)
+    weights: str = ""
 
     def __post_init__(self) -> None:
+        if self.weights:
+            return
         weights = f"{hash_weights(self.model).whole[:32]}{config_hash(self.model)[:16]}"
         object.__setattr__(self, "weights", weights)
 

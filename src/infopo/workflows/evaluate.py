@@ -3,49 +3,30 @@
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from infopo.errors import ConfigError, DataError
+from infopo.errors import ConfigError
 from infopo.evaluation.asking import Wanted, answers, ask, wanted
-from infopo.evaluation.diversity import diversity
-from infopo.evaluation.drawing import Law
-from infopo.evaluation.given import given_responses
+from infopo.evaluation.given import as_sample, given_responses
 from infopo.evaluation.harness import Standard
-from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
+from infopo.evaluation.law import Law
+from infopo.evaluation.marking import Loaded, loaded_tasks, marked, task_record
 from infopo.evaluation.prompting import Prompts
-from infopo.evaluation.results import Response, default_folder, summary, write_evaluation
+from infopo.evaluation.results import Response, default_folder, write_evaluation
 from infopo.evaluation.samples import SampleStore
 from infopo.evaluation.settings import Settings
 from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
 from infopo.evaluation.tasks import TASKS
-from infopo.evaluation.tasks import task as task_named
 from infopo.models import load_for_use, load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.run_state import MODELS, last
-from infopo.runs import Record, environment, to_json
+from infopo.runs import Record, environment
 from infopo.workflows.overlap import overlap_of_run
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A task with the items that are evaluated.
-
-    Attributes:
-        task: The task.
-        items: Its items, up to the limit.
-        source: The file or name that they come from.
-        sha256: Hash of the items with what they are graded against, whatever file they came from.
-    """
-
-    task: Task
-    items: Sequence[Item]
-    source: str
-    sha256: str
 
 
 def evaluate(
@@ -74,18 +55,12 @@ def evaluate(
     """
     if (model is None and settings.server is None) == (responses is None):
         raise ConfigError("expected either a model (or --server URL) or --responses FILE")
-    tasks = [task_named(name) for name in settings.tasks if name in TASKS]
+    own = [name for name in settings.tasks if name in TASKS]
     standard = Standard.of([name for name in settings.tasks if name not in TASKS], settings, responses)
-    for task in tasks:
-        if task.executes_code and not settings.allow_code_execution:
-            raise ConfigError(
-                f"--tasks {task.name}: marking runs code that a model wrote; add --allow-code-execution if it may run "
-                "on this machine"
-            )
     name = model or (settings.server.url if settings.server is not None else str(responses))
     folder = Path(output) if output is not None else default_folder(name)
     check_writable(folder, "--output")
-    loaded = [_load(task, settings) for task in tasks]
+    loaded = loaded_tasks(settings, own)
     if responses is not None:
         return _of_responses(Path(responses), loaded, settings, folder)
     return _of_model(model, loaded, standard, settings, folder)
@@ -101,20 +76,22 @@ def _of_model(
     # Their data and task files can be missing, which should not cost samples of the others.
     harness = standard.run(subject, settings)
     found = dict(harness.tasks)
-    marked = list(harness.responses)
+    all_responses = list(harness.responses)
     with SampleStore(folder, settings.shard) as store:
         for each, asked in zip(loaded, prompts):
             law = settings.law(each.task, asked.stop)
             needed = _draw(subject, asked, each, law, store, settings)
             if settings.shard is None:
-                responses, logps = _answered(each.task, needed, store)
-                found[each.task.name] = _record(each, settings, responses, logps) | {
+                samples = list(answers(needed, store))
+                responses = marked(each.task, samples)
+                logps = [sample.logp for _, sample in samples]
+                found[each.task.name] = task_record(each, settings, responses, logps) | {
                     "prompting": asked.style,
                     "num_fewshot": settings.num_fewshot,
                     "prompt_sha256": _hash_of_all(needed),
                     "law": law.record,
                 }
-                marked += responses
+                all_responses += responses
     if settings.shard is not None:
         number, count = settings.shard
         say(f"shard {number} of {count} is drawn; without --shard, all shards are marked")
@@ -123,7 +100,7 @@ def _of_model(
         for name, overlap in overlap_of_run(model, {each.task.name: each.items for each in loaded}).items():
             found[name]["overlap"] = overlap
     about = {**subject.record, "name": model or subject.name}
-    return _write(folder, about, settings, found, marked, harness.groups)
+    return _write(folder, about, settings, found, all_responses, harness.groups)
 
 
 def _subject(model: str | None, settings: Settings) -> Subject:
@@ -153,32 +130,23 @@ def _draw(
     return needed
 
 
-def _answered(
-    task: Task, needed: Sequence[Wanted], store: SampleStore
-) -> tuple[list[Response], list[float | None]]:
-    """Returns the responses with their marks, and their log-probs."""
-    pairs = list(answers(needed, store))
-    texts = {sample.item.id: shown_text(sample.prompt) for sample in needed}
-    given = [Answered(item, sample.text, sample.finished) for item, sample in pairs]
-    numbers = [(sample.sample, sample.tokens) for _, sample in pairs]
-    return _mark(task, given, numbers, texts), [sample.logp for _, sample in pairs]
-
-
 def _of_responses(path: Path, loaded: Sequence[Loaded], settings: Settings, folder: Path) -> Path:
     found: dict[str, Record] = {}
-    marked: list[Response] = []
+    all_responses: list[Response] = []
     for each in loaded:
         given, how = given_responses(path, each.task.name, each.items)
-        answered = [Answered(one.item, text) for one in given for text in one.responses]
-        numbers = [(number, None) for one in given for number in range(len(one.responses))]
-        texts = {one.item.id: shown_text(one.item.prompt) for one in given}
-        responses = _mark(each.task, answered, numbers, texts)
-        found[each.task.name] = _record(each, settings, responses) | {"matched_by": how}
+        answered = [
+            (one.item, as_sample(each.task.name, one.item, number, text))
+            for one in given
+            for number, text in enumerate(one.responses)
+        ]
+        responses = marked(each.task, answered)
+        found[each.task.name] = task_record(each, settings, responses) | {"matched_by": how}
         without = len(each.items) - len(given)
         say(f"{each.task.name}: {len(answered)} responses, matched by {how}; {without} items have none")
-        marked += responses
+        all_responses += responses
     about = {"name": str(path), "weights": None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return _write(folder, about, settings, found, marked)
+    return _write(folder, about, settings, found, all_responses)
 
 
 def _hash_of_all(needed: Sequence[Wanted]) -> str:
@@ -186,64 +154,12 @@ def _hash_of_all(needed: Sequence[Wanted]) -> str:
     return hashlib.sha256("".join(each.prompt_sha256 for each in needed).encode()).hexdigest()
 
 
-def _load(task: Task, settings: Settings) -> Loaded:
-    source = settings.data.get(task.name)
-    items = task.load(source)
-    if not items:
-        raise DataError(f"task {task.name} has no items", source or task.name, "no items")
-    items = items[: settings.limit]
-    digest = hashlib.sha256(to_json([vars(item) for item in items]).encode()).hexdigest()
-    return Loaded(task, items, source or "default", digest)
-
-
-def _mark(
-    task: Task,
-    answered: Sequence[Answered],
-    numbers: Sequence[tuple[int, int | None]],
-    texts: Mapping[str, str],
-) -> list[Response]:
-    """Returns the responses with the marks of every rule."""
-    marks: dict[str, Sequence[Mark]] = {name: rule(answered) for name, rule in task.rules.items()}
-    return [
-        Response(
-            task.name,
-            each.item.id,
-            sample,
-            texts[each.item.id],
-            each.response,
-            tokens,
-            each.finished,
-            {name: found[place] for name, found in marks.items()},
-        )
-        for place, (each, (sample, tokens)) in enumerate(zip(answered, numbers, strict=True))
-    ]
-
-
-def _record(
-    each: Loaded,
-    settings: Settings,
-    responses: Sequence[Response],
-    logps: Sequence[float | None] | None = None,
-) -> Record:
-    lengths = [response.tokens for response in responses if response.tokens is not None]
-    return {
-        "headline": each.task.headline,
-        "items": len({response.item for response in responses}),
-        "samples": settings.num_samples,
-        "data": {"source": each.source, "sha256": each.sha256},
-        "rules": {rule: summary(responses, rule) for rule in each.task.rules},
-        "tokens_mean": sum(lengths) / len(lengths) if lengths else None,
-        "finished_share": sum(response.finished for response in responses) / max(1, len(responses)),
-        "diversity": diversity(responses, each.task.headline, logps=logps, seed=settings.seed) or None,
-    }
-
-
 def _write(
     folder: Path,
     about: Record,
     settings: Settings,
     found: Mapping[str, Record],
-    marked: Sequence[Response],
+    responses: Sequence[Response],
     groups: Mapping[str, Record] | None = None,
 ) -> Path:
     record = {
@@ -253,7 +169,7 @@ def _write(
         "tasks": found,
         **({"groups": groups} if groups else {}),
     }
-    write_evaluation(folder, record, marked)
+    write_evaluation(folder, record, responses)
     say(
         "",
         *table({**found, **(groups or {})}),

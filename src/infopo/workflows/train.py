@@ -116,7 +116,11 @@ def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
     record = next((r for r in reversed(state.log_history) if "eval_loss" in r), None)
     if record is None or record["step"] != state.global_step or trainer.args.load_best_model_at_end:
         return trainer.evaluate()
-    return {key: value for key, value in record.items() if key != "step"}
+    # Tasks have a record of their own.
+    records = [r for r in state.log_history if r["step"] == state.global_step and "loss" not in r]
+    return {
+        key: value for r in records for key, value in r.items() if key == "epoch" or key.startswith("eval_")
+    }
 
 
 def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:

@@ -1,0 +1,60 @@
+"""Tasks at each evaluation of a run: metric, best checkpoint, files, and what is refused before training."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infopo.cli import main
+from infopo.evaluation.results import read_evaluation
+from infopo.runs import read_run
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = str(ROOT / "recipes" / "lab.yaml")
+SMALL = [
+    "data.limit=32", "train.max_steps=4", "train.eval_strategy=steps", "train.eval_steps=2",
+    "train.save_strategy=steps", "train.save_steps=2", "data.eval_split=train",
+    "train.probe_size=0", "train.anchor_size=0", "train.gradient_size=0",
+]  # fmt: skip
+
+
+def test_the_best_checkpoint_is_chosen_by_a_task(tmp_path: Path) -> None:
+    asked = ["evaluate={tasks: lab, limit: 24}", "train.learning_rate=1e-3"]
+    # The worst one here, which is not the last one.
+    best = ["train.load_best_model_at_end=true", "train.metric_for_best_model=eval_tasks/lab"]
+    best += ["train.greater_is_better=false"]
+    assert main(["train", RECIPE, f"output_dir={tmp_path / 'run'}", *SMALL, *asked, *best]) == 0
+    run = read_run(tmp_path / "run")
+    steps, shares = run.series("eval_tasks/lab")
+    assert steps[:2] == [2, 4]
+    assert shares[0] < shares[1]
+    found = {
+        name: read_evaluation(tmp_path / "run" / "tasks" / name) for name in ("step-2", "step-4", "final")
+    }
+    for name, step in (("step-2", 0), ("step-4", 1)):
+        assert found[name].record["tasks"]["lab"]["rules"]["lab"]["accuracy"] == shares[step]
+    assert found["final"].responses == found["step-2"].responses
+    assert run.evaluation is not None
+    assert run.evaluation["eval_tasks/lab"] == shares[0]
+    assert {"eval_loss", "eval_tasks/lab/low", "eval_tasks/lab/high"} <= set(run.evaluation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (["evaluate=lab", "train.eval_strategy=no"], "evaluate.tasks.*train.eval_strategy"),
+        (["evaluate=gms8k"], "no task 'gms8k'"),
+        (["evaluate={tasks: lab, limt: 5}"], "evaluate.limt.*did you mean"),
+        (["evaluate={tasks: lab, limit: 0}"], "evaluate.limit"),
+        (["evaluate={tasks: lab, num_samples: 2, temperature: 0}"], "evaluate.temperature above 0"),
+        (["evaluate={tasks: lab, data: {gsm8k: x.jsonl}}"], "evaluate.data.*'gsm8k'"),
+        (["evaluate=lab", "train.load_best_model_at_end=true", "train.metric_for_best_model=eval_tasks/gsm8k"],
+         "metric_for_best_model.*tasks/lab"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_refused_before_training(
+    changes: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", RECIPE, f"output_dir={tmp_path / 'run'}", *SMALL, *changes]) == 2
+    assert re.search(problem, capsys.readouterr().err, re.DOTALL)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
