@@ -145,8 +145,8 @@ def _both_sides(
 def _drawn(model: str, items: Sequence[Item], sampling: SamplingSettings, folder: Path) -> Answers:
     """Returns a model's responses to the prompts, drawn through the sample store in the folder of the results."""
     from infopo.evaluation.asking import answers, ask, wanted
-    from infopo.evaluation.drawing import Law
     from infopo.evaluation.items import Task
+    from infopo.evaluation.law import Law
     from infopo.evaluation.prompting import Prompts
     from infopo.evaluation.samples import SampleStore
 
