@@ -5,7 +5,7 @@ of each response of fixed rows. From those follow norms, angles and the band of 
 forecasts of what the next steps do to a chosen response.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -84,16 +84,32 @@ CELLS = (
 Cell = tuple[str, Sequence[float], Sequence[str]]
 
 
-def grid(lab: str, seeds: int, parts: Sequence[Sequence[Cell]] = CELLS) -> list[Run]:
+TINY: tuple[tuple[Cell, ...], ...] = ((("graded", RATES[:1], CORE[:3]),),)
+
+
+def grid(lab: str, seeds: int, *, tiny: bool = False) -> list[WatchedRun]:
     """Returns all runs, within a part one seed after the other, so that what is finished is balanced."""
     return [
         WatchedRun(lab, labels, seed, objective=objective, parameters=parameters, rate=rate, **SHAPE[lab])
-        for part in parts
+        for part in (TINY if tiny else CELLS)
         for seed in range(1, seeds + 1)
         for labels, rates, names in part
         for rate in rates
         for objective, parameters in (METHODS[name] for name in names)
     ]
+
+
+def method_of(run: Mapping[str, Any]) -> str:
+    """Returns the name of a run's method."""
+    given = (run["objective"], tuple((name, value) for name, value in run["parameters"]))
+    return next(name for name, each in METHODS.items() if each == given)
+
+
+def cells_of(runs: Sequence[WatchedRun]) -> list[tuple[str, float, str]]:
+    """Returns labels, learning rate and method of each cell of a grid, in the order of the README's tables."""
+    found = dict.fromkeys((run.labels, run.rate, method_of(asdict(run))) for run in runs)
+    order, methods = ("verified", "graded", FOREIGN), list(METHODS)
+    return sorted(found, key=lambda cell: (order.index(cell[0]), cell[1], methods.index(cell[2])))
 
 
 AHEAD = 2

@@ -119,6 +119,21 @@ def test_a_forecast_is_what_a_small_step_does(tmp_path: Path) -> None:
     assert all(agreed)
 
 
+def test_a_change_along_a_step_is_what_a_small_step_on_all_rows_does(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, train=random_dataset(6, seed=5), **MEASURED)
+    pairs = list(trainer.train_dataset)
+    found = trainer.subject().instruments.along_a_step(pairs[:4], pairs)
+    batch, model = pack(pairs), tiny_llama().double()
+    policy = response_logps(model, batch, "naive")
+    ((policy[batch.rejected].sum() - policy[batch.chosen].sum()) / len(pairs)).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-6 * p.grad
+        moved = (response_logps(model, batch, "naive") - policy)[batch.chosen] / 1e-6
+    assert found == pytest.approx(moved[:4].tolist(), rel=5e-3)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("path", ["forest", "padded", "naive"])
 def test_spread_is_that_of_the_whole_logits(path: str) -> None:
     model, examples = tiny_llama(), random_examples(4)
@@ -289,8 +304,9 @@ def test_a_forecast_before_training_names_rows_and_their_shared_hidden_states(tm
     rows = forecast(trainer, trainer.train_dataset)
     assert torch.equal(before, weights(trainer.model))
     assert len(rows) == 9
-    assert sum(row.falls is not None for row in rows) == 4
-    assert [bool(row.falls) for row in rows] == sorted((bool(row.falls) for row in rows), reverse=True)
+    changes = [row.change for row in rows]
+    assert changes == sorted(changes)
+    assert [row.falls for row in rows] == [change < 0 for change in changes]
     for example in list(trainer.train_dataset)[:3]:
         sums = []
         for ids in (example.chosen_ids[0], example.rejected_ids[0]):
@@ -304,7 +320,7 @@ def test_a_forecast_before_training_names_rows_and_their_shared_hidden_states(tm
 
 def test_without_the_reference_of_a_row_hidden_states_alone_are_compared(tmp_path: Path) -> None:
     rows = forecast(trainer_of(tmp_path, ref_model=tiny_llama(seed=1), **MEASURED), random_dataset(4))
-    assert {row.falls for row in rows} == {None}
+    assert {row.change for row in rows} == {None}
     assert "4 rows by their hidden states alone" in lines_of(rows)[0]
 
 

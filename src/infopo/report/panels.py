@@ -90,7 +90,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "fell", "Chosen responses that fell", "share of pairs",
         "The share of chosen responses that are less likely than at the start (solid), and the share that the next "
-        "step on each pair alone would lower (dashed, the forecast).",
+        "step on each pair alone would lower (dashed), which is no forecast: far more fall in the end.",
         (
             Line("fell so far", ("probe/chosen_fell",)),
             Line("forecast", ("forecast/chosen_falls",), "dashed"),

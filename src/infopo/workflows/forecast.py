@@ -20,21 +20,23 @@ class RowForecast:
 
     Attributes:
         row_id: Name of the row.
-        falls: Whether a small step of gradient descent on this pair alone lowers its chosen response, or None if that
-            was not measured.
-        ches: Its length-normalised CHES, or None if the model does not show its hidden states. A higher value than
-            other rows have means that the chosen response is more likely to fall.
+        change: Change of the log-prob of its chosen response (nats per unit of learning rate) by a small step of
+            gradient descent on all rows together, or None if that was not measured.
+        ches: Its length-normalised CHES, or None if the model does not show its hidden states.
     """
 
     row_id: str
-    falls: bool | None
+    change: float | None
     ches: float | None
+
+    @property
+    def falls(self) -> bool:
+        """Whether the step lowers its chosen response."""
+        return self.change is not None and self.change < 0
 
 
 def forecast(trainer: InfoPOTrainer, dataset: ExampleDataset) -> list[RowForecast]:
-    """Returns what is expected of the first pair of random rows, the worst first.
-
-    There are `probe_size` rows, whose hidden states are compared. Gradients are measured of the first `gradient_size`.
+    """Returns what is expected of the first pair of `probe_size` random rows, the worst first.
 
     Args:
         trainer: A trainer that has not trained.
@@ -44,23 +46,18 @@ def forecast(trainer: InfoPOTrainer, dataset: ExampleDataset) -> list[RowForecas
     # Before the first update, the policy is its own reference.
     itself = LiveReference(trainer.model, frozenset({"chosen", "rejected", "kl"}))
     tools = replace(subject.instruments, reference=itself)
+    chosen = probes.choose(dataset, trainer.args.probe_size, trainer.args.seed)
+    pairs = [_first_pair(each) for each in chosen if each.chosen_ids and each.rejected_ids]
     is_known = subject.starts_as_reference and subject.without_gradients is None
+    changes: list[float | None] = [None] * len(pairs)
+    if is_known and trainer.args.gradient_size and pairs:
+        changes = [*tools.along_a_step(pairs, pairs)]
     found = []
-    for number, example in enumerate(probes.choose(dataset, trainer.args.probe_size, trainer.args.seed)):
-        if not example.chosen_ids or not example.rejected_ids:
-            continue
-        pair = _first_pair(example)
+    for pair, change in zip(pairs, changes, strict=True):
         sums = tools.hidden_sums(pair)
-        found.append(
-            RowForecast(
-                pair.row_id,
-                tools.balance([pair]).chosen_falls
-                if is_known and number < trainer.args.gradient_size
-                else None,
-                None if sums is None else ches(sums[0][0], sums[1][0], sums[0][1], sums[1][1])[1],
-            )
-        )
-    return sorted(found, key=lambda row: (not row.falls, -(row.ches or 0.0)))
+        score = None if sums is None else ches(sums[0][0], sums[1][0], sums[0][1], sums[1][1])[1]
+        found.append(RowForecast(pair.row_id, change, score))
+    return sorted(found, key=lambda row: (row.change or 0.0, -(row.ches or 0.0)))
 
 
 def _first_pair(example: PreferenceExample) -> PreferenceExample:
@@ -79,28 +76,39 @@ def lines(rows: Sequence[RowForecast]) -> list[str]:
     """Returns a forecast as text.
 
     Example:
-        >>> first, second = lines([RowForecast("p.jsonl:2", True, -0.1), RowForecast("p.jsonl:1", False, -2.0)])
+        >>> worst = RowForecast("p.jsonl:2", -3.0, -0.1)
+        >>> first, second, third = lines([worst, RowForecast("p.jsonl:1", 8.0, -2.0)])
         >>> first
-        'forecast: a step on each of 2 rows alone would lower the chosen response of 1 (50 %)'
-        >>> second
+        'forecast: the first step on 2 rows together would lower the chosen response of 1 (50 %)'
+        >>> third
         'most likely to fall: p.jsonl:2 (falls, CHES -0.1), p.jsonl:1 (CHES -2)'
     """
     if not rows:
         return ["forecast: none of the rows has both a chosen and a rejected response"]
-    judged = [row for row in rows if row.falls is not None]
-    falling = sum(bool(row.falls) for row in judged)
-    first = (
-        f"forecast: a step on each of {len(judged)} rows alone would lower the chosen response of {falling} "
-        f"({falling / len(judged):.0%})".replace("%", " %")
-        if judged
-        else f"forecast: {len(rows)} rows by their hidden states alone, because gradients were not measured, or the "
-        "reference is another model"
-    )
     named = ", ".join(
         f"{row.row_id} ({', '.join(part for part in (_falls(row), _ches(row)) if part)})"
         for row in rows[:SHOWN]
     )
-    return [first, f"most likely to fall: {named}"]
+    if rows[0].change is None:
+        return [
+            f"forecast: {len(rows)} rows by their hidden states alone, because gradients were not measured, or the "
+            "reference is another model",
+            f"most alike (in the study of forecasts, CHES told no better than chance who falls): {named}",
+        ]
+    falling = sum(row.falls for row in rows)
+    return [
+        f"forecast: the first step on {len(rows)} rows together would lower the chosen response of {falling} "
+        f"({falling / len(rows):.0%})".replace("%", " %"),
+        RELIABILITY,
+        f"most likely to fall: {named}",
+    ]
+
+
+RELIABILITY = (
+    "take it as an order of rows, not as a number: how many have fallen in the end depends on the learning rate "
+    "and the number of steps, too"
+)
+"""What study 07 says of this forecast, in a line."""
 
 
 def _falls(row: RowForecast) -> str:
