@@ -1,5 +1,6 @@
 """Tasks at each evaluation of a run: metric, best checkpoint, files, and what is refused before training."""
 
+import json
 import re
 from pathlib import Path
 
@@ -58,3 +59,48 @@ def test_what_cannot_be_asked_is_refused_before_training(
     assert main(["train", RECIPE, f"output_dir={tmp_path / 'run'}", *SMALL, *changes]) == 2
     assert re.search(problem, capsys.readouterr().err, re.DOTALL)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.long
+def test_experiment_3_runs_on_stand_in_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two commands of docs/evaluation.md, with another model and other files, and the comparison after them."""
+    chats = [f"Name {number} fruits." for number in range(16)]
+    rows = [
+        {
+            "prompt": asked,
+            "prompt_id": str(number),
+            "chosen": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": "Apples, pears."},
+            ],
+            "rejected": [{"role": "user", "content": asked}, {"role": "assistant", "content": "No."}],
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": "Apples, pears."},
+            ],
+            "score_chosen": 8.0,
+            "score_rejected": 2.0,
+        }
+        for number, asked in enumerate(chats)
+    ]
+    problems = [{"question": f"{n}+{n}=?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(11, 17)]
+    for name, lines in (("chats.jsonl", rows), ("problems.jsonl", problems)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = ROOT / "recipes" / "paper" / "llama3-8b-ultrafeedback.yaml"
+    smaller = [
+        "model.name_or_path=lab:policy", f"data.path={tmp_path / 'chats.jsonl'}", "data.split=train",
+        "data.eval_split=train", "data.max_length=200", "data.max_prompt_length=100", "data.num_proc=1",
+        "train.gradient_accumulation_steps=2", "train.max_steps=2", "train.activation_checkpointing=false",
+        "train.anchor_tokens=8",
+    ]  # fmt: skip
+    for objective in ("infopo", "dpo"):
+        run = tmp_path / objective
+        assert main(["train", str(recipe), f"output_dir={run}", f"objective={objective}", *smaller]) == 0
+        data = f"gsm8k={tmp_path / 'problems.jsonl'}"
+        assert main(["evaluate", str(run), "--tasks", "gsm8k", "--data", data, "--max-new-tokens", "24"]) == 0
+        record = read_evaluation(run / "evaluation").record["tasks"]["gsm8k"]
+        assert record["items"] == 6
+        assert record["overlap"]["exact"] == []
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "infopo"), str(tmp_path / "dpo")]) == 0
+    assert "gsm8k" in capsys.readouterr().out
