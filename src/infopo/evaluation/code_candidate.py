@@ -4,12 +4,13 @@ It is passed to the interpreter as text. Whatever the response does to this proc
 """
 
 import builtins
+import os
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
-from infopo.evaluation.code_values import Channel, ValueRefused, decode, encode
+from infopo.evaluation.code_values import Channel, NotPlainError, decode, encode
 
 job: dict[str, Any]
 
@@ -17,6 +18,8 @@ _MUTABLE = ("list", "dict", "set", "bytearray", "deque", "counter", "ordered")
 
 
 def _main() -> None:
+    for output in (1, 2):
+        os.dup2(0, output)
     channel = Channel(job["fd"])
     channel.send(["begun"])
     module = types.ModuleType("solution")
@@ -29,7 +32,10 @@ def _main() -> None:
     channel.send(["ready", missing])
     while True:
         _, name, args, kwargs = channel.receive()
-        channel.send(_answer(channel, module.__dict__, name, args, kwargs))
+        try:
+            channel.send(_answer(channel, module.__dict__, name, args, kwargs))
+        except NotPlainError as error:
+            channel.send(["refused", str(error)])
 
 
 def _answer(
@@ -48,7 +54,7 @@ def _answer(
         given = [decode(arg, other) for arg in args]
         result = names[name](*given, **{key: decode(value, other) for key, value in kwargs.items()})
         return ["value", encode(result), _changes(args, given)]
-    except ValueRefused as error:
+    except NotPlainError as error:
         return ["refused", str(error)]
     except BaseException as error:
         return ["raised", type(error).__name__, _text(error)]
@@ -61,7 +67,7 @@ def _changes(args: list[Any], given: list[Any]) -> dict[str, Any]:
         if type(arg) is list and arg[0] in _MUTABLE:
             try:
                 now = encode(value)
-            except ValueRefused:
+            except NotPlainError:
                 continue
             if now != arg:
                 changed[str(position)] = now

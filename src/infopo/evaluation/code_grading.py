@@ -8,13 +8,14 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infopo.errors import TrainingError
@@ -23,7 +24,8 @@ from infopo.evaluation import sandbox
 TIME_OUT = "time-out"
 """Note of a program that took longer than the limits. It was tried twice, the second time alone."""
 
-_UNTRIED = ("did not start", "tests ended early")
+_AGAIN = (TIME_OUT, "did not start", "ended itself", "tests ended early")
+"""Notes that a busy machine can cause. Such a program is tried once more, alone."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Graded:
 def grade(programs: Sequence[Program], processes: int | None = None) -> list[Graded]:
     """Runs programs against their tests, several at a time.
 
-    A program that takes longer than the limits is tried once more when nothing else runs.
+    A program that takes longer than the limits, or ends itself, is tried once more when nothing else runs.
 
     Args:
         programs: The programs.
@@ -85,7 +87,7 @@ def grade(programs: Sequence[Program], processes: int | None = None) -> list[Gra
     again = threading.Event()
     try:
         for position, found in enumerate(graded):
-            if found.note == TIME_OUT or found.note in _UNTRIED:
+            if found.note in _AGAIN:
                 graded[position] = _grade(programs[position], seats, again)
                 _refuse_broken(graded[position])
     finally:
@@ -122,7 +124,7 @@ class _Seats:
 
 def _grade(program: Program, seats: _Seats, ended: threading.Event) -> Graded:
     job = {"functions": list(program.functions)}
-    tests = {**job, "setup": program.setup, "test": program.test, "calls_check": _calls_check(program.test)}
+    tests = {**job, "setup": program.setup, "test": program.test, "call_check": _waits(program.test)}
     ours, theirs = socket.socketpair()
     with seats.two() as (first, second), contextlib.ExitStack() as stack:
         with ours, theirs:
@@ -132,8 +134,12 @@ def _grade(program: Program, seats: _Seats, ended: threading.Event) -> Graded:
             stack.callback(judge.kill)
         assert judge.process.stdout is not None
         with judge.process.stdout:
-            lines, in_time = _lines(judge.process.stdout.fileno(), ended)
-        return _graded(lines, in_time, response, judge)
+            read = _read(judge.process.stdout.fileno(), ended)
+        graded = _graded(read, response, judge)
+        response.kill()
+        judge.kill()
+        complaints = response.complaint(), judge.complaint()
+    return replace(graded, detail=" ".join(complaints)) if graded.note == "did not start" else graded
 
 
 def _running(
@@ -142,50 +148,62 @@ def _running(
     return sandbox.start(sandbox.source_of(module), job, end.fileno(), seat, output, ("code_values",))
 
 
-def _calls_check(test: str) -> bool:
-    """Returns whether tests call `check` themselves, as those of some files do."""
-    return any(line.startswith("check(") for line in test.splitlines())
+def _waits(test: str) -> bool:
+    """Returns whether tests define `check(candidate)` and wait for it to be called. Those of some files call it."""
+    lines = test.splitlines()
+    return any(line.startswith("def check(") for line in lines) and not any(
+        line.startswith("check(") for line in lines
+    )
 
 
 _LONGEST_VERDICT = 2**16
 
 
-def _lines(fd: int, ended: threading.Event) -> tuple[list[bytes], bool]:
-    """Returns what the tests report, and whether they ended in time."""
-    deadline = time.monotonic() + sandbox.WALL_SECONDS
+@dataclass(frozen=True)
+class _Read:
+    """Lines that the tests reported, whether they ended in time, and after how many seconds."""
+
+    lines: list[bytes]
+    in_time: bool
+    seconds: float
+
+
+def _read(fd: int, ended: threading.Event) -> _Read:
+    started = time.monotonic()
     read = b""
     while len(read) < _LONGEST_VERDICT:
-        left = deadline - time.monotonic()
-        if left <= 0 or ended.is_set():
-            return [], False
-        if select.select([fd], [], [], min(left, 0.2))[0]:
+        seconds = time.monotonic() - started
+        if seconds >= sandbox.WALL_SECONDS or ended.is_set():
+            return _Read([], False, seconds)
+        if select.select([fd], [], [], min(sandbox.WALL_SECONDS - seconds, 0.2))[0]:
             part = os.read(fd, 2**14)
             if not part:
                 break
             read += part
-    return read.splitlines(), True
+    return _Read(read.splitlines(), True, time.monotonic() - started)
 
 
-def _graded(lines: list[bytes], in_time: bool, response: sandbox.Running, judge: sandbox.Running) -> Graded:
-    if not in_time:
+def _graded(read: "_Read", response: sandbox.Running, judge: sandbox.Running) -> Graded:
+    if not read.in_time:
         return Graded(False, TIME_OUT)
-    if not lines or lines[0] != b"begun":
+    if not read.lines or read.lines[0] != b"begun":
         return Graded(False, "did not start")
-    if len(lines) < 2:
-        return Graded(False, TIME_OUT if _used_up(judge) else "tests ended early")
-    verdict = json.loads(lines[1])
+    if len(read.lines) < 2:
+        return Graded(False, TIME_OUT if _used_up(judge, read.seconds) else "tests ended early")
+    verdict = json.loads(read.lines[1])
     note = verdict["note"]
-    if note == "ended itself" and _used_up(response):
+    if note == "ended itself" and _used_up(response, read.seconds):
         note = TIME_OUT
     return Graded(verdict["passed"], note, verdict["detail"])
 
 
-def _used_up(running: sandbox.Running) -> bool:
-    """Returns whether a process ended because its CPU time did."""
+def _used_up(running: sandbox.Running, seconds: float) -> bool:
+    """Returns whether a process ended because its CPU time did.
+
+    The second signal of that limit is the one that anybody may send, so it counts if there was time for it.
+    """
     for _ in range(50):
-        if (seconds := running.cpu_seconds()) is not None:
-            return seconds > 0.95 * sandbox.CPU_SECONDS
-        if running.process.returncode is not None:
-            return False
+        if (by := running.ended_by()) is not None:
+            return by == signal.SIGXCPU or (by == signal.SIGKILL and seconds >= sandbox.CPU_SECONDS)
         time.sleep(0.02)
     return False

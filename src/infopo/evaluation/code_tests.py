@@ -7,6 +7,7 @@ its arguments there, and returns the plain value that comes back, so that an obj
 
 import builtins
 import collections
+import io
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from infopo.evaluation.code_values import Channel, ValueRefused, decode, encode
+from infopo.evaluation.code_values import Channel, NotPlainError, decode, encode
 
 job: dict[str, Any]
 
@@ -44,7 +45,7 @@ class _Asked:
             message = self._channel.receive()
         except EOFError:
             raise self.stop("ended itself") from None
-        except ValueRefused as error:
+        except NotPlainError as error:
             raise self.stop("no plain value", str(error)) from None
         if type(message) is not list or not message:
             raise self.stop("no plain value", "a message that is none")
@@ -52,7 +53,11 @@ class _Asked:
 
     def begin(self) -> None:
         """Waits until the response is loaded."""
-        if self.receive() != ["begun"]:
+        try:
+            message = self._channel.receive()
+        except (EOFError, NotPlainError):
+            message = None
+        if message != ["begun"]:
             raise self.stop("did not start")
         match self.receive():
             case ["ready", []]:
@@ -83,7 +88,7 @@ class _Asked:
             sent = [encode(arg, self._other) for arg in args]
             named = {key: encode(value, self._other) for key, value in kwargs.items()}
             self._channel.send(["call", name, sent, named])
-        except ValueRefused as error:
+        except NotPlainError as error:
             raise self.stop("tests pass no plain value", str(error)) from None
         except OSError:
             raise self.stop("ended itself") from None
@@ -107,7 +112,7 @@ class _Asked:
     def _decoded(self, value: Any) -> Any:
         try:
             return decode(value)
-        except ValueRefused as error:
+        except NotPlainError as error:
             raise self.stop("no plain value", str(error)) from None
 
     def _exception(self, kind: str, text: str) -> BaseException:
@@ -123,8 +128,9 @@ class _Asked:
 
     def _other(self, value: Any) -> Any:
         """Encodes what has no plain value on its way to the response: functions, types, objects of the tests."""
-        if getattr(builtins, getattr(value, "__name__", ""), None) is value:
-            return ["builtin", value.__name__]
+        name = getattr(value, "__name__", "")
+        if getattr(builtins, name, None) is value:
+            return ["builtin", name]
         kind = type(value)
         if self._names.get(kind.__name__) is kind and hasattr(value, "__dict__"):
             return ["object", [kind.__name__, encode(value.__dict__, self._other)]]
@@ -140,7 +146,7 @@ class _Asked:
             given = [self._decoded(arg) for arg in args]
             named = {key: self._decoded(value) for key, value in kwargs.items()}
             self._channel.send(["value", encode(self._functions[number](*given, **named))])
-        except ValueRefused as error:
+        except NotPlainError as error:
             raise self.stop("tests pass no plain value", str(error)) from None
         except Exception as error:
             self._channel.send(["raised", type(error).__name__, f"{error!s:.200}"])
@@ -148,14 +154,14 @@ class _Asked:
 
 def _update(arg: Any, now: Any) -> None:
     """Makes an argument what the function has made of its copy."""
-    if type(arg) is list and type(now) is list:
+    if type(arg) is not type(now):
+        return
+    if isinstance(arg, (list, bytearray)):
         arg[:] = now
-    elif type(arg) is bytearray and type(now) is bytearray:
-        arg[:] = now
-    elif type(arg) is collections.deque and type(now) is collections.deque:
+    elif isinstance(arg, collections.deque):
         arg.clear()
         arg.extend(now)
-    elif isinstance(arg, (dict, set)) and type(arg) is type(now):
+    elif isinstance(arg, (dict, set)):
         arg.clear()
         arg.update(now)
 
@@ -168,8 +174,8 @@ def _verdict(asked: _Asked, names: dict[str, Any]) -> dict[str, Any]:
         for name in job["functions"]:
             names[name] = asked.stand_in(name)
         exec(compile(job["test"], "<tests>", "exec"), names)
-        if callable(check := names.get("check")) and not job["calls_check"]:
-            check(names[job["functions"][0]])
+        if job["call_check"]:
+            names["check"](names[job["functions"][0]])
         passed, detail = True, ""
     except BaseException as error:
         passed, detail = False, _where(error)
@@ -181,16 +187,15 @@ def _verdict(asked: _Asked, names: dict[str, Any]) -> dict[str, Any]:
 def _where(error: BaseException) -> str:
     """Returns what failed, with the line of the tests."""
     lines = job["test"].splitlines()
-    numbers = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<tests>"
-    ]
-    line = lines[numbers[-1] - 1].strip() if numbers and 0 < (numbers[-1] or 0) <= len(lines) else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    numbers = [frame.lineno or 0 for frame in frames if frame.filename == "<tests>"]
+    line = lines[numbers[-1] - 1].strip() if numbers and 0 < numbers[-1] <= len(lines) else ""
     return f"{type(error).__name__}: {error!s:.200} in {line:.200}"
 
 
 def _main() -> None:
     report = os.dup(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = io.StringIO()
     os.write(report, b"begun\n")
     names: dict[str, Any] = {"__name__": "tests"}
     verdict = _verdict(_Asked(Channel(job["fd"]), names), names)

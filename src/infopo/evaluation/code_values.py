@@ -30,7 +30,7 @@ MOST = 200_000
 """Largest number of parts of a value."""
 
 
-class ValueRefused(Exception):
+class NotPlainError(Exception):
     """A value cannot cross: its type is not plain, or it is too large or too deep."""
 
 
@@ -84,8 +84,9 @@ _TEXTS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     range: ("range", lambda value: [hex(value.start), hex(value.stop), hex(value.step)]),
     decimal.Decimal: ("decimal", str),
     fractions.Fraction: ("fraction", lambda value: [hex(value.numerator), hex(value.denominator)]),
-    datetime.date: ("date", datetime.date.isoformat), datetime.time: ("time", datetime.time.isoformat),
-    datetime.datetime: ("datetime", datetime.datetime.isoformat),
+    datetime.date: ("date", datetime.date.isoformat),
+    datetime.time: ("time", lambda value: [value.isoformat(), value.fold]),
+    datetime.datetime: ("datetime", lambda value: [value.isoformat(), value.fold]),
     datetime.timedelta: ("timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
     re.Match: ("match", lambda value: [list(value.span()), [value.group(0), *value.groups()]]),
 }  # fmt: skip
@@ -99,26 +100,27 @@ def encode(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
         other: Called with what has no plain value. It returns `[tag, content]`, or None to refuse it.
 
     Raises:
-        ValueRefused: It has no plain value.
+        NotPlainError: It has no plain value.
     """
     left = [MOST]
     try:
         return _encode(value, DEEPEST, left, other)
     except RecursionError:
-        raise ValueRefused(f"a value deeper than {DEEPEST}") from None
+        raise NotPlainError(f"a value deeper than {DEEPEST}") from None
 
 
 def _encode(value: Any, depth: int, left: list[int], other: Callable[[Any], Any] | None) -> Any:
     kind = type(value)
     left[0] -= 1
     if left[0] < 0:
-        raise ValueRefused(f"a value of more than {MOST} parts")
+        raise NotPlainError(f"a value of more than {MOST} parts")
     if depth < 0:
-        raise ValueRefused(f"a value deeper than {DEEPEST}")
+        raise NotPlainError(f"a value deeper than {DEEPEST}")
     if value is None or value is True or value is False:
         return value
     if kind is str:
-        left[0] -= len(value) // 16
+        if len(value) > LARGEST:
+            raise NotPlainError(f"a text of more than {LARGEST >> 20} MiB")
         return value
     if kind in _TEXTS:
         tag, write = _TEXTS[kind]
@@ -131,7 +133,7 @@ def _encode(value: Any, depth: int, left: list[int], other: Callable[[Any], Any]
         return [_MAPPINGS[kind], [[_encode(part, depth - 1, left, other) for part in pair] for pair in pairs]]
     found = other(value) if other is not None else None
     if found is None:
-        raise ValueRefused(f"an object of type {type.__dict__['__name__'].__get__(kind)}")
+        raise NotPlainError(f"an object of type {type.__dict__['__name__'].__get__(kind)}")
     return found
 
 
@@ -143,7 +145,7 @@ def decode(data: Any, other: Callable[[str, Any], Any] | None = None) -> Any:
         other: Called with tag and content of what has no plain value.
 
     Raises:
-        ValueRefused: It is not the form of a value.
+        NotPlainError: It is not the form of a value.
 
     Example:
         >>> decode(encode({"a": [1, (2.5, {3})]}))
@@ -151,15 +153,15 @@ def decode(data: Any, other: Callable[[str, Any], Any] | None = None) -> Any:
     """
     try:
         return _decode(data, DEEPEST, other)
-    except ValueRefused:
+    except NotPlainError:
         raise
     except Exception as error:
-        raise ValueRefused(f"a message that is none: {type(error).__name__}") from None
+        raise NotPlainError(f"a message that is none: {type(error).__name__}") from None
 
 
 def _decode(data: Any, depth: int, other: Callable[[str, Any], Any] | None) -> Any:
     if depth < 0:
-        raise ValueRefused(f"a value deeper than {DEEPEST}")
+        raise NotPlainError(f"a value deeper than {DEEPEST}")
     if data is None or data is True or data is False or type(data) is str:
         return data
     tag, content = data
@@ -171,7 +173,7 @@ def _decode(data: Any, depth: int, other: Callable[[str, Any], Any] | None) -> A
         pairs = [(_decode(key, depth - 1, other), _decode(value, depth - 1, other)) for key, value in content]
         return _PAIRS[tag](pairs)
     if other is None:
-        raise ValueRefused("a value of no known type")
+        raise NotPlainError("a value of no known type")
     return other(tag, content)
 
 
@@ -181,6 +183,21 @@ def _integer(text: str) -> int:
 
 def _values(parts: list[Any]) -> Any:
     return dict(enumerate(parts)).values()
+
+
+def _set(parts: list[Any]) -> Any:
+    """Returns a set whose parts come in the order in which they came from the other one, if there is a way to it.
+
+    The order depends on how a set was made: a literal is filled from a constant, and has another size then.
+    """
+    plain = set(parts)
+    if list(plain) == parts:
+        return plain
+    filled: set[Any] = set()
+    filled |= frozenset(parts)
+    backwards: set[Any] = set()
+    backwards.update(reversed(parts))
+    return next((made for made in (filled, backwards) if list(made) == parts), plain)
 
 
 def _counter(pairs: Iterable[tuple[Any, Any]]) -> Any:
@@ -197,15 +214,16 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
     "decimal": lambda text: decimal.Decimal(_text(text)),
     "fraction": lambda parts: fractions.Fraction(*map(_integer, parts)),
     "date": datetime.date.fromisoformat,
-    "time": datetime.time.fromisoformat,
-    "datetime": datetime.datetime.fromisoformat,
+    "time": lambda parts: datetime.time.fromisoformat(parts[0]).replace(fold=parts[1]),
+    "datetime": lambda parts: datetime.datetime.fromisoformat(parts[0]).replace(fold=parts[1]),
     "timedelta": lambda parts: datetime.timedelta(*parts),
     "match": lambda parts: Matched(
-        (int(parts[0][0]), int(parts[0][1])), tuple(None if text is None else _text(text) for text in parts[1])
+        (int(parts[0][0]), int(parts[0][1])),
+        tuple(None if text is None else _text(text) for text in parts[1]),
     ),
 }
 _GROUPS: dict[str, Callable[[list[Any]], Any]] = {
-    "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque, "iterator": iter,
+    "list": list, "tuple": tuple, "set": _set, "frozenset": frozenset, "deque": collections.deque, "iterator": iter,
     "keys": lambda parts: dict.fromkeys(parts).keys(), "values": _values,
 }  # fmt: skip
 _PAIRS: dict[str, Callable[[list[tuple[Any, Any]]], Any]] = {
@@ -215,7 +233,7 @@ _PAIRS: dict[str, Callable[[list[tuple[Any, Any]]], Any]] = {
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueRefused("a value that is no text")
+        raise NotPlainError("a value that is no text")
     return value
 
 
@@ -229,7 +247,7 @@ class Channel:
         """Sends a message. If it is too large, nothing is sent.
 
         Raises:
-            ValueRefused: It is larger than `LARGEST`.
+            NotPlainError: It is larger than `LARGEST`.
             OSError: The other side is gone.
         """
         data = memoryview(pack(message))
@@ -241,7 +259,7 @@ class Channel:
 
         Raises:
             EOFError: The other side is gone.
-            ValueRefused: What comes is no message.
+            NotPlainError: What comes is no message.
         """
         try:
             return unpack(self._read)
@@ -260,11 +278,11 @@ def pack(message: Any) -> bytes:
     """Returns a message as bytes behind their number.
 
     Raises:
-        ValueRefused: It is larger than `LARGEST`.
+        NotPlainError: It is larger than `LARGEST`.
     """
     body = json.dumps(message).encode()
     if len(body) > LARGEST:
-        raise ValueRefused(f"a value of more than {LARGEST >> 20} MiB")
+        raise NotPlainError(f"a value of more than {LARGEST >> 20} MiB")
     return len(body).to_bytes(8, "big") + body
 
 
@@ -273,18 +291,18 @@ def unpack(read: Callable[[int], bytes]) -> Any:
 
     Raises:
         EOFError: The other side is gone.
-        ValueRefused: What comes is no message.
+        NotPlainError: What comes is no message.
     """
     head = read(8)
     if len(head) < 8:
         raise EOFError
     size = int.from_bytes(head, "big")
     if size > LARGEST:
-        raise ValueRefused(f"a value of more than {LARGEST >> 20} MiB")
+        raise NotPlainError(f"a value of more than {LARGEST >> 20} MiB")
     body = read(size)
     if len(body) < size:
         raise EOFError
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        raise ValueRefused("a message that is none") from None
+        raise NotPlainError("a message that is none") from None

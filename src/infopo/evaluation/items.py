@@ -68,6 +68,7 @@ class Task:
         examples: Worked examples as (prompt, response), for few-shot prompts. Empty if there are none.
         stop: Texts at which a response to a plain prompt ends, because a base model would go on with the next problem.
         plain: How a problem reads as plain text, for models without a chat template. `{prompt}` is what is asked.
+        chat: How a problem reads as a message of the user, if its prompt is plain text.
         executes_code: Whether grading runs what the model wrote, which the user has to allow.
     """
 
@@ -78,6 +79,7 @@ class Task:
     examples: Sequence[tuple[str, str]] = ()
     stop: Sequence[str] = ()
     plain: str = "Question: {prompt}\nAnswer:"
+    chat: str = "{prompt}"
     executes_code: bool = False
 
     @property

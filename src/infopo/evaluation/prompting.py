@@ -106,18 +106,24 @@ class Prompts:
         return found
 
     def _chat(self, item: Item) -> list[Message]:
-        turns = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
+        turns = [self._asked(item.prompt)] if isinstance(item.prompt, str) else item.prompt
         shown: list[Message] = []
         for question, answer in self._examples:
-            shown += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            shown += [self._asked(question), {"role": "assistant", "content": answer}]
         # A system prompt stays in front.
         systems = 1 if turns and turns[0].get("role") == "system" else 0
         return [*turns[:systems], *shown, *turns[systems:]]
 
+    def _asked(self, question: str) -> Message:
+        return {"role": "user", "content": self._task.chat.replace("{prompt}", question)}
+
     def _plain(self, item: Item) -> str:
         asked = item.prompt if isinstance(item.prompt, str) else _contents(item.prompt, item.id)
         form = self._task.plain
-        worked = [f"{form.replace('{prompt}', question)} {answer}" for question, answer in self._examples]
+        between = "" if form.endswith("\n") else " "
+        worked = [
+            f"{form.replace('{prompt}', question)}{between}{answer}" for question, answer in self._examples
+        ]
         return "\n\n".join([*worked, form.replace("{prompt}", asked)])
 
 

@@ -95,41 +95,45 @@ class Running:
 
     Attributes:
         process: The process, or what holds it.
-        uid: The user that it alone runs as, or None.
+        swept: The user that it alone has, if nothing but a sweep finds all its processes. Else None.
     """
 
     process: subprocess.Popen[bytes]
-    uid: int | None
+    swept: int | None
 
-    def cpu_seconds(self) -> float | None:
-        """Returns the CPU time that it took, or None if it has not ended by itself."""
-        if self.process.returncode is not None:
-            return None
-        try:
-            ended, status, usage = os.wait4(self.process.pid, os.WNOHANG)
-        except ChildProcessError:
-            return None
-        if ended == 0:
-            return None
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        return usage.ru_utime + usage.ru_stime
+    def ended_by(self) -> int | None:
+        """Returns the signal that ended it, 0 if none did, or None if it still runs."""
+        code = self.process.poll()
+        # Bubblewrap passes the signal on as a shell does.
+        return None if code is None else -code if code < 0 else max(0, code - 128)
+
+    def complaint(self) -> str:
+        """Returns the last line that it wrote to standard error, once it is killed."""
+        assert self.process.stderr is not None
+        if self.process.stderr.closed:
+            return ""
+        with self.process.stderr as pipe:
+            lines = pipe.read(2**16).decode(errors="replace").splitlines()
+        return lines[-1].strip() if lines else ""
 
     def kill(self) -> None:
         """Ends it with everything that it has started."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-        if self.uid is not None and not self.process.args[0].endswith("bwrap"):  # type: ignore[index, union-attr]
+        if (uid := self.swept) is not None:
             # What has left the group still has the user, which nothing else has.
-            program = f"import os; os.setresuid({self.uid}, {self.uid}, {self.uid}); os.kill(-1, 9)"
-            subprocess.run([_interpreter(), "-I", "-S", "-c", program], check=False, stderr=subprocess.DEVNULL)
+            program = f"import os; os.setresuid({uid}, {uid}, {uid}); os.kill(-1, 9)"
+            subprocess.run(
+                [_interpreter(), "-I", "-S", "-c", program], check=False, stderr=subprocess.DEVNULL
+            )
         self.process.wait()
 
 
 _allowed: Isolation | None = None
 
 
-def allow(least: Level = "uid") -> Isolation:
+def allow(least: str = "uid") -> Isolation:
     """Lets this process run what models write, at the strongest level that there is.
 
     Args:
@@ -142,7 +146,9 @@ def allow(least: Level = "uid") -> Isolation:
     if least not in LEVELS:
         raise ConfigError(f"isolation: expected one of {', '.join(LEVELS)}, got {least!r}")
     if os.name != "posix":
-        raise ConfigError("isolation: model-written code runs on Linux and macOS only; use a container or WSL")
+        raise ConfigError(
+            "isolation: model-written code runs on Linux and macOS only; use a container or WSL"
+        )
     found = _strongest(least == "none")
     if LEVELS.index(found.level) > LEVELS.index(least):
         tried = "; ".join(found.refused) or "nothing was possible"
@@ -171,7 +177,7 @@ def allowed() -> Isolation:
 
 @functools.cache
 def _strongest(with_none: bool) -> Isolation:
-    refused = []
+    refused: list[str] = []
     for way in _ways():
         if way.level == "none" and not with_none:
             # It is not even probed, since the probe runs without walls.
@@ -197,7 +203,15 @@ def _ways() -> list[_Way]:
         if root:
             # The kernel does not count the processes of user 0, whatever a user namespace calls it. So the sandbox
             # has none, and becomes another user in earnest.
-            command = (*_walls(bwrap), "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
+            command = (
+                *_walls(bwrap),
+                "--cap-drop",
+                "ALL",
+                "--cap-add",
+                "CAP_SETUID",
+                "--cap-add",
+                "CAP_SETGID",
+            )
             ways.append(_Way("namespaces", "bubblewrap and a user of its own", command, own_user=True))
         command = (*_walls(bwrap), "--cap-drop", "ALL", "--unshare-user", "--uid", "65534", "--gid", "65534")
         ways.append(_Way("namespaces", "bubblewrap in a user namespace", command))
@@ -221,12 +235,19 @@ def _bwrap() -> str | None:
 
 def _walls(bwrap: str) -> tuple[str, ...]:
     """Returns the command that starts a program with the interpreter and the system's libraries, and nothing else."""
-    words = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    words = [
+        bwrap,
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+    ]
     words += ["--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store"):
         path = Path(name)
         if path.is_symlink():
-            words += ["--symlink", os.readlink(path), name]
+            words += ["--symlink", str(path.readlink()), name]
         elif path.is_dir():
             words += ["--ro-bind", name, name]
     base = os.path.realpath(sys.base_prefix)
@@ -237,7 +258,18 @@ def _walls(bwrap: str) -> tuple[str, ...]:
             words += ["--perms", "0755", "--dir", str(parent)]
         words += ["--ro-bind", base, base]
     words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    words += ["--size", str(_FILE), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    words += [
+        "--size",
+        str(_FILE),
+        "--perms",
+        "1777",
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/tmp",
+    ]
     return tuple(words)
 
 
@@ -246,6 +278,7 @@ def _interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
+@functools.cache
 def source_of(module: str) -> str:
     """Returns the text of a module of this package, which runs in a sandbox without the package."""
     return Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
@@ -295,7 +328,8 @@ def _start(
         [*way.command, _interpreter(), "-s", "-S", "-P", "-B", "-c", source_of("sandbox_boot")],
         stdin=subprocess.PIPE,
         stdout=output,
-        stderr=subprocess.PIPE if output == subprocess.PIPE else subprocess.DEVNULL,
+        # A program that is not ours lets go of it, so this says why none has begun.
+        stderr=subprocess.PIPE,
         pass_fds=(fd,),
         start_new_session=True,
         cwd=tempfile.gettempdir(),
@@ -307,7 +341,7 @@ def _start(
         process.stdin.write(json.dumps(everything).encode())
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    return Running(process, uid)
+    return Running(process, uid if way.chroot else None)
 
 
 def _limits() -> dict[str, list[int]]:
@@ -346,7 +380,7 @@ def _free_users() -> tuple[int, ...]:
 def _probed(way: _Way) -> tuple[dict[str, bool], str | None]:
     """Returns what a program in such a sandbox found contained, or why there is none."""
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
-        os.chmod(folder, 0o777)
+        Path(folder).chmod(0o777)
         readable = Path(folder) / "readable"
         readable.write_text("readable", encoding="utf-8")
         job = {
@@ -374,17 +408,9 @@ def _answer(running: Running, reading: int) -> tuple[dict[str, bool], str | None
     try:
         with open(reading, "rb") as pipe:
             line = pipe.readline()
-        errors = b"" if line else _last(running.process)
     finally:
         timer.cancel()
         running.kill()
     if not line:
-        return {}, errors.decode(errors="replace").strip() or "it ends before it answers"
+        return {}, running.complaint() or "it ends before it answers"
     return json.loads(line)["contained"], None
-
-
-def _last(process: subprocess.Popen[bytes]) -> bytes:
-    assert process.stderr is not None
-    lines = process.stderr.read().splitlines()
-    return lines[-1] if lines else b""
-

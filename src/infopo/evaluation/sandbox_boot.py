@@ -3,6 +3,7 @@
 It is passed to the interpreter as text and imports nothing of this package. The job arrives on standard input as JSON.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -50,11 +51,8 @@ def _limit(limits: dict[str, list[int]]) -> None:
 def _change_root(prefix: str) -> None:
     """Leaves nothing of the file system but the interpreter's own folder."""
     # These load libraries from elsewhere.
-    import ctypes
-    import hashlib
-    import zlib
-
-    assert ctypes and hashlib and zlib
+    for name in ("ctypes", "hashlib", "zlib"):
+        importlib.import_module(name)
     os.chroot(prefix)
     os.chdir("/")
     paths = [sys.path, *(module.__path__ for module in sys.modules.values() if hasattr(module, "__path__"))]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from infopo.errors import ConfigError
+from infopo.evaluation.code_tasks import humaneval_task, mbpp_task
 from infopo.evaluation.items import Task
 from infopo.evaluation.lab_task import lab_task
 from infopo.evaluation.reasoning import gsm8k_task, math_task, svamp_task
@@ -12,6 +13,8 @@ TASKS: Mapping[str, Callable[[], Task]] = {
     "gsm8k": gsm8k_task,
     "svamp": svamp_task,
     "math": math_task,
+    "humaneval": humaneval_task,
+    "mbpp": mbpp_task,
 }
 """Name -> a function that makes the task. It loads no data."""
 
