@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from infopo import __version__, cli_compare
+from infopo import __version__, cli_compare, cli_pairs
 from infopo.errors import InfoPOError
 from infopo.losses.catalog import OBJECTIVES
 from infopo.output import say, shown
@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     cli_compare.add_compare(commands)
     cli_compare.add_winrate(commands)
+    cli_pairs.add_pairs(commands)
 
     objectives = commands.add_parser(
         "objectives", help="list the losses; with a name, show its formula, parameters, needs and source"
@@ -327,12 +328,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     tasks, data = cli_compare.tasks_and_data(arguments)
-    shard = None
-    if arguments.shard is not None:
-        number, _, count = arguments.shard.partition("/")
-        if not (number.isdecimal() and count.isdecimal()):
-            arguments.parser.error(f"--shard: expected I/N such as 1/4, got {arguments.shard!r}")
-        shard = (int(number), int(count))
+    shard = cli_pairs.shard_in(arguments.shard, arguments.parser)
     from infopo.evaluation.server import ServerSettings
     from infopo.evaluation.settings import Settings
     from infopo.workflows.evaluate import evaluate

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -138,6 +139,32 @@ def load_for_use(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTr
         model = _load_merged(name_or_path, dtype, kwargs)
     else:
         model = load_policy(name_or_path, dtype=dtype, **kwargs)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return model.to(device or "cpu").eval()
+
+
+def load_reward(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
+    """Loads a sequence-classification model with one output, a reward, for use.
+
+    Raises:
+        ModelError: It cannot be loaded, lacks weights, or has more outputs than one.
+    """
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            resolve_name(name_or_path),
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _cannot_load(f"reward model {name_or_path!r}", name_or_path, error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"reward model {name_or_path!r}: {len(missing)} weights are not in its files and would be random, e.g. "
+            f"{missing[0]!r}; expected a sequence-classification model"
+        )
+    if model.config.num_labels != 1:
+        raise ModelError(f"reward model {name_or_path!r}: expected one output, got {model.config.num_labels}")
     device = torch.accelerator.current_accelerator(check_available=True)
     return model.to(device or "cpu").eval()
 

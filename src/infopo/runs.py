@@ -101,7 +101,7 @@ class RunWriter:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._metrics = JsonLines(self.directory / METRICS)
-        with _os_errors_named(self.directory):
+        with os_errors_named(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
     def write_recipe(self, text: str, done: int = 0) -> None:
@@ -202,7 +202,7 @@ class JsonLines:
             RunDirectoryError: The file cannot be written to.
         """
         lines = "".join(f"{to_json(record)}\n" for record in records).encode()
-        with _os_errors_named(self.path):
+        with os_errors_named(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._last_line_is_whole:
                 _cut_partial_line(self.path)
@@ -294,7 +294,7 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
     """
     if not path.exists():
         return [], False
-    with _os_errors_named(path):
+    with os_errors_named(path):
         content = path.read_bytes()
     lines = content.split(b"\n")[:-1]
     # Whole files without a damaged line or a NaN are parsed at once, in two thirds of the time.
@@ -313,7 +313,7 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
 
 def _metric_lines(path: Path) -> list[tuple[str, Record | None]]:
     """Returns the lines of metrics with their records. The record of a last line that was cut off is None."""
-    with _os_errors_named(path):
+    with os_errors_named(path):
         lines = path.read_bytes().split(b"\n")
     is_whole = lines[-1] == b""
     if is_whole:
@@ -394,12 +394,12 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         RunDirectoryError: The file cannot be written. A file that was there before is unchanged.
     """
     path = Path(path)
-    with _os_errors_named(path):
+    with os_errors_named(path):
         durable.write(path, [text.encode("utf-8", errors="backslashreplace")])
 
 
 @contextlib.contextmanager
-def _os_errors_named(path: Path) -> Iterator[None]:
+def os_errors_named(path: Path) -> Iterator[None]:
     """Turns errors of the system into an error that names the file."""
     try:
         yield

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from infopo.errors import ConfigError, DataError
+from infopo.evaluation.items import Item
 from infopo.records import Text
 from infopo.runs import JsonLines
 
@@ -177,6 +178,27 @@ def read_samples(path: Path) -> Iterator[Sample]:
         raise DataError(f"there is no file {path}", str(path), "no such file")
     for _, record in _records(path):
         yield to_sample(record)
+
+
+def samples_by_item(path: Path, items: Sequence[Item]) -> Iterator[tuple[Item, list[Sample]]]:
+    """Yields each item with its samples in a file, in the order of the items. Only places of lines are in memory.
+
+    Raises:
+        DataError: The file cannot be read, or a line of it is no sample.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {path}", str(path), "no such file")
+    places: dict[str, list[tuple[int, int]]] = {item.id: [] for item in items}
+    for place, record in _records(path):
+        if record["item"] in places:
+            places[record["item"]].append((record["sample"], place))
+    with path.open("rb") as file:
+        for item in items:
+            found = []
+            for _, place in sorted(places[item.id]):
+                file.seek(place)
+                found.append(to_sample(json.loads(file.readline())))
+            yield item, found
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -17,8 +17,8 @@ def task_rows(task: str, data: str | None, hub: tuple[str, str | None, str]) -> 
     Args:
         task: Name of the task, for errors.
         data: A file (JSON, JSON lines, CSV, Parquet or Arrow, also compressed), a glob or folder of them, a folder
-            written by `Dataset.save_to_disk`, or a name on the hub, whose split `test` is read. None: the task's own
-            data.
+            written by `Dataset.save_to_disk`, or a name on the hub, whose split `hub[2]` is read. None: the task's
+            own data.
         hub: The task's own data: name on the hub, configuration or None, and split.
 
     Raises:
@@ -28,7 +28,7 @@ def task_rows(task: str, data: str | None, hub: tuple[str, str | None, str]) -> 
         name, rows = hub[0], _own_data(task, *hub)
         yield from ((f"{name}:{number}", check_object(row, name)) for number, row in enumerate(rows, 1))
         return
-    found = located(data, data, "test")
+    found = located(data, data, hub[2])
     if isinstance(found, Files):
         for path, name in found.files:
             for number, row in file_rows(path, name):

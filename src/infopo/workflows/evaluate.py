@@ -69,7 +69,7 @@ def evaluate(
 def _of_model(
     model: str | None, loaded: Sequence[Loaded], standard: Standard, settings: Settings, folder: Path
 ) -> Path:
-    subject = _subject(model, settings)
+    subject = subject_of(model, settings)
     prompts = [
         Prompts(subject.tokenizer, each.task, settings.prompting, settings.num_fewshot) for each in loaded
     ]
@@ -103,7 +103,13 @@ def _of_model(
     return _write(folder, about, settings, found, all_responses, harness.groups)
 
 
-def _subject(model: str | None, settings: Settings) -> Subject:
+def subject_of(model: str | None, settings: Settings) -> Subject:
+    """Returns the model that is asked, loaded or served.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        ServerError: The server cannot be reached.
+    """
     if settings.server is not None:
         return ServedSubject(settings.server)
     assert model is not None
