@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from infopo.lab.evaluation import accuracy
 from infopo.report import figures
 from infopo.report.document import read_report
 from infopo.report.figures import draw_demo
@@ -118,9 +120,9 @@ def test_kl_of_the_reference_from_itself_is_exactly_zero(small: Setting):
     assert (log_ratios == 0).all()
 
 
-def test_changes_of_the_reference_from_itself_are_zero(small: Setting):
+def test_changes_of_the_reference_from_itself_are_zero(small: Setting, tmp_path: Path):
     world = workflow._world(small)
-    result = workflow._measure(world, world.reference, 1e-5, 1.0, 0.0, "run", 0)
+    result = workflow._measure(world, world.reference, 1e-5, 1.0, 0.0, str(tmp_path / "run"), 0)
     assert (result.chosen_logp_change, result.rejected_logp_change, result.kl_from_reference) == (0, 0, 0)
     assert result.n == 16
 
@@ -166,14 +168,40 @@ def test_a_run_is_made_once_and_made_again_where_it_was_cut_short(
     assert again() == asdict(first)
     (run_dir / "recipe.yaml").write_text("another: recipe\n")
     assert again() == asdict(first)
+    shutil.rmtree(run_dir / "evaluation")  # of a version that kept no marks
+    assert again() == asdict(first)
     for path in run_dir.iterdir():  # killed before it wrote anything
-        path.unlink()
+        path.unlink() if path.is_file() else shutil.rmtree(path)
     assert again() == asdict(first)
     (run_dir / "eval.json").write_text('{"accuracy": 1}')  # of another version
     assert again() == asdict(first)
-    assert len(calls) == 5
+    assert len(calls) == 6
     steps = [record["step"] for record in read_run(run_dir).metrics]
     assert steps == sorted(steps)
+
+
+def test_runs_are_compared_with_the_start_problem_by_problem(small: Setting, tmp_path: Path):
+    """The start against itself differs nowhere. A policy that is worse loses what it gets wrong, and nothing else."""
+    world = workflow._world(small)
+    policy = workflow.load_policy(workflow.LAB_POLICY)
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(-1)
+    folders = [tmp_path / name for name in ("start", "same", "worse")]
+    scores = [
+        workflow.solve(model, world.tokenizer, world.problems, folder, folder.name)
+        for model, folder in zip((world.reference, world.reference, policy), folders)
+    ]
+    assert scores[0] == workflow.AccuracyResult(
+        **vars(accuracy(world.reference, world.tokenizer, world.problems))
+    )
+    same, worse = workflow.against_start(folders[0], folders[1:])
+    assert (same["difference"], same["wins"], same["losses"], same["p_holm"]) == (0, 0, 0, 1)
+    assert (worse["wins"], worse["losses"]) == (0, scores[0].correct)
+    assert worse["difference"] == -scores[0].accuracy
+    assert worse["ci95"][0] <= worse["difference"] <= worse["ci95"][1]
+    lines = workflow.comparison_lines([same, worse], ["same", "worse"])
+    assert lines[-1].startswith(f"| worse | {-scores[0].accuracy:+.3f} [")
+    assert lines[-1].endswith(f"| 0 / {scores[0].correct} | {worse['smallest']:.3f} |")
 
 
 # --- the whole of it ---
@@ -247,6 +275,12 @@ def test_the_demo_survives_a_kill_and_keeps_what_it_has(tmp_path: Path):
     assert f"open {page.resolve()} in a browser" in printed
     for line in table(summary):
         assert line in printed
+    assert len(summary["against_start"]) == 15
+    for row, result in zip(
+        summary["against_start"], (r for each in summary["methods"].values() for r in each)
+    ):
+        assert row["difference"] == pytest.approx(result["accuracy"] - summary["start"]["accuracy"])
+        assert f"| {row['wins']} / {row['losses']} |" in printed
 
     process = start_demo(output)
     assert process.wait() == 0, log_of(output).read_text(encoding="utf-8")

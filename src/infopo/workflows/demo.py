@@ -25,10 +25,11 @@ from infopo.build import build_examples, build_trainer_on
 from infopo.config import Recipe, to_yaml
 from infopo.data.examples import ExampleDataset
 from infopo.errors import TrainingError
+from infopo.evaluation.results import FOLDER, ITEMS
 from infopo.generate import sample
 from infopo.intervals import Z_95
 from infopo.lab import Problem, make_problems
-from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, accuracy, as_prompt, one_thread
+from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, as_prompt, one_thread
 from infopo.lab.preferences import make_pairs
 from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
@@ -47,6 +48,7 @@ from infopo.runs import (
 )
 from infopo.settings import DataSettings, ModelSettings, ObjectiveSettings, ReferenceSettings
 from infopo.workers import WorkerPool
+from infopo.workflows.demo_comparison import against_start, comparison_lines, solve
 from infopo.workflows.report import report
 from infopo.workflows.train import write_recipe
 
@@ -127,6 +129,10 @@ class Setting:
     def pairs_path(self, part: str) -> Path:
         return self.directory / f"pairs_{self.labels}_seed{self.seed}_{part}.jsonl"
 
+    @property
+    def start_dir(self) -> Path:
+        return self.directory / f"start_{self.labels}_seed{self.seed}"
+
     def run_dir(self, method: str, learning_rate: float) -> Path:
         return self.directory / "runs" / f"{self.labels}_seed{self.seed}" / f"{method}_lr{learning_rate:g}"
 
@@ -152,14 +158,17 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
         say(_sample_pairs(setting))
         say(f"solving {EVALUATION_PROBLEMS} problems with the SFT policy ...")
         world = _world(setting)
-        start = accuracy(world.reference, world.tokenizer, world.problems)
+        start = solve(world.reference, world.tokenizer, world.problems, setting.start_dir, LAB_POLICY)
     say(f"SFT policy (start): accuracy {start}")
     methods = {name: [asdict(r) for r in results] for name, results in _run_all(setting).items()}
+    runs = [(m, rate) for m in METHODS for rate in LEARNING_RATES]
+    compared = against_start(setting.start_dir, [setting.run_dir(*run) for run in runs])
     summary = {
         "schema_version": 1,
         "labels": labels,
         "start": {"accuracy": start.accuracy, "accuracy_ci95": start.ci95, "n": start.n},
         "methods": methods,
+        "against_start": compared,
         "settings": {
             "train_pairs": TRAIN_PAIRS,
             "held_out_pairs": HELD_OUT_PAIRS,
@@ -172,11 +181,12 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
     }
     write_json_atomic(setting.directory / "summary.json", summary)
     pictures = draw_demo(summary, setting.directory)
-    say(*table(summary))
+    names = [f"{title(method)}, lr {rate:.1e}" for method, rate in runs]
+    say(*table(summary), "", *comparison_lines(compared, names))
     written = [setting.directory / "summary.json", *pictures]
     say(f"\n{summary['seconds']:.0f} s; written: {', '.join(str(path) for path in written)}")
     page = setting.directory / "report.html"
-    report([setting.run_dir(method, rate) for method in METHODS for rate in LEARNING_RATES], page)
+    report([setting.run_dir(*run) for run in runs], page)
     say(
         f"open {page.resolve()} in a browser: what each run did to chosen and rejected responses, on the same axes"
     )
@@ -335,7 +345,8 @@ def _finished(run_dir: Path, recipe: Recipe) -> Result | None:
     """Returns the result of an earlier run with the same recipe, or None if there is none that was finished."""
     try:
         run = read_run(run_dir)
-        if run.recipe != to_yaml(recipe) or run.evaluation is None:
+        has_marks = (run_dir / FOLDER / ITEMS).is_file()
+        if run.recipe != to_yaml(recipe) or run.evaluation is None or not has_marks:
             return None
         return Result(**{**run.evaluation, "accuracy_ci95": tuple(run.evaluation["accuracy_ci95"])})
     except (RunDirectoryError, KeyError, TypeError):
@@ -351,7 +362,7 @@ def _measure(
     run: str,
     seed: int,
 ) -> Result:
-    score: AccuracyResult = accuracy(policy, world.tokenizer, world.problems)
+    score: AccuracyResult = solve(policy, world.tokenizer, world.problems, Path(run), run)
     log_ratio = _logps(world.held_out, policy) - world.held_out_logps
     chosen = world.held_out.roles == Role.CHOSEN
     kl = _log_ratios_of_samples(world, policy, seed)
