@@ -113,11 +113,41 @@ def test_samples_of_an_item_are_one_observation(tmp_path, capsys):
 
 
 def test_other_questions_of_the_same_name_are_refused(tmp_path):
-    a, b = write(tmp_path / "a", RIGHT_A), write(tmp_path / "b", RIGHT_B, prompt="Another question {}")
+    a = write(tmp_path / "a", RIGHT_A)
+    b = write(tmp_path / "b", RIGHT_B, prompt="Another question {}", data={"sha256": "e" * 64})
     with pytest.raises(
         DataError, match=r"10 items of sums ask something else than in .*evaluate both on the same data"
     ):
         compare([a, b])
+
+
+def test_the_same_data_in_other_words_is_named(tmp_path, capsys):
+    """Worked examples and chat templates change what is asked of the same item."""
+    a, b = (
+        write(tmp_path / "a", RIGHT_A),
+        write(tmp_path / "b", RIGHT_B, prompt="1+1=2. question {}", num_fewshot=1),
+    )
+    (row,) = compare([a, b])
+    assert row.found.n == 10
+    assert "sums: 10 items are put in other words" in capsys.readouterr().out
+
+
+def test_figures_without_marks_are_left_out_and_named(tmp_path, capsys):
+    """A perplexity of lm-evaluation-harness has no marks by item."""
+    folders = [write(tmp_path / name, right) for name, right in (("a", RIGHT_A), ("b", RIGHT_B))]
+    for folder in folders:
+        path = tmp_path / folder / "eval.json"
+        record = json.loads(path.read_text())
+        record["tasks"]["wikitext"] = {"headline": "ppl", "rules": {"ppl": {"value": 9.0}}}
+        record["tasks"]["nothing"] = {"headline": None, "rules": {}}
+        path.write_text(json.dumps(record))
+    assert [row.task for row in compare(folders)] == ["sums"]
+    assert (
+        "left out without marks by item: wikitext (rules: ppl); nothing (rules: none)"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(ConfigError, match="has no task 'wikitext'; it has sums"):
+        compare(folders, ["wikitext"])
 
 
 def test_settings_that_differ_are_named(tmp_path, capsys):
@@ -138,7 +168,7 @@ def test_rules(tmp_path):
         compare([a, b])
     (row,) = compare([a, b], rule="loose")
     assert row.found.mean_a == row.found.mean_b == 1.0
-    with pytest.raises(ConfigError, match=r"--rule: .* has no rule 'strict' of sums; it has exact, loose"):
+    with pytest.raises(ConfigError, match=r"no task has marks by rule 'strict': sums .rules: exact, loose"):
         compare([a, b], rule="strict")
 
 

@@ -133,17 +133,24 @@ def _last_marks(records: Sequence[Mapping[str, Any]]) -> Scored:
 
 
 def _of_evaluation(source: str, evaluation: Evaluation, rule: str | None) -> Contender:
-    tasks = {}
+    tasks, left_out = {}, []
     for name, record in evaluation.record["tasks"].items():
         rules = list(record["rules"])
         chosen = rule or record["headline"]
-        if chosen not in rules:
-            raise ConfigError(f"--rule: {source} has no rule {chosen!r} of {name}; it has {', '.join(rules)}")
+        # Figures of a whole task, such as a perplexity, have no marks by item.
+        if not chosen or not evaluation.scores(name, chosen):
+            left_out.append(f"{name} (rules: {', '.join(rules) or 'none'})")
+            continue
         prompts = {each.item: each.prompt for each in evaluation.responses if each.task == name}
         about = {key: record[key] for key in ABOUT if key in record}
         about["data"] = (record.get("data") or {}).get("sha256")
         tasks[name] = Scored(chosen, evaluation.scores(name, chosen), prompts, about, rules)
-    return Contender(source, tasks)
+    what = f"marks by rule {rule!r}" if rule else "marks by item"
+    if not tasks:
+        raise ConfigError(f"{source}: no task has {what}: {'; '.join(left_out) or 'there are no tasks'}")
+    return Contender(
+        source, tasks, f"{source}: left out without {what}: {'; '.join(left_out)}" if left_out else None
+    )
 
 
 def _of_file(

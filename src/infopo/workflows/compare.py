@@ -147,21 +147,37 @@ def _row(first: Contender, other: Contender, task: str, seed: int) -> Row:
 
 
 def _refuse_other_questions(first: Contender, other: Contender, task: str) -> None:
-    """Refuses items of one name that are other questions."""
+    """Refuses items of one name that are other questions. Those of the same data are the same, however they are put."""
+    if is_same_data(first.tasks[task], other.tasks[task]):
+        return
     a, b = first.tasks[task].prompts, other.tasks[task].prompts
-    differing = [item for item in a if item in b and " ".join(a[item].split()) != " ".join(b[item].split())]
+    differing = _put_otherwise(a, b)
     if differing:
         raise DataError(
             f"{len(differing)} items of {task} ask something else than in {first.name}, e.g. {differing[0]}: "
-            f"{b[differing[0]]!r:.60} against {a[differing[0]]!r:.60}; evaluate both on the same data",
+            f"{b[differing[0]]!r:.60} against {a[differing[0]]!r:.60}; evaluate both on the same data with "
+            "the same prompting",
             other.name,
             "other questions",
         )
 
 
+def is_same_data(a: Scored, b: Scored) -> bool:
+    """Whether two evaluations are known to be of the same data."""
+    return a.about.get("data") is not None and a.about.get("data") == b.about.get("data")
+
+
+def _put_otherwise(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    return [item for item in a if item in b and " ".join(a[item].split()) != " ".join(b[item].split())]
+
+
 def _differences(task: str, a: Scored, b: Scored) -> list[str]:
     """Returns a sentence for each setting in which two evaluations of a task differ."""
     notes = []
+    if differing := _put_otherwise(a.prompts, b.prompts):
+        notes.append(
+            f"{task}: {len(differing)} items are put in other words (chat template, worked examples)"
+        )
     for key in dict.fromkeys([*a.about, *b.about]):
         mine, theirs = a.about.get(key), b.about.get(key)
         if mine is None or theirs is None or mine == theirs:
