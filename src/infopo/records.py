@@ -14,11 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Message = dict[str, Any]
-"""A turn of a conversation: `{"role": ..., "content": ...}`."""
-
-Text = str | list[Message]
-"""A prompt or a response: plain text, or the turns of a conversation."""
+from infopo.texts import Message as Message
+from infopo.texts import Text as Text
 
 
 class Role(IntEnum):

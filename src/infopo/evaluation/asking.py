@@ -10,7 +10,7 @@ from infopo.evaluation.law import Law
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.samples import Sample, SampleStore, key_of, prompt_hash, seed_of
 from infopo.evaluation.subjects import Subject
-from infopo.records import Text
+from infopo.texts import Text
 
 PIECE = 32
 """Number of samples that are written at once. A kill loses at most so many."""

@@ -1,17 +1,17 @@
 """What can be compared: evaluations, run directories, files of results and files of responses, as scores by item.
 
-Imports no heavy library.
+Imports no torch. What grades responses does, and is passed in.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from infopo.data.files import SUFFIXES, file_rows
 from infopo.errors import ConfigError, DataError
-from infopo.evaluation.given import IDS, PROMPTS, TEXTS, given_responses
-from infopo.evaluation.items import Answered, Item, shown_text
+from infopo.evaluation.given import IDS, PROMPTS, TEXTS
+from infopo.evaluation.items import shown_text
 from infopo.evaluation.results import (
     FOLDER,
     ITEMS,
@@ -21,7 +21,6 @@ from infopo.evaluation.results import (
     read_evaluation,
     read_items,
 )
-from infopo.evaluation.tasks import task as task_named
 from infopo.runs import EVALUATION, GENERATIONS, read_object, read_records
 
 SCORES = ("score", "correct", "is_correct", "passed", "is_solved", "exact_match", "acc", "accuracy", "reward")
@@ -70,8 +69,12 @@ class Contender:
     note: str | None = None
 
 
+Grader = Callable[[Path, str, str | None], Scored]
+"""Grades a file of responses by a task: file, task and rule -> scores."""
+
+
 def read_contender(
-    source: str, tasks: Sequence[str] = (), data: Mapping[str, str] | None = None, rule: str | None = None
+    source: str, tasks: Sequence[str] = (), rule: str | None = None, grade: Grader | None = None
 ) -> Contender:
     """Reads the scores of one contender.
 
@@ -79,8 +82,8 @@ def read_contender(
         source: A folder of `infopo evaluate`, a run directory, its `eval.json` or `items.jsonl`, a file with a score
             per row, a file of responses, or the name of a model that was evaluated in this folder.
         tasks: Tasks that are compared; all if empty. Responses without scores are graded by them.
-        data: Data of those tasks, by name.
         rule: Name of the rule. By default it is the headline of each task.
+        grade: Grades files of responses. Without it, they are refused.
 
     Raises:
         ConfigError: There is nothing to compare.
@@ -90,7 +93,7 @@ def read_contender(
     if path.is_dir():
         found = _of_folder(source, path, rule)
     elif path.is_file():
-        found = _of_file(source, path, tasks, data or {}, rule)
+        found = _of_file(source, path, tasks, rule, grade)
     elif default_folder(source).is_dir():
         found = _of_folder(source, default_folder(source), rule)
     else:
@@ -154,7 +157,7 @@ def _of_evaluation(source: str, evaluation: Evaluation, rule: str | None) -> Con
 
 
 def _of_file(
-    source: str, path: Path, tasks: Sequence[str], data: Mapping[str, str], rule: str | None
+    source: str, path: Path, tasks: Sequence[str], rule: str | None, grade: Grader | None
 ) -> Contender:
     if path.name in (EVALUATION, ITEMS) and (path.parent / EVALUATION).is_file():
         record = read_object(path.parent / EVALUATION) or {}
@@ -174,9 +177,9 @@ def _of_file(
             f"{source}: has neither scores ({', '.join(SCORES)}) nor responses ({', '.join(TEXTS)}); it has "
             f"the columns {', '.join(map(str, rows[0][1]))}"
         )
-    if not tasks:
+    if not tasks or grade is None:
         raise ConfigError(f"{source}: has responses without scores; name what grades them with --tasks")
-    return Contender(source, {name: _graded(path, name, data.get(name), rule) for name in tasks})
+    return Contender(source, {name: grade(path, name, rule) for name in tasks})
 
 
 def _of_items(source: str, path: Path, rule: str | None) -> Contender:
@@ -262,25 +265,3 @@ def _score(value: Any, column: str, row_id: str) -> float:
     if score != score:
         raise DataError(f"column {column!r}: expected a score, got {value!r:.60}", row_id, "no score")
     return score
-
-
-def _graded(path: Path, name: str, data: str | None, rule: str | None) -> Scored:
-    task = task_named(name)
-    if task.executes_code:
-        raise ConfigError(
-            f"--tasks {name}: marking runs code that a model wrote; mark {path} by `infopo evaluate --responses` first"
-        )
-    chosen = rule or task.headline
-    if chosen not in task.rules:
-        raise ConfigError(f"--rule: {name} has no rule {chosen!r}; it has {', '.join(task.rules)}")
-    given, _ = given_responses(path, name, task.load(data))
-    answered = [Answered(each.item, text) for each in given for text in each.responses]
-    scores: dict[str, list[float]] = {}
-    for one, mark in zip(answered, task.rules[chosen](answered), strict=True):
-        scores.setdefault(one.item.id, []).append(float(mark.correct))
-    prompts = {each.item.id: _text_of(each.item) for each in given}
-    return Scored(chosen, scores, prompts, {}, list(task.rules))
-
-
-def _text_of(item: Item) -> str:
-    return shown_text(item.prompt)

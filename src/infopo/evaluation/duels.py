@@ -13,7 +13,7 @@ from infopo.evaluation.given import IDS, PROMPTS, given_responses
 from infopo.evaluation.items import Item, shown_text
 from infopo.evaluation.results import ITEMS, read_items
 from infopo.evaluation.winrate import Duel
-from infopo.records import Text
+from infopo.texts import Text
 
 SIDES = ("chosen", "rejected")
 """Names of the sides of a preference data set, which may stand in place of a model."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from infopo.records import Text
+from infopo.texts import Text
 
 
 @dataclass(frozen=True)

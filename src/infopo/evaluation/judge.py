@@ -18,8 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.server import Reply, Request, ServedModel
 from infopo.losses.foreign import load_module
-from infopo.records import Message
 from infopo.runs import JsonLines
+from infopo.texts import Message
 
 ANSWER_TOKENS = 400
 """Largest number of tokens of a judge's answer: a comparison of two sentences and a verdict."""

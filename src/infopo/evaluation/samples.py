@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.items import Item
-from infopo.records import Text
 from infopo.runs import JsonLines
+from infopo.texts import Text
 
 SAMPLES = "samples.jsonl"
 

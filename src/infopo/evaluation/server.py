@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from infopo.errors import ConfigError, ServerError
 from infopo.output import get_logger
-from infopo.records import Text
 from infopo.secrets import keep_secret
+from infopo.texts import Text
 
 log = get_logger(__name__)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from infopo.report import comparing
 from infopo.report.completions import Completions, completions
+from infopo.report.evaluations import Evaluations, evaluations
 from infopo.report.headline import Headline, headline, progress
 from infopo.report.numbers import number
 from infopo.report.panels import Plot, Series, read_plots
@@ -59,6 +60,7 @@ class Report:
         created: UTC time of writing, ISO 8601.
         runs: The runs in the order given.
         headline: The table on top.
+        evaluations: What `infopo evaluate` has found.
         plots: Panels with their curves.
         left_out: Titles of the panels that no run has data for.
         completions: Answers side by side.
@@ -69,6 +71,7 @@ class Report:
     created: str
     runs: list[Summary]
     headline: Headline
+    evaluations: Evaluations
     plots: list[Plot]
     left_out: list[str]
     completions: Completions
@@ -95,6 +98,7 @@ def read_report(directories: Sequence[str | Path]) -> Report:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         runs=[_summary(run, tree) for run, tree in zip(runs, settings, strict=True)],
         headline=headline(runs),
+        evaluations=evaluations(runs),
         plots=plots,
         left_out=left_out,
         completions=completions(runs),

@@ -34,7 +34,8 @@ def to_json_text(report: Report) -> str:
 def to_markdown(report: Report) -> str:
     """Returns results, verdicts, the last values of all curves, and the settings that differ, as Markdown."""
     names = [run.name for run in report.runs]
-    lines = [f"## {_cell(', '.join(names))}", "", *_headline(report), "", *_verdicts(report), ""]
+    lines = [f"## {_cell(', '.join(names))}", "", *_headline(report), ""]
+    lines += [*_evaluations(report, names), *_verdicts(report), ""]
     lines += ["### Curves", ""]
     lines += [
         f"- {plot.panel.title} ({plot.panel.unit}). {_cell(in_words(plot, names))}" for plot in report.plots
@@ -63,6 +64,19 @@ def _headline(report: Report) -> list[str]:
         for run, estimates in zip(report.runs, report.headline.rows, strict=True)
     ]  # fmt: skip
     return _table(head, rows)
+
+
+def _evaluations(report: Report, names: list[str]) -> list[str]:
+    found = report.evaluations
+    if not found.rows and not found.notes:
+        return []
+    rows = [
+        [task, rule, *(estimate.text() if estimate else ABSENT for estimate in estimates)]
+        for task, rule, estimates in found.rows
+    ]
+    lines = ["### Evaluation", "", *_table(["task", "rule", *names], rows), ""]
+    lines += [f"- {_cell(text)}" for text in (*found.comparisons, *found.notes)]
+    return [*lines, ""]
 
 
 def _verdicts(report: Report) -> list[str]:

@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from infopo.evaluation.comparison import comparisons
 from infopo.evaluation.contenders import read_contender
 from infopo.evaluation.items import Answered, shown_text
 from infopo.evaluation.lab_task import lab_item, lab_marks
 from infopo.evaluation.results import FOLDER, Response, summary, write_evaluation
 from infopo.lab import Problem
 from infopo.lab.evaluation import AccuracyResult, answers, wilson_interval
-from infopo.workflows.compare import comparisons
 
 TASK = "lab"
 

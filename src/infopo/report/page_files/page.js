@@ -137,7 +137,7 @@
 
   // --- completions ---
 
-  const search = one("#search"), which = one("#which"), prompts = all(".prompt");
+  const search = one("#search"), which = one("#which"), prompts = all("#completions .prompt");
 
   function filter() {
     const wanted = search.value.trim().toLowerCase();
