@@ -258,6 +258,11 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--allow-code-execution", action="store_true", help="let tasks run code that the model wrote"
     )
+    evaluate.add_argument(
+        "--isolation", default="uid", metavar="LEVEL",
+        help="the weakest isolation that such code may run at: namespaces, uid (the default), or none, if this machine "
+        "may be thrown away",
+    )  # fmt: skip
     evaluate.set_defaults(run=_evaluate, parser=evaluate)
 
 
@@ -348,7 +353,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 _EVALUATION = (
     "limit", "num_samples", "temperature", "top_p", "max_new_tokens", "prompting", "num_fewshot", "batch_size", "seed",
-    "dtype", "allow_code_execution", "include_path",
+    "dtype", "allow_code_execution", "isolation", "include_path",
 )  # fmt: skip
 """Arguments that are settings of an evaluation under the same names."""
 

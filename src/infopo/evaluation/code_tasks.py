@@ -123,7 +123,7 @@ def humaneval_item(row: Mapping[str, Any], row_id: str) -> Item:
     ]
     functions = [function, *others]
     gold = {"functions": functions, "prompt": prompt, "preamble": preamble, "setup": preamble, "test": test}
-    return Item(f"humaneval/{_last_part(row, row_id)}", prompt, gold)
+    return Item(_id("humaneval", row, row_id), prompt, gold)
 
 
 def mbpp_item(row: Mapping[str, Any], row_id: str) -> Item:
@@ -151,7 +151,7 @@ def mbpp_item(row: Mapping[str, Any], row_id: str) -> Item:
     setup = "\n".join([before, *_imports(code)])
     gold = {"functions": functions, "prompt": "", "preamble": before, "setup": setup, "test": test}
     asked = _MBPP_ASKED.format(task=task.strip(), tests=test)
-    return Item(f"mbpp/{_last_part(row, row_id)}", asked, gold)
+    return Item(_id("mbpp", row, row_id), asked, gold)
 
 
 def by_value(answers: Sequence[Answered]) -> list[Mark]:
@@ -230,11 +230,12 @@ def _number(task_id: Any) -> int | None:
     return int(digits) if digits.isdecimal() else None
 
 
-def _last_part(row: Mapping[str, Any], row_id: str) -> str:
-    """Returns the number of a problem, which `HumanEval/3` and `3` have in common."""
+def _id(task: str, row: Mapping[str, Any], row_id: str) -> str:
+    """Returns the id of a problem, which `HumanEval/3` and `3` have in common."""
     if (task_id := row.get("task_id")) is None or not str(task_id).strip():
         raise DataError("task_id: expected the problem's number or name, got none", row_id, "no task_id")
-    return str(task_id).rpartition("/")[2]
+    prefix, _, number = str(task_id).rpartition("/")
+    return f"{task}/{number}" if prefix.casefold() in ("", task) else f"{task}/{task_id}"
 
 
 def _preamble(prompt: str, function: str) -> str | None:

@@ -110,10 +110,10 @@ def _places(
     prompt_field: str | None,
 ) -> tuple[list[int], str]:
     """Returns for each row the index of its item, and how it was found."""
-    by_id = {item.id: place for place, item in enumerate(items)}
-    by_id |= {item.id.removeprefix(f"{task}/"): place for place, item in enumerate(items)}
-    if id_field is not None and str(rows[0][1][id_field]) in by_id:
-        return [_found(by_id, str(row[id_field]), id_field, row_id) for row_id, row in rows], "id"
+    by_id = {_id(item.id): place for place, item in enumerate(items)}
+    by_id |= {_id(item.id.removeprefix(f"{task}/")): place for place, item in enumerate(items)}
+    if id_field is not None and _id(rows[0][1][id_field]) in by_id:
+        return [_found(by_id, _id(row[id_field]), id_field, row_id) for row_id, row in rows], "id"
     by_prompt = {_bare(shown_text(item.prompt)): place for place, item in enumerate(items)}
     by_prompt |= {_bare(_last_content(item)): place for place, item in enumerate(items)}
     if prompt_field is not None:
@@ -122,7 +122,7 @@ def _places(
             _found(by_prompt, key, prompt_field, row_id) for key, (row_id, _) in zip(keys, rows)
         ], "prompt"
     if id_field is not None:
-        _found(by_id, str(rows[0][1][id_field]), id_field, rows[0][0])
+        _found(by_id, _id(rows[0][1][id_field]), id_field, rows[0][0])
     if len(rows) != len(items):
         raise DataError(
             f"has {len(rows)} responses to {len(items)} items of {task}, and no column says which ({', '.join(IDS)}, "
@@ -145,6 +145,11 @@ def _found(known: Mapping[str, int], key: str, field: str, row_id: str) -> int:
 
 def _last_content(item: Item) -> str:
     return item.prompt if isinstance(item.prompt, str) else str(item.prompt[-1].get("content"))
+
+
+def _id(value: Any) -> str:
+    """Returns an id as it is compared: published files write `HumanEval/0`."""
+    return str(value).casefold()
 
 
 def _bare(text: str) -> str:

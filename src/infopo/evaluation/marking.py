@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infopo.errors import ConfigError, DataError
+from infopo.evaluation import sandbox
 from infopo.evaluation.diversity import diversity
 from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
 from infopo.evaluation.results import Response, summary
 from infopo.evaluation.samples import Sample
 from infopo.evaluation.settings import Settings
 from infopo.evaluation.tasks import task as task_named
+from infopo.output import say
 from infopo.runs import Record, to_json
 
 
@@ -39,7 +41,7 @@ def loaded_tasks(settings: Settings, names: Sequence[str] | None = None) -> list
         names: Names of the tasks, by default all of the settings.
 
     Raises:
-        ConfigError: A task does not exist, or runs code that may not run.
+        ConfigError: A task does not exist, or runs code that may not run, or not at the isolation that there is.
         DataError: Its data cannot be used.
     """
     tasks = [task_named(name) for name in (settings.tasks if names is None else names)]
@@ -49,6 +51,9 @@ def loaded_tasks(settings: Settings, names: Sequence[str] | None = None) -> list
                 f"--tasks {task.name}: marking runs code that a model wrote; add --allow-code-execution if it may run "
                 "on this machine"
             )
+    if any(task.executes_code for task in tasks):
+        # Before anything is drawn, since a machine without walls cannot mark it.
+        say(f"code runs in: {sandbox.allow(settings.isolation)}")
     return [_load(task, settings) for task in tasks]
 
 
@@ -105,4 +110,5 @@ def task_record(
         "tokens_mean": sum(lengths) / len(lengths) if lengths else None,
         "finished_share": sum(response.finished for response in responses) / max(1, len(responses)),
         "diversity": diversity(responses, each.task.headline, logps=logps, seed=settings.seed) or None,
+        **({"isolation": sandbox.allowed().as_record()} if each.task.executes_code else {}),
     }

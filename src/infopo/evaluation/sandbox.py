@@ -73,6 +73,11 @@ class Isolation:
     contained: Mapping[str, bool]
     refused: Sequence[str] = ()
 
+    def __str__(self) -> str:
+        missing = [name for name, holds in self.contained.items() if not holds]
+        found = f"{self.level} ({self.how})"
+        return f"{found}; not contained: {', '.join(missing)}" if missing else found
+
     def as_record(self) -> dict[str, Any]:
         """Returns it as results have it."""
         return {"level": self.level, "how": self.how, "contained": dict(self.contained)}
@@ -144,18 +149,18 @@ def allow(least: str = "uid") -> Isolation:
     """
     global _allowed
     if least not in LEVELS:
-        raise ConfigError(f"isolation: expected one of {', '.join(LEVELS)}, got {least!r}")
+        raise ConfigError(f"--isolation: expected one of {', '.join(LEVELS)}, got {least!r}")
     if os.name != "posix":
         raise ConfigError(
-            "isolation: model-written code runs on Linux and macOS only; use a container or WSL"
+            "--isolation: model-written code runs on Linux and macOS only; use a container or WSL"
         )
     found = _strongest(least == "none")
     if LEVELS.index(found.level) > LEVELS.index(least):
         tried = "; ".join(found.refused) or "nothing was possible"
         raise ConfigError(
-            f"isolation: expected at least {least}, this machine has {found.level} ({tried:.220}). Install bubblewrap "
-            "(Linux), or use a container made with --security-opt seccomp=unconfined; on a machine that may be thrown "
-            "away, ask for none"
+            f"--isolation: expected at least {least}, this machine has {found.level} ({tried:.220}). "
+            "Install bubblewrap (Linux), or use a container made with --security-opt seccomp=unconfined; "
+            "if the machine may be thrown away, use --isolation none"
         )
     _allowed = found
     return found
@@ -188,7 +193,7 @@ def _strongest(with_none: bool) -> Isolation:
             _chosen[way.level] = way
             return Isolation(way.level, way.how, contained, tuple(refused))
         refused.append(f"{way.how}: {problem or 'does not contain ' + ', '.join(missing)}")
-    raise ConfigError(f"isolation: no sandbox starts here ({'; '.join(refused):.300})")
+    raise ConfigError(f"--isolation: no sandbox starts here ({'; '.join(refused):.300})")
 
 
 _chosen: dict[Level, _Way] = {}

@@ -28,6 +28,7 @@ class Settings:
         dtype: Type of the weights.
         shard: (number from 1, count) of a process that draws its share of the samples and marks nothing.
         allow_code_execution: Whether code that the model wrote may run.
+        isolation: The weakest level of isolation that code may run at (see `infopo.evaluation.sandbox`).
         include_path: Folder of task files of lm-evaluation-harness, or None.
         server: Where the model is served, or None for a model that is loaded.
     """
@@ -46,6 +47,7 @@ class Settings:
     dtype: str = "auto"
     shard: tuple[int, int] | None = None
     allow_code_execution: bool = False
+    isolation: str = "uid"
     include_path: str | None = None
     server: ServerSettings | None = None
 
