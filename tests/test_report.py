@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import NormalDist
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from infopo.cli import main
 from infopo.errors import ConfigError
+from infopo.report import plots
 from infopo.report.document import Report, read_report
 from infopo.report.page import policy, to_html
 from infopo.report.panels import ALL_POINTS, PANELS, points_per_series
@@ -169,6 +171,26 @@ def test_a_half_written_last_line_is_left_out_and_said(tmp_path: Path):
     assert [note.split(" was ")[0] for note in run.notes] == [
         "The last line of metrics.jsonl", "The last line of generations.jsonl",
     ]  # fmt: skip
+
+
+def test_a_run_that_has_not_begun_to_train_is_running_and_has_nothing_yet(tmp_path: Path):
+    (tmp_path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    [run] = read_runs([tmp_path])
+    assert (run.state, run.run.metrics, run.notes) == ("running", [], ("The run has not begun to train.",))
+    assert "The run has not begun to train." in to_html(read_report([tmp_path]))
+
+
+def test_a_curve_of_zeros_keeps_no_other_from_a_logarithmic_axis(tmp_path: Path):
+    """As the push on rejected responses of a loss without any."""
+    rows = [{"step": s, "gradients/chosen": 10.0**s, "gradients/rejected": 0.0} for s in range(1, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = {plot.panel.key: plot for plot in read_report([tmp_path]).plots}["gradients"]
+    assert plots.can_be_log(found)
+    low, high = plots.ranges(found)["log"]
+    assert 1 < low < 10
+    assert 1000 < high < 10_000
+    zeros = replace(found, series=[each for each in found.series if not each.most])
+    assert not plots.can_be_log(zeros)
 
 
 def test_a_run_is_running_while_the_process_of_its_lock_lives(tmp_path: Path):

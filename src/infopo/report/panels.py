@@ -93,7 +93,7 @@ PANELS: tuple[Panel, ...] = (
         "step on each pair alone would lower (dashed), which is no forecast: far more fall in the end.",
         (
             Line("fell so far", ("probe/chosen_fell",)),
-            Line("forecast", ("forecast/chosen_falls",), "dashed"),
+            Line("by one pair alone", ("forecast/chosen_falls",), "dashed"),
         ),
     ),
     Panel(

@@ -68,8 +68,15 @@ def plots_json(plots: Sequence[Plot]) -> str:
 
 
 def can_be_log(plot: Plot) -> bool:
-    """Whether every value of a panel is above 0, as a logarithmic axis needs."""
-    return all(series.least > 0 for series in plot.series)
+    """Whether every value of a panel is above 0, as a logarithmic axis needs.
+
+    A curve that is 0 throughout, such as the push of a loss without rejected responses, is not drawn on such an axis.
+    """
+    return all(series.least > 0 for series in _not_zero(plot)) and bool(_not_zero(plot))
+
+
+def _not_zero(plot: Plot) -> list[Series]:
+    return [series for series in plot.series if series.least or series.most]
 
 
 def _figure(plot: Plot, x_range: Any) -> Any:
@@ -162,6 +169,7 @@ def ranges(plot: Plot) -> dict[str, tuple[float, float]]:
     margin = 0.05 * (top - bottom) or 0.05 * abs(top) or 1.0
     found = {"linear": _finite(bottom - margin, top + margin)}
     if can_be_log(plot):
+        low = min(series.least for series in _not_zero(plot))
         factor = (high / low) ** 0.05 if high > low else 1.5
         found["log"] = _finite(low / factor, high * factor)
     return found

@@ -132,6 +132,10 @@ def _read(directory: Path) -> ReportRun:
             str(checkpoint.relative_to(directory) / STATE),
         )
         notes.append(f"There is no {METRICS}, so the metrics are those of {source}.")
+    elif not holds_run_files(directory) and _read_lock(directory / LOCK) is not None:
+        # Loading the model and computing the reference come before anything is written.
+        run, source = Run(directory), METRICS
+        notes.append("The run has not begun to train.")
     else:
         run, source = read_run(directory), METRICS
         if not run.metrics:

@@ -53,7 +53,7 @@ class Figure:
 
 FIGURES: Sequence[Figure] = (
     Figure("loss", ("loss",)),
-    Figure("margin", ("probe/margin", "rewards/margins", "logps/margins"), signed=True),
+    Figure("margin", ("probe/margin", "logratios/margins", "rewards/margins", "logps/margins"), signed=True),
     Figure("chosen", ("probe/change/chosen", "logratios/chosen"), signed=True),
     Figure("accuracy", ("probe/accuracy", "rewards/accuracies", "logps/accuracies")),
     Figure("KL", ("kl/forward",)),
@@ -139,6 +139,7 @@ class Terminal(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        logs = _with_margins(logs)
         self._known |= {name: logs[name] for figure in FIGURES for name in figure.names if name in logs}
         if "train_runtime" in logs:
             return
@@ -148,6 +149,7 @@ class Terminal(TrainerCallback):
             measured = {
                 name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)
             }
+            measured = dict(_with_margins(measured))
             name = prefix.removeprefix("eval_").rstrip("_") or "eval"
             self._line(name, measured, state.max_steps, known={})
         self._show(state)
@@ -246,6 +248,14 @@ def _value(figure: Figure, logs: Mapping[str, Any], known: Mapping[str, float]) 
         if name in logs:
             return float(logs[name])
     return None
+
+
+def _with_margins(logs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a record with the difference of the sides' log-ratios (nats), which rewards have times β."""
+    chosen, rejected = "logratios/chosen", "logratios/rejected"
+    if chosen not in logs or rejected not in logs:
+        return logs
+    return {**logs, "logratios/margins": logs[chosen] - logs[rejected]}
 
 
 def _evaluations(logs: Mapping[str, Any]) -> list[str]:
