@@ -243,7 +243,7 @@ class Counting:
     """A judge that always prefers what stands first, and counts what it is asked."""
 
     def __init__(self, name="counting", version="1"):
-        self.name, self.version, self.asked = name, version, 0
+        self.name, self.version, self.limit, self.asked = name, version, 0, 0
 
     def ask_all(self, conversations):
         from infopo.evaluation.server import Reply

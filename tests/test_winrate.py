@@ -149,6 +149,25 @@ def test_nonsense_is_counted(sides):
         assert winrate(*sides, judge(served), output="third")["result"]["answered"] == 1
 
 
+def test_answers_that_were_cut_off_are_asked_again_with_more_tokens(sides, caplog):
+    """A judge that thinks first. What was answered in time is not asked again."""
+    good = prefers("good")
+
+    def answer(body, n):
+        long = "to 0" in body["messages"][-1]["content"] and body["max_tokens"] < 1000
+        return completion("First I compare", finish="length") if long else good(body, n)
+
+    with serving(answer) as served:
+        result = winrate(*sides, judge(served), output="out")["result"]
+        assert (result["invalid"], result["cut_off"], result["wins"]) == (1, 1, 5)
+        assert "1 pairs have an answer that was cut off at 400 tokens" in caplog.text
+        winrate(*sides, judge(served, answer_tokens=400), output="out")
+        assert len(served.bodies) == 18
+        result = winrate(*sides, judge(served, answer_tokens=2000), output="out")["result"]
+        assert (result["invalid"], result["cut_off"], result["wins"]) == (0, 0, 6)
+        assert len(served.bodies) == 20
+
+
 def test_slow_answers_and_servers_without_schemas(sides, caplog):
     good = prefers("good")
     seen = []

@@ -67,6 +67,13 @@ def add_winrate(commands: Any) -> None:
         help="default: %(default)s; alpaca_eval also writes what AlpacaEval reads",
     )
     winrate.add_argument(
+        "--answer-tokens",
+        type=int,
+        default=400,
+        metavar="N",
+        help="largest number of tokens of an answer (default: %(default)s; judges that think need more)",
+    )
+    winrate.add_argument(
         "--yes", action="store_true", help="ask the judge without a question on the terminal"
     )
     winrate.add_argument(
@@ -134,6 +141,7 @@ def _winrate(arguments: argparse.Namespace) -> None:
         concurrency=arguments.concurrency,
         per_minute=arguments.per_minute,
         timeout=arguments.timeout,
+        answer_tokens=arguments.answer_tokens,
         prices=tuple(arguments.prices) if arguments.prices else None,
         yes=arguments.yes,
     )

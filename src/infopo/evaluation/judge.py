@@ -22,7 +22,7 @@ from infopo.runs import JsonLines
 from infopo.texts import Message
 
 ANSWER_TOKENS = 400
-"""Largest number of tokens of a judge's answer: a comparison of two sentences and a verdict."""
+"""Largest number of tokens of an answer: a comparison of two sentences and a verdict. Models that think need more."""
 
 JUDGEMENTS = "judgements.jsonl"
 
@@ -125,10 +125,13 @@ class Judge(Protocol):
     Attributes:
         name: Name of the judge.
         version: What else its answers depend on.
+        limit: Largest number of tokens of an answer, or 0 if there is none. An answer that was cut off is asked for
+            again if the limit has been raised.
     """
 
     name: str
     version: str
+    limit: int
 
     def ask_all(self, conversations: Sequence[list[Message]]) -> Iterator[tuple[int, Reply]]:
         """Yields place and reply of each conversation, as they are answered."""
@@ -136,17 +139,23 @@ class Judge(Protocol):
 
 
 class ServedJudge:
-    """A model behind a server, which answers greedily."""
+    """A model behind a server, which answers greedily.
 
-    def __init__(self, model: ServedModel) -> None:
+    Args:
+        model: The model.
+        limit: See `Judge`.
+    """
+
+    def __init__(self, model: ServedModel, limit: int = ANSWER_TOKENS) -> None:
         self.model = model
         self.name = model.name
-        self.version = f"temperature 0, {ANSWER_TOKENS} tokens"
+        self.version = "temperature 0"
+        self.limit = limit
 
     def ask_all(self, conversations: Sequence[list[Message]]) -> Iterator[tuple[int, Reply]]:
         dispensable = frozenset({"temperature", "seed", "response_format"})
         return self.model.ask_all(
-            Request(each, ANSWER_TOKENS, temperature=0.0, seed=0, schema=SCHEMA, dispensable=dispensable)
+            Request(each, self.limit, temperature=0.0, seed=0, schema=SCHEMA, dispensable=dispensable)
             for each in conversations
         )
 
@@ -162,6 +171,7 @@ class FunctionJudge:
     """
 
     BATCH = 16
+    limit = 0
 
     def __init__(self, target: str) -> None:
         module_name, _, attribute = target.partition(":")
@@ -240,7 +250,11 @@ class Judgements:
     def missing(self, questions: Sequence[Question], judge: Judge) -> list[Question]:
         """Returns the questions that were not answered yet, each once."""
         keyed = {question.key(judge): question for question in questions}
-        return [question for key, question in keyed.items() if key not in self._known]
+        return [question for key, question in keyed.items() if not self._has(key, judge)]
+
+    def _has(self, key: str, judge: Judge) -> bool:
+        known = self._known.get(key)
+        return known is not None and (known.get("finished", True) or known.get("limit", 0) >= judge.limit)
 
     def ask(
         self,
@@ -267,6 +281,8 @@ class Judgements:
                 "model": reply.model,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "answer": reply.text,
+                "finished": reply.finished,
+                "limit": judge.limit,
                 "refusal": reply.refusal,
                 "prompt_tokens": reply.prompt_tokens,
                 "tokens": reply.tokens,

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,12 @@ class Outcome:
             times, "tie" if it called at least one of them a tie, "identical" if the responses are the same and were not
             asked about, "invalid" if an answer names no winner.
         score: 1 for a win, 1/2 for a tie of any kind, 0 for a loss, None if the outcome is invalid.
+        is_cut_off: Whether an answer was cut off before it named a winner.
     """
 
     kind: str
     score: float | None
+    is_cut_off: bool = False
 
 
 def outcome(first: str | None, second: str | None) -> Outcome:
@@ -82,7 +84,10 @@ def judged(duels: Sequence[Duel], store: Judgements, judge: Judge, template: str
             found.append(Outcome("identical", 0.5))
             continue
         answers = [store.answer(question, judge) for question in duel.questions(template)]
-        found.append(outcome(*(verdict(str(answer["answer"])) for answer in answers)))
+        said = [verdict(str(answer["answer"])) for answer in answers]
+        cut = any(v is None and not answer.get("finished", True) for v, answer in zip(said, answers))
+        refused = any(answer.get("refusal") for answer in answers)
+        found.append(replace(outcome(*said), is_cut_off=cut and not refused))
     return found
 
 
@@ -97,10 +102,10 @@ def win_rate(duels: Sequence[Duel], outcomes: Sequence[Outcome], seed: int = 0) 
     Prompts are drawn with replacement, because both orders of a prompt and several duels of it depend on each other.
 
     Returns:
-        prompts (with an answer), asked (duels), answered, invalid, wins, losses, ties, flips, identical, win_rate,
-        ci95, p (of the null hypothesis that it is 1/2), smallest (difference from 1/2 that so many prompts show),
-        longer_wins (share of the decided duels that the longer response wins), characters (means of both sides), and
-        `length_adjusted`.
+        prompts (with an answer), asked (duels), answered, invalid, cut_off (of those), wins, losses, ties, flips,
+        identical, win_rate, ci95, p (of the null hypothesis that it is 1/2), smallest (difference from 1/2 that so many
+        prompts show), longer_wins (share of the decided duels that the longer response wins), characters (means of both
+        sides), and `length_adjusted`.
     """
     kinds = Counter(each.kind for each in outcomes)
     kept = [(duel, each.score) for duel, each in zip(duels, outcomes, strict=True) if each.score is not None]
@@ -115,6 +120,7 @@ def win_rate(duels: Sequence[Duel], outcomes: Sequence[Outcome], seed: int = 0) 
         "asked": len(duels),
         "answered": len(kept),
         "invalid": kinds["invalid"],
+        "cut_off": sum(each.is_cut_off for each in outcomes),
         "wins": kinds["win"],
         "losses": kinds["loss"],
         "ties": kinds["tie"],
@@ -236,6 +242,7 @@ def calibration(votes: Sequence[Sequence[str]], outcomes: Sequence[Outcome]) -> 
     return {
         "asked": len(outcomes),
         "invalid": sum(mine is None for mine in said),
+        "cut_off": sum(each.is_cut_off for each in outcomes),
         "flips": sum(each.kind == "flip" for each in outcomes),
         "tie_share_judge": _share([mine == "tie" for mine, _ in valid]),
         "tie_share_people": _share([vote == "tie" for _, people in valid for vote in people]),

@@ -18,7 +18,9 @@ from infopo.evaluation.judge import (
 )
 from infopo.evaluation.server import KEY_VARIABLE, ServedModel, ServerSettings
 from infopo.evaluation.winrate import Duel, Outcome, is_identical, judged
-from infopo.output import say
+from infopo.output import get_logger, say
+
+log = get_logger(__name__)
 
 CHARACTERS_A_TOKEN = 4
 """For the estimate of tokens before anything is asked."""
@@ -37,6 +39,7 @@ class JudgeSettings:
         per_minute: Largest number of requests per minute, or None.
         timeout: Seconds after which a request is given up, and sent again.
         retries: Number of times that a request is sent again.
+        answer_tokens: Largest number of tokens of an answer.
         prices: Price of a million tokens of prompts and of answers, for the estimate, or None.
         yes: Whether to ask the server without asking the user first.
     """
@@ -49,12 +52,15 @@ class JudgeSettings:
     per_minute: float | None = None
     timeout: float = 300.0
     retries: int = 6
+    answer_tokens: int = ANSWER_TOKENS
     prices: tuple[float, float] | None = None
     yes: bool = False
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
             raise ConfigError(f"--template: expected one of {', '.join(TEMPLATES)}, got {self.template!r}")
+        if self.answer_tokens < 1:
+            raise ConfigError(f"--answer-tokens: expected at least 1, got {self.answer_tokens}")
         if not self.is_server and ":" not in self.judge:
             raise ConfigError(f"--judge: expected a URL or MODULE:FUNCTION, got {self.judge!r}")
 
@@ -76,7 +82,7 @@ class JudgeSettings:
             timeout=self.timeout,
             retries=self.retries,
         )
-        return ServedJudge(ServedModel(server))
+        return ServedJudge(ServedModel(server), self.answer_tokens)
 
 
 def run_judge(
@@ -92,7 +98,7 @@ def run_judge(
     missing = store.missing(questions, judge)
     repeated = len(questions) - len({question.key(judge) for question in questions})
     kept = len(questions) - repeated - len(missing)
-    say(estimate(missing, judge.name, settings.prices, repeated=repeated, kept=kept), file=sys.stderr)
+    say(estimate(missing, judge, settings.prices, repeated=repeated, kept=kept), file=sys.stderr)
     if missing and settings.is_server and not settings.yes:
         _confirm()
     try:
@@ -108,12 +114,20 @@ def run_judge(
     refused = [said for q in missing if (said := store.answer(q, judge).get("refusal"))]
     if refused and len(refused) == len(missing) == len(questions):
         raise ConfigError(f"--judge: {judge.name} refuses every question: {refused[0]}")
-    return judged(duels, store, judge, settings.template)
+    outcomes = judged(duels, store, judge, settings.template)
+    if cut := sum(each.is_cut_off for each in outcomes):
+        log.warning(
+            "%s pairs have an answer that was cut off at %s tokens before it named a winner; --answer-tokens N gives "
+            "more, and asks for these alone again",
+            cut,
+            judge.limit,
+        )
+    return outcomes
 
 
 def estimate(
     missing: Sequence[Question],
-    judge: str,
+    judge: Judge,
     prices: tuple[float, float] | None = None,
     *,
     repeated: int = 0,
@@ -123,18 +137,18 @@ def estimate(
 
     Args:
         missing: What is to be asked.
-        judge: Name of the judge.
+        judge: The judge.
         prices: Price of a million tokens of prompts and of answers.
         repeated: Number of further questions that are the same as one of them.
         kept: Number of further questions that are answered already.
     """
     letters = sum(len(message["content"]) for question in missing for message in question.conversation)
-    prompt_tokens, answer_tokens = letters // CHARACTERS_A_TOKEN, len(missing) * ANSWER_TOKENS
+    prompt_tokens, answer_tokens = letters // CHARACTERS_A_TOKEN, len(missing) * judge.limit
     others = f", {repeated} more repeat one of them" if repeated else ""
     others += f", {kept} more are answered already" if kept else ""
     text = (
-        f"{len(missing)} questions to {judge} (both orders{others}): about {prompt_tokens:,} tokens of prompts and at "
-        f"most {answer_tokens:,} of answers"
+        f"{len(missing)} questions to {judge.name} (both orders{others}): about {prompt_tokens:,} tokens of prompts "
+        f"and at most {answer_tokens:,} of answers"
     )
     if prices is None:
         return text
