@@ -53,6 +53,7 @@ def numeric_marks(answers: Sequence[Answered]) -> list[Mark]:
     is that of some step.
 
     Example:
+        >>> from infopo.evaluation.items import Item
         >>> item = Item("gsm8k/0", "How many?", "18")
         >>> numeric_marks([Answered(item, "16 - 3 - 4 = 9, and 9 * 2 = $18.00 (step 2)."), Answered(item, "Many.")])
         [Mark(correct=True, answer='18', note=None), Mark(correct=False, answer=None, note='no answer')]

@@ -56,6 +56,7 @@ def math_verify_marks(answers: Sequence[Answered]) -> list[Mark]:
         ConfigError: math-verify is not installed.
 
     Example:
+        >>> from infopo.evaluation.items import Item
         >>> item = Item("math/0", "How much?", r"\frac{1}{2}")
         >>> [mark.correct for mark in math_verify_marks([Answered(item, r"\boxed{2/4}"), Answered(item, "2")])]
         [True, False]

@@ -2,7 +2,8 @@ r"""Numbers as models write them: currency, commas, units, LaTeX, fractions, Uni
 
 What counts as a number, and what it is worth:
 
-- `1,234`, `1{,}234`, `1\,234` and `1 234` with a narrow space are 1234. A comma that no three digits follow separates.
+- `1,234`, `1{,}234`, `1\,234` and `1 234` with a narrow space are 1234, `18 000` is 18000. A comma that no three digits
+  follow separates.
 - `$18.00`, `18 dollars`, `18kg` and `**18**` are 18: currency, units and markup say nothing about the value.
 - `50%` is 50. A percent sign is a unit, too, on both sides of a comparison, so `50%` is never 0.5.
 - `1/2`, `\frac{1}{2}` and `2 1/2` are fractions, compared exactly. `1.5e6` and `1.5 \times 10^6` are powers of ten.
@@ -35,11 +36,12 @@ _CLEANING = tuple(
         (r"(?<=\d)(?:\\[,;: ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),
         (r"(?<![\w)%])(?<!\d\s)\u2013(?=[$\d])", "-"),  # a dash between numbers is a range
         (r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+        (r"-\s*\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"-\1/\2 "),
         (r"\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2 "),
         (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2 "),
         (r"\\times|\\cdot|[×·⋅]", " * "),
         (r"\\div|÷", " / "),
-        (r"\\approx|\\simeq|≈|\\equiv", " = "),
+        (r"\\approx|\\simeq|≈|\\equiv|\b(?:equals|is equal to)\b", " = "),
         (r"\\([$%#&])", r"\1"),
         (r"\\[()\[\],;:! ]|\\(?:left|right|displaystyle|quad|qquad)\b|~", " "),
         (r"(?<!\d)\*\*|\*\*(?!\d)|_{2,}|`", ""),
@@ -52,16 +54,19 @@ _CURRENCY = r"[$€£¥₹]"
 
 NUMBER = re.compile(
     rf"""
-    (?<![\w.^_])(?<!\d[,:/])
-    (?P<sign>(?<![\w)%$])(?<![\w)%]\ )(?:-|(?<!\n)(?<!^)-\ )|\+)?
+    (?<![A-Za-z\d^_])(?<!\d[.,:/])
+    (?P<sign>(?<![\w)%$])(?<![\d)%]\ )(?:-(?!\s)|(?<=[=:(])-\ |(?<=[=:(]\ )-\ |\+))?
     (?:{_CURRENCY}\s?)?(?P<inner>-)?
     (?:
-        (?P<digits>(?:\d{{1,3}}(?:,\d{{3}})+|\d{{1,2}}(?:,\d{{2}})+,\d{{3}}|\d+)(?!\d)(?:\.\d+)?|\.\d+)
+        (?P<digits>
+            (?:\d{{1,3}}(?:,\d{{3}})+|\d{{1,2}}(?:,\d{{2}})+,\d{{3}}|\d{{1,3}}(?:\ 000)+|\d+)(?!\d)(?:\.\d+)?
+          | \.\d+
+        )
         (?:
             \s*\*\s*10\s*\^\s*\{{?\s*(?P<power>-?\d{{1,3}})\s*\}}?
           | [eE](?P<exponent>[-+]?\d{{1,3}})(?!\w)
           | \s?/\s?(?P<under>\d+)(?![\d/.,]\d|/)
-          | \s(?P<part>\d+)\s?/\s?(?P<below>\d+)(?![\d/])
+          | \s{{1,2}}(?P<part>\d+)\s?/\s?(?P<below>\d+)(?![\d/])
         )?
     )
     (?!:\d)(?![eE][-+]?\d)(?!(?:st|nd|rd|th)\b)
@@ -70,7 +75,9 @@ NUMBER = re.compile(
     re.VERBOSE,
 )
 
-_LABEL = re.compile(r"\b(?:step|question|problem|part|equation|example)s?\s*[#(]?\s*$", re.IGNORECASE)
+_LABEL = re.compile(
+    r"(?:\b(?:step|question|problem|part|equation|example)s?\s*[#(]?\s*|(?<!#)#)$", re.IGNORECASE
+)
 LIST_ITEM = re.compile(r"[.):]\s+[^\W\d]")
 """What stands behind the number of an item of a list, or of a heading."""
 
@@ -144,7 +151,7 @@ def number_at(text: str, at: int) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    digits = match["digits"].replace(",", "")
+    digits = match["digits"].replace(",", "").replace(" ", "")
     ten = int(match["power"] or match["exponent"] or 0)
     if len(digits) > _LONGEST or abs(ten) > _LONGEST:
         return None
