@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infopo.cli import main
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation import sandbox
 from infopo.evaluation.code_tasks import by_value, humaneval_item, mbpp_item
 from infopo.evaluation.items import Answered, Item, Mark
 from infopo.evaluation.tasks import task
+from infopo.evaluation.verifiers import verifier_named
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
@@ -121,7 +123,7 @@ def test_the_worked_examples_of_mbpp_are_no_items(tmp_path: Path):
         ("humaneval", {**COMPLETE, "task_id": None}, r"task_id: expected the problem's number"),
         ("mbpp", COMPLETE, r"test_list: expected a list of texts, got None"),
         ("mbpp", {**DESCRIBED, "test_list": ["assert 1 == 1"]}, r"test_list: expected calls of a function"),
-        ("mbpp", [1], r"expected an object, got list"),
+        ("mbpp", [1], r"expected an? .*object"),
     ],
 )  # fmt: skip
 def test_rows_of_another_form_are_refused_by_name(name: str, row: Any, message: str, tmp_path: Path):
@@ -149,3 +151,37 @@ def test_every_canonical_solution_of_mbpp_passes(allowed: None):
     items = [mbpp_item(row, "row") for row in rows]
     found = by_value([Answered(item, row["code"]) for item, row in zip(items, rows, strict=True)])
     assert [item.id for item, mark in zip(items, found, strict=True) if not mark.correct] == []
+
+
+def test_the_command_marks_responses_and_records_the_isolation(
+    tmp_path: Path, allowed: None, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(COMPLETE), encoding="utf-8")
+    # Two samples, as published files name the problem.
+    right, wrong = COMPLETE["canonical_solution"], "    return xs\n"
+    given = {"task_id": "HumanEval/7", "completion": [right, wrong]}
+    (tmp_path / "given.jsonl").write_text(json.dumps(given), encoding="utf-8")
+    command = ["evaluate", "--responses", str(tmp_path / "given.jsonl"), "--tasks", "humaneval",
+               "--data", f"humaneval={tmp_path / 'rows.jsonl'}", "--output", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 2
+    assert "--allow-code-execution" in capsys.readouterr().err
+    assert main([*command, "--allow-code-execution", "--isolation", "walls"]) == 2
+    assert "expected one of namespaces, uid, none, got 'walls'" in capsys.readouterr().err
+    assert main([*command, "--allow-code-execution"]) == 0
+    record = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))["tasks"]["humaneval"]
+    assert record["isolation"] == sandbox.allowed().as_record()
+    rule = record["rules"]["by_value"]
+    assert (rule["correct"], rule["n"], rule["pass@1"]["value"], rule["pass@2"]["value"]) == (1, 2, 0.5, 1.0)
+
+
+def test_pairs_can_be_verified_by_running_them(
+    tmp_path: Path, allowed: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sandbox, "_allowed", None)
+    with pytest.raises(ConfigError, match="--allow-code-execution"):
+        verifier_named("mbpp")
+    verifier = verifier_named("mbpp", allow_code_execution=True)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(DESCRIBED), encoding="utf-8")
+    (item,) = verifier.load(str(tmp_path / "rows.jsonl"))
+    answers = [Answered(item, f"def sum(xs):\n    return {value}") for value in ("3 * bool(xs)", "0")]
+    assert verifier.score(answers) == [True, False]

@@ -5,7 +5,7 @@ from typing import Any
 
 _SAMPLING = (
     "limit", "temperature", "top_p", "max_new_tokens", "prompting", "num_fewshot", "batch_size", "seed", "dtype",
-    "allow_code_execution",
+    "allow_code_execution", "isolation",
 )  # fmt: skip
 
 _PAIRING = (
@@ -94,6 +94,10 @@ def add_pairs(commands: Any) -> None:
     pairs.add_argument(
         "--allow-code-execution", action="store_true", help="let verifiers run code that the model wrote"
     )
+    pairs.add_argument(
+        "--isolation", default="uid", metavar="LEVEL",
+        help="the weakest isolation that such code may run at: namespaces, uid (the default) or none",
+    )  # fmt: skip
     pairs.set_defaults(run=_pairs, parser=pairs)
 
 

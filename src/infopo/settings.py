@@ -401,6 +401,10 @@ class EvaluateSettings(Settings):
     allow_code_execution: bool = setting(
         False, "Whether code that the model wrote may run, as code tasks need."
     )
+    isolation: Annotated[str, OneOf(("namespaces", "uid", "none"))] = setting(
+        "uid",
+        "The weakest isolation that such code may run at: `namespaces`, `uid` or `none` (docs/evaluation.md).",
+    )
 
     @property
     def names(self) -> list[str]:

@@ -3,21 +3,22 @@
 import ast
 import builtins
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infopo.errors import DataError
 from infopo.evaluation.code_answers import Asked, program_in
 from infopo.evaluation.code_grading import Program, grade
 from infopo.evaluation.items import Answered, Item, Mark, Task
+from infopo.evaluation.task_rows import task_rows
 
 RULE = "by_value"
 """Name of the rule. Tests and response run in sandboxes of their own, and plain values go between them."""
 
 NO_CODE = "no code found"
 
-_HUMANEVAL = "openai/openai_humaneval"
-_MBPP = "google-research-datasets/mbpp"
+_HUMANEVAL = ("openai/openai_humaneval", None, "test")
+_MBPP = ("google-research-datasets/mbpp", "full", "test")
 
 _HUMANEVAL_CHAT = (
     "Complete the following Python function. Answer with the whole function in one block of code, with the imports "
@@ -74,7 +75,9 @@ def humaneval_task() -> Task:
     """
     return Task(
         "humaneval",
-        lambda data: [humaneval_item(row, row_id) for row_id, row in _rows(data, _HUMANEVAL)],
+        lambda data: [
+            humaneval_item(row, row_id) for row_id, row in task_rows("humaneval", data, _HUMANEVAL)
+        ],
         {RULE: by_value},
         max_new_tokens=1024,
         # Those of the paper. A function ends where the next thing begins in column 0.
@@ -95,7 +98,7 @@ def mbpp_task() -> Task:
         "mbpp",
         lambda data: [
             mbpp_item(row, row_id)
-            for row_id, row in _rows(data, _MBPP)
+            for row_id, row in task_rows("mbpp", data, _MBPP)
             if _number(row.get("task_id")) not in WORKED_IDS
         ],
         {RULE: by_value},
@@ -188,31 +191,6 @@ def asked_of(item: Item) -> Asked:
 def program_of(code: str, item: Item) -> Program:
     """Returns the program of a response with the tests of its item."""
     return Program(code, tuple(item.gold["functions"]), item.gold["test"], item.gold["setup"])
-
-
-def _rows(data: str | None, hub: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the rows of a file, a folder or a data set of the hub (test split) under their names."""
-    from infopo.data.files import file_rows
-    from infopo.data.sources import Files, located
-
-    source = data or hub
-    found = located(source, source, "test")
-    if isinstance(found, Files):
-        rows = (
-            (f"{name}:{number}", row) for path, name in found.files for number, row in file_rows(path, name)
-        )
-    else:
-        rows = ((f"{source}:{number}", row) for number, row in enumerate(found, 1))
-    empty = True
-    for row_id, row in rows:
-        if isinstance(row, DataError):
-            raise row
-        if not isinstance(row, Mapping):
-            raise DataError(f"expected an object, got {type(row).__name__}", row_id, "not an object")
-        empty = False
-        yield row_id, row
-    if empty:
-        raise DataError("expected problems, got none", source, "no rows")
 
 
 def _text(row: Mapping[str, Any], name: str, row_id: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from infopo.errors import ConfigError, DataError
+from infopo.evaluation import sandbox
 from infopo.evaluation.items import Answered, Item, Task
 from infopo.evaluation.lab_task import lab_item
 from infopo.evaluation.task_rows import task_rows
@@ -16,6 +17,7 @@ from infopo.evaluation.tasks import TASKS
 from infopo.evaluation.tasks import task as task_named
 from infopo.lab.problems import make_problems
 from infopo.losses.foreign import load_module
+from infopo.output import say
 from infopo.records import Text
 
 Score: TypeAlias = bool | float | None
@@ -45,16 +47,19 @@ class Verifier:
     score: Callable[[Sequence[Answered]], Sequence[Score]]
 
 
-def verifier_named(name: str, *, limit: int | None = None, allow_code_execution: bool = False) -> Verifier:
+def verifier_named(
+    name: str, *, limit: int | None = None, allow_code_execution: bool = False, isolation: str = "uid"
+) -> Verifier:
     """Returns the verifier of that name.
 
     Args:
         name: A task (`gsm8k`, `lab`, ...), `module:function`, or `reward:MODEL`.
         limit: Number of prompts of the lab, which makes as many as are wanted.
         allow_code_execution: Whether code that the model wrote may run.
+        isolation: The weakest level of isolation that it may run at (see `infopo.evaluation.sandbox`).
 
     Raises:
-        ConfigError: There is none, or it runs code and that is not allowed.
+        ConfigError: There is none, or it runs code and that is not allowed, or not at the isolation that there is.
 
     Example:
         >>> verifier = verifier_named("lab")
@@ -62,7 +67,7 @@ def verifier_named(name: str, *, limit: int | None = None, allow_code_execution:
         [False, False]
     """
     if name in TASKS:
-        return _of_task(name, limit, allow_code_execution)
+        return _of_task(name, limit, isolation if allow_code_execution else None)
     kind, colon, rest = name.partition(":")
     if kind == "reward" and rest:
         return _of_reward(name, rest)
@@ -77,13 +82,15 @@ def verifier_named(name: str, *, limit: int | None = None, allow_code_execution:
     )
 
 
-def _of_task(name: str, limit: int | None, allow_code_execution: bool) -> Verifier:
+def _of_task(name: str, limit: int | None, isolation: str | None) -> Verifier:
     task = task_named(name)
-    if task.executes_code and not allow_code_execution:
-        raise ConfigError(
-            f"--verifier {name}: marking runs code that a model wrote; add --allow-code-execution if it may run on "
-            "this machine"
-        )
+    if task.executes_code:
+        if isolation is None:
+            raise ConfigError(
+                f"--verifier {name}: marking runs code that a model wrote; add --allow-code-execution if it may run on "
+                "this machine"
+            )
+        say(f"code runs in: {sandbox.allow(isolation)}")
     rule = task.rules[task.headline]
 
     def load(prompts: str | None) -> list[Item]:

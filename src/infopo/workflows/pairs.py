@@ -131,7 +131,10 @@ def pairs(
     output = Path(output)
     check_writable(output.parent, "--output")
     marker = verifier_named(
-        verifier, limit=settings.limit, allow_code_execution=settings.allow_code_execution
+        verifier,
+        limit=settings.limit,
+        allow_code_execution=settings.allow_code_execution,
+        isolation=settings.isolation,
     )
     items = marker.load(prompts)[: settings.limit]
     if not items:
