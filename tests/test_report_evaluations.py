@@ -66,3 +66,12 @@ def test_what_cannot_be_compared_or_read_is_a_note(tmp_path):
     assert "items.jsonl:1: is no marked response" in found.notes[0]
     assert "b is not compared: b: 10 items of sums ask something else than in a" in found.notes[1]
     assert found.comparisons == found.differing == []
+
+
+def test_an_evaluation_during_training_counts_if_there_is_no_later_one(tmp_path):
+    run = write_run(tmp_path / "run")
+    order = (("tasks/step-9", "x"), ("tasks/step-10", "xx"), ("tasks/final", "xxx"), ("evaluation", "xxxx"))
+    for folder, right in order:
+        write(run / folder, [i < len(right) for i in range(4)])
+        ((_, _, (estimate,)), *_) = read_report([run]).evaluations.rows
+        assert estimate.value == len(right) / 4

@@ -57,6 +57,7 @@ def test_the_page_opens_without_an_error_and_everything_on_it_works(page: Path):
         await check_toggles(browser)
         await check_scale_and_zoom(browser)
         await check_search(browser)
+        await check_sorting(browser)
         await check_themes(browser)
 
     assert in_browser(steps) == []
@@ -146,6 +147,22 @@ async def check_themes(browser: Browser) -> None:
         assert await browser.run("document.documentElement.scrollWidth <= innerWidth"), (
             f"it is wider than {width}"
         )
+
+
+async def check_sorting(browser: Browser) -> None:
+    """A click on a heading sorts the runs by its column, the next one the other way round."""
+    column = (
+        "[...document.querySelectorAll('#headline th')].findIndex((th) => th.innerText.startsWith('Chosen'))"
+    )
+    values = f"""[...document.querySelectorAll('#headline tbody tr')]
+        .map((row) => row.cells[{column}].dataset.value).filter((text) => text !== undefined).map(Number)"""
+    button = f"document.querySelectorAll('#headline th')[{column}].querySelector('button')"
+    for sign in (-1, 1):
+        await browser.run(f"{button}.click()")
+        found = await browser.run(values)
+        assert len(found) >= 2
+        assert found == sorted(found, key=lambda value: sign * value)
+    assert await browser.run(f"{button}.closest('th').getAttribute('aria-sort')") == "ascending"
 
 
 def test_a_script_that_slipped_through_would_not_run_and_could_not_call_out(page: Path, tmp_path: Path):

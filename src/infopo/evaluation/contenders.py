@@ -13,11 +13,11 @@ from infopo.errors import ConfigError, DataError
 from infopo.evaluation.given import IDS, PROMPTS, TEXTS
 from infopo.evaluation.items import shown_text
 from infopo.evaluation.results import (
-    FOLDER,
     ITEMS,
     SCHEMA_VERSION,
     Evaluation,
     default_folder,
+    folder_of_run,
     read_evaluation,
     read_items,
 )
@@ -107,7 +107,7 @@ def read_contender(
 
 
 def _of_folder(source: str, folder: Path, rule: str | None) -> Contender:
-    for place in dict.fromkeys((folder, folder / FOLDER, default_folder(source))):
+    for place in dict.fromkeys((folder, folder_of_run(folder), default_folder(source))):
         record = read_object(place / EVALUATION)
         if record is not None and record.get("schema_version") == SCHEMA_VERSION:
             return _of_evaluation(source, read_evaluation(place), rule)

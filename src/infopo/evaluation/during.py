@@ -19,7 +19,7 @@ from infopo.errors import ConfigError, InfoPOError
 from infopo.evaluation.asking import in_memory, wanted
 from infopo.evaluation.marking import Loaded, loaded_tasks, marked, task_record
 from infopo.evaluation.prompting import Prompts
-from infopo.evaluation.results import Response, write_evaluation
+from infopo.evaluation.results import DURING, Response, write_evaluation
 from infopo.evaluation.settings import Settings
 from infopo.evaluation.subjects import LoadedModel
 from infopo.logps.wrappers import base_of
@@ -27,9 +27,6 @@ from infopo.output import get_logger
 from infopo.runs import Record, environment
 
 logger = get_logger(__name__)
-
-FOLDER = "tasks"
-"""Folder of a run directory with an evaluation per step, which `infopo compare` reads."""
 
 PREFIX = "eval_tasks/"
 
@@ -108,7 +105,7 @@ class TaskEvaluation(TrainerCallback):
             responses += mine
         if args.process_index == 0:
             folder = "final" if self._is_over else f"step-{step}"
-            self._write(Path(args.output_dir) / FOLDER / folder, found, responses, args)
+            self._write(Path(args.output_dir) / DURING / folder, found, responses, args)
         metrics: dict[str, float] = {}
         for name, record in found.items():
             rule = record["rules"][record["headline"]]

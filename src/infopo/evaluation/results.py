@@ -35,6 +35,9 @@ ITEMS = "items.jsonl"
 FOLDER = "evaluation"
 """Folder of a run directory that an evaluation of it goes to."""
 
+DURING = "tasks"
+"""Folder of a run directory with an evaluation per step of training, of the recipe's `evaluate.tasks`."""
+
 SCHEMA_VERSION = 2
 
 
@@ -154,6 +157,18 @@ def default_folder(name: str) -> Path:
     if (folder / RECIPE).is_file():
         return folder / FOLDER
     return Path("infopo-eval") / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def folder_of_run(directory: Path) -> Path:
+    """Returns the folder of a run's evaluation: that of `infopo evaluate`, else the last one of training.
+
+    It need not exist.
+    """
+    during = directory / DURING
+    steps = (path for path in during.glob("step-*") if path.name[5:].isdecimal())
+    last = sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
+    found = (directory / FOLDER, during / "final", *last)
+    return next((folder for folder in found if (folder / EVALUATION).is_file()), directory / FOLDER)
 
 
 def write_evaluation(folder: Path, record: Mapping[str, Any], responses: Iterable[Response]) -> None:

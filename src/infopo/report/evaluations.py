@@ -7,7 +7,7 @@ from typing import Any
 from infopo.errors import InfoPOError
 from infopo.evaluation.comparison import Row, comparisons, left_out, sentence
 from infopo.evaluation.contenders import Contender, read_contender
-from infopo.evaluation.results import FOLDER, SCHEMA_VERSION, Evaluation, Response, read_evaluation
+from infopo.evaluation.results import SCHEMA_VERSION, Evaluation, Response, folder_of_run, read_evaluation
 from infopo.report.numbers import Estimate
 from infopo.report.reading import ReportRun, is_number
 from infopo.runs import EVALUATION, read_object
@@ -62,7 +62,7 @@ class Evaluations:
 
 
 def evaluations(runs: Sequence[ReportRun]) -> Evaluations:
-    """Returns what `infopo evaluate` has found of the runs, in their `evaluation` folders."""
+    """Returns what `infopo evaluate` has found of the runs, or else the last evaluation of their training."""
     notes: list[str] = []
     found = [_read(run, notes) for run in runs]
     rows = []
@@ -78,7 +78,7 @@ def evaluations(runs: Sequence[ReportRun]) -> Evaluations:
 
 
 def _read(run: ReportRun, notes: list[str]) -> Evaluation | None:
-    folder = run.run.directory / FOLDER
+    folder = folder_of_run(run.run.directory)
     try:
         record = read_object(folder / EVALUATION)
         if record is None or record.get("schema_version") != SCHEMA_VERSION:
@@ -100,7 +100,7 @@ def _rules(evaluation: Evaluation) -> list[tuple[str, str]]:
 def _estimate(evaluation: Evaluation, task: str, rule: str) -> Estimate | None:
     figures: dict[str, Any] = evaluation.record["tasks"].get(task, {}).get("rules", {}).get(rule) or {}
     value, ends = figures.get("accuracy"), figures.get("ci95")
-    source = f"{FOLDER}/{EVALUATION}: {task}, {rule}"
+    source = f"{evaluation.folder.name}/{EVALUATION}: {task}, {rule}"
     if not is_number(value):
         return None
     if isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)):

@@ -135,6 +135,25 @@
     one(id)?.addEventListener("click", () => { for (const box of toggles) box.checked = on; show(); });
   }
 
+  // --- tables whose columns sort ---
+
+  for (const button of all(".sort")) {
+    button.addEventListener("click", () => {
+      const heading = button.closest("th"), body = heading.closest("table").tBodies[0];
+      const column = heading.cellIndex, up = heading.getAttribute("aria-sort") === "descending";
+      // Rows without a value stay at the end.
+      const value = (row) => Number(row.cells[column].dataset.value ?? NaN);
+      const rows = [...body.rows].sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
+        return up ? x - y : y - x;
+      });
+      body.append(...rows);
+      for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", up ? "ascending" : "descending");
+    });
+  }
+
   // --- completions ---
 
   const search = one("#search"), which = one("#which"), prompts = all("#completions .prompt");
