@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from infopo import probes
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
-from infopo.errors import CheckpointError
+from infopo.errors import CheckpointError, NonFiniteLossError
 from infopo.generate import sample_ids
 from infopo.logps import spread
 from infopo.logps.forward import prepare, response_logps
@@ -343,3 +343,12 @@ def test_the_page_names_all_that_is_measured(tmp_path: Path, reference: str) -> 
                       "length", "generations", "memory"}:  # fmt: skip
             plain = name.removesuffix("_ci95").removesuffix("_per_token")
             assert f"`{plain}`" in page or (family == "ratio_tail" and f"`{rest}`" in page), name
+
+
+def test_a_policy_that_breaks_ends_the_run_by_its_loss_and_not_by_its_samples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = MEASURED | {"learning_rate": 1e6, "generation_steps": 1, "max_steps": 6}
+    with pytest.raises(NonFiniteLossError):
+        trainer_of(tmp_path, **settings).train()
+    assert "no responses could be sampled: probability tensor contains" in caplog.text

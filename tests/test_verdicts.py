@@ -209,3 +209,13 @@ def test_the_kept_evidence_has_planted_faults_named_first_and_sound_runs_without
     }
     sound = [run["fired"] for run in record["runs"] if not run["expected_first"]]
     assert sound == [[]] * 20
+
+
+@pytest.mark.parametrize("check", ["poor chosen responses", "longer samples", "entropy collapse"])
+def test_means_of_few_examples_without_an_interval_are_not_judged(check: str):
+    beyond, _ = BEYOND[check]
+    metrics = {name: value for name, value in beyond.items() if name != "start"}
+    for number, expected in ((8, True), (7, False)):
+        found = verdicts({**metrics, "probe/n": number}, **beyond.get("start", {}))[check]
+        assert found.fired == expected
+        assert (found.not_checked is None) == expected

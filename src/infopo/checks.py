@@ -21,6 +21,10 @@ LEAST_STEPS = 20
 LEARNED = 0.05
 """Nats by which the margin of a pair moves at least in a run that learns."""
 
+FEW = 8
+"""Number of examples below which a mean is not judged without its interval."""
+
+TOO_FEW = f"the probe set has fewer than {FEW} examples, whose mean says little"
 NO_PROBE = "the run has no probe set, or no record of it after step 0 yet"
 STREAMED = "the training data are streamed, and their rows are not known beforehand"
 
@@ -109,6 +113,8 @@ def poor_chosen(evidence: Evidence) -> Outcome:
     chosen, entropy = (_at_start(history, n) for n in ("probe/logps/chosen_per_token", "anchor/entropy"))
     if chosen is None or entropy is None:
         return "log-probs of chosen responses and of the policy's own samples before the first update are not known"
+    if _has_few(history):
+        return TOO_FEW
     surprise = -chosen - entropy
     return Finding(
         surprise > 1.5,
@@ -164,6 +170,8 @@ def longer_samples(evidence: Evidence) -> Outcome:
     sampled, anchor = history.last("length/sampled"), history.last("length/anchor")
     if sampled is None or not anchor:
         return "no responses were sampled in this run"
+    if _has_few(history):
+        return TOO_FEW
     factor = sampled / anchor
     text = f"Sampled responses have {sampled:.0f} tokens, {factor:.1f} times those before training ({anchor:.0f})."
     return Finding(factor > 2 and history.step > 0, factor, None, text)
@@ -191,6 +199,11 @@ def chosen_falling(evidence: Evidence) -> Outcome:
     fell = "" if share is None else f"; {share:.0%} of them are below their start"
     text = f"Chosen responses changed by {change[0]:+.3f} ± {change[1]:.3f} nats per token{fell}."
     return Finding(_has_fallen(change), change[0], _around(change), text)
+
+
+def _has_few(history: History) -> bool:
+    number = history.last("probe/n")
+    return number is not None and number < FEW
 
 
 def _has_fallen(change: tuple[float, float]) -> bool:
@@ -221,6 +234,8 @@ def entropy(evidence: Evidence) -> Outcome:
             break
     else:
         return "the entropy at the start and now is not known"
+    if _has_few(history):
+        return TOO_FEW
     ratio = now / start
     distinct, before = history.last("generations/distinct_2"), _at_start(history, "generations/distinct_2")
     poorer = distinct is None or before is None or distinct < before

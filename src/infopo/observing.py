@@ -341,7 +341,12 @@ class Observer(TrainerCallback):
         """Samples responses to the anchor set's prompts from the policy as it is now."""
         if self._anchors is None:
             return {}
-        drawn = self._drawn(self._anchors.prompts, step)
+        try:
+            drawn = self._drawn(self._anchors.prompts, step)
+        except InfoPOError as error:  # a policy that is broken gives no samples, and training says so better
+            if self._is_main:
+                logger.warning("step %d: no responses could be sampled: %s", step, error)
+            return {}
         responses, finished = [ids for ids, _ in drawn], [end for _, end in drawn]
         self._write(step, responses, finished)
         return self._about(responses, finished) | self._reverse_kl(responses)
