@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from infopo.evaluation.comparison import comparisons
+from infopo.evaluation.comparison import comparisons, p_text
 from infopo.evaluation.contenders import read_contender
 from infopo.evaluation.items import Answered, shown_text
 from infopo.evaluation.lab_task import lab_item, lab_marks
@@ -107,7 +107,7 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         low, high = row["ci95"]
         smallest = "none" if row["smallest"] is None else f"{row['smallest']:.3f}"
         lines.append(
-            f"| {name} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] | {row['p_holm']:.3f} "
+            f"| {name} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] | {p_text(row['p_holm'])} "
             f"| {row['wins']} / {row['losses']} | {smallest} |"
         )
     return lines
