@@ -1,6 +1,7 @@
 """`infopo pairs`: a policy's samples become preference data, which a kill, shards and a second rule do not change."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ from infopo.data.counts import DataCounts
 from infopo.data.sources import read_rows
 from infopo.lab.problems import solve, verify
 from infopo.models import load_tokenizer
+from servers import Answer, completion, serving
 
 LAB = ["--prompts", "lab", "--verifier", "lab", "--limit", "24"]
 SAMPLED = ["pairs", "lab:policy", *LAB, "--num-generations", "4"]
@@ -143,7 +145,8 @@ def test_a_function_of_the_users_scores_as_it_would_for_trl(prompts: Path) -> No
         ("my_rewards:none", "there is no such function"),
         ("no_module_here:f", "no_module_here"),
         ("gsm9k", "expected a task"),
-        ("judge:http://localhost", "compares two responses"),
+        ("judge:http://localhost", "add --yes if it may"),
+        ("judge:nobody", "--judge: expected a URL or MODULE:FUNCTION"),
     ],
 )
 def test_a_verifier_that_cannot_mark_is_named(
@@ -187,6 +190,38 @@ def test_a_reward_model_scores_by_its_own_template(prompts: Path) -> None:
         assert scores[0] > scores[1]
 
 
+def test_a_judge_scores_by_wins_against_the_other_responses(prompts: Path) -> None:
+    def longer_is_better(body: dict, n: int) -> Answer:  # type: ignore[type-arg]
+        _, first, second = re.findall(
+            r"BEGINNING OF .*?\n(.*?)\n===== END", body["messages"][1]["content"], re.DOTALL
+        )
+        winner = "tie" if len(first) == len(second) else "1" if len(first) > len(second) else "2"
+        return completion(json.dumps({"comparison": "By length.", "winner": winner}))
+
+    with serving(longer_is_better) as served:
+        command = [
+            "pairs",
+            "lab:policy",
+            "--prompts",
+            str(prompts),
+            "--num-generations",
+            "3",
+            "--max-new-tokens",
+            "40",
+        ]
+        command += ["--verifier", f"judge:{served.url}", "--rule", "best-worst", "--yes"]
+        assert main(command) == 0
+        first, asked = Path("pairs.jsonl").read_bytes(), len(served.bodies)
+        assert asked
+        # Answers and samples are kept.
+        assert main(command) == 0
+        assert len(served.bodies) == asked
+    assert Path("pairs.jsonl").read_bytes() == first
+    rows = lines(Path("pairs.jsonl"))
+    assert rows
+    assert all(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -203,8 +238,6 @@ def test_what_cannot_be_paired_is_refused_in_one_line(
     arguments: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    import re
-
     monkeypatch.chdir(tmp_path)
     assert main(["pairs", *arguments]) == 2
     assert re.search(problem, capsys.readouterr().err)

@@ -34,7 +34,7 @@ def add_pairs(commands: Any) -> None:
         "--verifier",
         required=True,
         metavar="NAME",
-        help="a task (gsm8k, lab, ...), my_module:my_reward or reward:MODEL",
+        help="a task (gsm8k, lab, ...), my_module:my_reward, reward:MODEL or judge:URL",
     )
     pairs.add_argument(
         "--samples", metavar="FILE", help="pair the samples of this file in place of a model's"
@@ -98,6 +98,14 @@ def add_pairs(commands: Any) -> None:
         "--isolation", default="uid", metavar="LEVEL",
         help="the weakest isolation that such code may run at: namespaces, uid (the default) or none",
     )  # fmt: skip
+    pairs.add_argument(
+        "--judge-model", metavar="NAME", help="of judge:URL (default: the only model that it serves)"
+    )
+    pairs.add_argument(
+        "--template", choices=("summaries", "dialogue", "chat"), default="chat",
+        help="what judge:URL looks at (default: %(default)s)",
+    )  # fmt: skip
+    pairs.add_argument("--yes", action="store_true", help="ask judge:URL as often as it takes")
     pairs.set_defaults(run=_pairs, parser=pairs)
 
 
@@ -116,8 +124,13 @@ def _pairs(arguments: argparse.Namespace) -> None:
     from infopo.evaluation.pairing import PairingSettings
     from infopo.evaluation.server import ServerSettings
     from infopo.evaluation.settings import Settings
+    from infopo.workflows.ask_judge import JudgeSettings
     from infopo.workflows.pairs import pairs
 
+    judge = None
+    if arguments.verifier.startswith("judge:"):
+        target = arguments.verifier.removeprefix("judge:")
+        judge = JudgeSettings(target, arguments.judge_model, arguments.template, yes=arguments.yes)
     server = None
     if arguments.server is not None:
         server = ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
@@ -130,4 +143,4 @@ def _pairs(arguments: argparse.Namespace) -> None:
     )
     pairing = PairingSettings(**{name: getattr(arguments, name) for name in _PAIRING})
     pairs(arguments.model, arguments.verifier, settings, pairing, prompts=arguments.prompts,
-          samples=arguments.samples, output=arguments.output)  # fmt: skip
+          samples=arguments.samples, judge=judge, output=arguments.output)  # fmt: skip

@@ -71,15 +71,17 @@ def verifier_named(
     kind, colon, rest = name.partition(":")
     if kind == "reward" and rest:
         return _of_reward(name, rest)
-    if kind == "judge":
-        raise ConfigError(
-            "--verifier judge: compares two responses and gives no scores; use `infopo winrate` for models"
-        )
     if colon and rest.isidentifier():
         return _of_function(name)
     raise ConfigError(
-        f"--verifier: expected a task ({', '.join(TASKS)}), my_module:my_function or reward:MODEL, got {name!r}"
+        f"--verifier: expected a task ({', '.join(TASKS)}), my_module:my_function, reward:MODEL or "
+        f"judge:URL, got {name!r}"
     )
+
+
+def of_rows(name: str, score: Callable[[Sequence[Answered]], Sequence[Score]]) -> Verifier:
+    """Returns a verifier whose prompts are rows of any file, which has them in a column of a usual name."""
+    return Verifier(name, Task("pairs", _load_rows, {}, _MAX_NEW_TOKENS), _load_rows, score)
 
 
 def _of_task(name: str, limit: int | None, isolation: str | None) -> Verifier:
@@ -117,7 +119,7 @@ def _of_function(name: str) -> Verifier:
     def score(answers: Sequence[Answered]) -> list[Score]:
         return _called(function, name, answers)
 
-    return Verifier(name, Task("pairs", _load_rows, {}, _MAX_NEW_TOKENS), _load_rows, score)
+    return of_rows(name, score)
 
 
 def _called(function: Callable[..., Any], name: str, answers: Sequence[Answered]) -> list[Score]:
@@ -194,6 +196,4 @@ def _prompt(row: Mapping[str, Any], row_id: str) -> Text:
 def _of_reward(name: str, model: str) -> Verifier:
     from infopo.evaluation.reward import RewardModel
 
-    reward = RewardModel(model)
-    task = Task("pairs", _load_rows, {}, _MAX_NEW_TOKENS)
-    return Verifier(name, task, _load_rows, reward.scores)
+    return of_rows(name, RewardModel(model).scores)

@@ -25,7 +25,9 @@ from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.records import Text
 from infopo.runs import Record, environment, os_errors_named, to_json, write_json_atomic
+from infopo.workflows.ask_judge import JudgeSettings
 from infopo.workflows.evaluate import subject_of
+from infopo.workflows.judged_pairs import judge_verifier
 
 _PROMPTS_AT_A_TIME = 256
 """Prompts whose samples are drawn, marked and paired at a time."""
@@ -101,6 +103,7 @@ def pairs(
     *,
     prompts: str | None = None,
     samples: str | Path | None = None,
+    judge: JudgeSettings | None = None,
     output: str | Path = "pairs.jsonl",
 ) -> Path:
     """Makes preference data from samples of a model.
@@ -112,6 +115,7 @@ def pairs(
         pairing: How samples become pairs.
         prompts: A file or hub name with prompts, or `lab`.
         samples: A file of samples to pair again, in place of a model.
+        judge: Who judges, for the verifier `judge:...`.
         output: File of the pairs. Beside it are `NAME.provenance.json`, `NAME.pass-rates.jsonl` and the folder
             `NAME.samples` with all that was drawn.
 
@@ -130,12 +134,8 @@ def pairs(
         raise ConfigError("--temperature: greedy decoding has one response; expected a number above 0")
     output = Path(output)
     check_writable(output.parent, "--output")
-    marker = verifier_named(
-        verifier,
-        limit=settings.limit,
-        allow_code_execution=settings.allow_code_execution,
-        isolation=settings.isolation,
-    )
+    folder = output.with_name(f"{output.stem}.samples")
+    marker = _marker(verifier, settings, judge, folder)
     items = marker.load(prompts)[: settings.limit]
     if not items:
         raise DataError("holds no prompts", str(prompts), "no prompts")
@@ -147,7 +147,6 @@ def pairs(
     subject = subject_of(model, settings)
     asked = Prompts(subject.tokenizer, marker.task, settings.prompting, settings.num_fewshot)
     law = settings.law(marker.task, asked.stop)
-    folder = output.with_name(f"{output.stem}.samples")
     origin = {
         "model": {**subject.record, "name": model or subject.name},
         "law": law.record,
@@ -163,6 +162,17 @@ def pairs(
             )
             return folder
         return _write(output, groups, marker, pairing, origin, settings, prompts, items)
+
+
+def _marker(verifier: str, settings: Settings, judge: JudgeSettings | None, folder: Path) -> Verifier:
+    if judge is not None:
+        return judge_verifier(judge, folder, settings.num_samples)
+    return verifier_named(
+        verifier,
+        limit=settings.limit,
+        allow_code_execution=settings.allow_code_execution,
+        isolation=settings.isolation,
+    )
 
 
 def _drawn(
