@@ -1,7 +1,7 @@
 """Grades model solutions that somebody else has labelled, and lists each disagreement with its reason.
 
-The reason is found by running the solution twice more: with the imports that a labeller may have had in scope, and in
-one process with its tests, as most graders do.
+The reason is found by running the solution three times more: with the imports that a labeller may have had in scope,
+in one process with its tests, as most graders do, and there without looking for the code in it.
 
     python scripts/code_labels.py FILE... [--out benchmarks/results/code-labels.json]
 
@@ -23,16 +23,18 @@ from infopo.evaluation.code_tasks import asked_of, humaneval_item, program_of
 IMPORTS = "import collections, heapq, itertools, math, re, sys\nfrom typing import *\n"
 
 
-def in_one_process(program: Program) -> Program:
+def in_one_process(program: Program, code: str) -> Program:
     """Returns a program that runs the tests where the solution runs."""
-    code = f"{program.setup}\n{program.code}\n{program.test}\ndef passed():\n    return True\n"
+    code = f"{program.setup}\n{code}\n{program.test}\ndef passed():\n    return True\n"
     return Program(code, ("passed",), "assert passed()")
 
 
-def reason(label: bool, ours: Graded, imported: Graded, together: Graded) -> str:
+def reason(label: bool, ours: Graded, imported: Graded, together: Graded, as_it_is: Graded) -> str:
     """Returns why a label and the verdict differ."""
     if label and imported.passed:
         return "uses a module that it does not import"
+    if ours.passed and not as_it_is.passed:
+        return "passes, but not as it stands: the code continues the prompt, or stands between other text"
     if together.passed == ours.passed:
         return "its own tests say the same in one process: the label does not follow from them"
     return "unexplained"
@@ -51,16 +53,20 @@ def graded(path: Path) -> dict[str, Any]:
     ]
     programs = [program_of(codes[place], items[place]) for place in places]
     imported = grade([replace(program, code=IMPORTS + program.code) for program in programs])
-    together = grade([in_one_process(program) for program in programs])
+    together = grade([in_one_process(program, program.code) for program in programs])
+    texts = [rows[place]["solution"] for place in places]
+    as_it_is = grade([in_one_process(*both) for both in zip(programs, texts, strict=True)])
     differ = [
         {
             "task": rows[place]["task_id"],
             "label": rows[place]["is_solved"],
             "note": found[place].note,
             "detail": found[place].detail,
-            "reason": reason(rows[place]["is_solved"], *three),
+            "reason": reason(rows[place]["is_solved"], *four),
         }
-        for place, *three in zip(places, [found[place] for place in places], imported, together, strict=True)
+        for place, *four in zip(
+            places, [found[place] for place in places], imported, together, as_it_is, strict=True
+        )
     ]
     return {
         "solutions": len(rows),

@@ -190,6 +190,46 @@ ATTACKS = {
     "an async function": ("async def f(x): return x + 1", "no plain value"),
     "a generator without end": ("def f(x):\n    while True: yield 2", "no plain value"),
     "a class": ("class f:\n    def __init__(self, x): pass\n    __eq__ = lambda s, o: True", "no plain value"),
+    "half a message": (
+        "import os, time\ndef f(x):\n    for fd in range(3, 64):\n        try: os.write(fd, b'\\0' * 4)\n"
+        "        except OSError: pass\n    time.sleep(1000)",
+        TIME_OUT,
+    ),
+    "messages of several threads": (
+        "import os, threading\ndef noise():\n    while True:\n        for fd in range(3, 64):\n"
+        "            try: os.write(fd, b'\\0' * 7 + b'\\4true')\n            except OSError: pass\n"
+        "def f(x):\n    threading.Thread(target=noise, daemon=True).start()\n    threading.Event().wait(0.2)\n"
+        "    return 0",
+        "no plain value",
+    ),
+    "a number that is too much for the tests": (
+        "from decimal import Decimal\ndef f(x): return Decimal('1e999999')", None
+    ),
+    "a call back that nobody offered": (
+        "import json, os\ndef f(x):\n    m = json.dumps(['callback', 0, [], {}]).encode()\n    for fd in range(3, 64):\n"
+        "        try: os.write(fd, len(m).to_bytes(8, 'big') + m)\n        except OSError: pass",
+        "no plain value",
+    ),
+    "a change of arguments that were none": (
+        "import json, os\ndef f(x):\n    m = json.dumps(['value', ['int', '0x1'], {'0': ['int', '0x5']}]).encode()\n"
+        "    for fd in range(3, 64):\n        try: os.write(fd, len(m).to_bytes(8, 'big') + m)\n"
+        "        except OSError: pass",
+        None,
+    ),
+    "an exception with a text without end": ("def f(x): raise ValueError('x' * 10**8)", None),
+    "an exception that cannot be made of a text": ("def f(x): b'\\xff'.decode('ascii')", None),
+    "a kill of everything": (
+        "import os\ndef f(x):\n    for p in (-1, os.getppid(), 1):\n        try: os.kill(p, 9)\n"
+        "        except OSError: pass\n    return 0",
+        None,
+    ),
+    "a null character": ("x = '\x00'\ndef f(x): return x + 1", "does not compile"),
+    "half of a pair": ("x = '\ud800'\ndef f(x): return x + 1", "fails when loaded"),
+    "patched builtins": (
+        "import builtins\nbuiltins.type = lambda *a: int\nbuiltins.str = lambda *a: 'x'\n"
+        "builtins.BaseException = ValueError\ndef f(x): raise KeyError",
+        "ended itself",
+    ),
     "hashes that collide": ("def f(x): return {i * (2**61 - 1) for i in range(3000)}", None),
 }  # fmt: skip
 # ruff: noqa: E501

@@ -11,8 +11,10 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -74,7 +76,7 @@ def grade(programs: Sequence[Program], processes: int | None = None) -> list[Gra
         TrainingError: Sandboxes do not start any more.
     """
     sandbox.allowed()
-    at_once = max(1, min(processes or len(os.sched_getaffinity(0)), len(programs)))
+    at_once = max(1, min(processes or _cores(), len(programs), 100))
     ended = threading.Event()
     seats = _Seats()
     pool = ThreadPoolExecutor(at_once)
@@ -95,6 +97,11 @@ def grade(programs: Sequence[Program], processes: int | None = None) -> list[Gra
     return graded
 
 
+def _cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def _refuse_broken(graded: Graded) -> None:
     if graded.note == "did not start":
         raise TrainingError(
@@ -108,18 +115,19 @@ class _Seats:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._free = list(range(250, -1, -1))
+        self._free = deque(range(250))
 
     @contextlib.contextmanager
     def two(self) -> Iterator[tuple[int, int]]:
         """Takes two numbers for a while."""
         with self._lock:
-            taken = self._free.pop(), self._free.pop()
+            # The one that was left longest ago, whose processes are gone for sure.
+            taken = self._free.popleft(), self._free.popleft()
         try:
             yield taken
         finally:
             with self._lock:
-                self._free += taken
+                self._free.extend(taken)
 
 
 def _grade(program: Program, seats: _Seats, ended: threading.Event) -> Graded:
