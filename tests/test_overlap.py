@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from infopo.cli import main
 from infopo.evaluation.items import Item
 from infopo.evaluation.overlap import N, overlap
 from infopo.records import PreferenceRow, Text
@@ -93,3 +94,36 @@ def test_the_data_of_a_run_are_found_by_its_recipe_and_stated(
     assert "no such file" in overlap_of_run(str(tmp_path), {"t": ITEMS})["t"]["unknown"]
     assert "is not known" in capsys.readouterr().out
     assert overlap_of_run("lab:policy", {"t": ITEMS}) == {}
+
+
+def test_check_looks_for_problems_of_tasks_in_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [
+        {"prompt": f"{LONG} {i}" if i else LONG, "chosen": f"It is {i}.", "rejected": "I do not know."}
+        for i in range(8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(each) + "\n" for each in pairs), encoding="utf-8"
+    )
+    (tmp_path / "test.jsonl").write_text(
+        json.dumps({"question": LONG, "answer": "#### 18"}) + "\n", encoding="utf-8"
+    )
+    recipe = {
+        "model": "lab:policy",
+        "data": {"path": str(tmp_path / "pairs.jsonl"), "cache": "off"},
+        "reference": {"store": "off"},
+        "output_dir": str(tmp_path / "run"),
+        "train": {"probe_size": 0},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    assert main(["check", str(path), "--tasks", "gsm8k", "--data", str(tmp_path / "test.jsonl")]) == 0
+    found = capsys.readouterr().out
+    assert (
+        "gsm8k: 1 of 1 problems are among the 8 rows of training data word for word, 1 share 13 words"
+        in found
+    )
+    assert "  e.g. gsm8k/0" in found
+    assert main(["check", str(path), "--tasks", "gms8k"]) == 2
+    assert "no task 'gms8k'" in capsys.readouterr().err

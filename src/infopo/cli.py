@@ -118,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", default=[], metavar="key=value", help="e.g. train.learning_rate=1e-6"
         )
         command.set_defaults(run=run)
+        if name == "check":
+            command.add_argument(
+                "--tasks",
+                default="",
+                metavar="NAME,...",
+                help="look for problems of these tasks in the data, e.g. gsm8k",
+            )
+            command.add_argument(
+                "--data", action="append", default=[], metavar="[TASK=]FILE", help="a task's data"
+            )
+            command.set_defaults(parser=command)
 
     reference = commands.add_parser(
         "reference",
@@ -368,7 +379,8 @@ def _objectives(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    tasks, data = cli_compare.tasks_and_data(arguments)
     _preflight(arguments.recipe, arguments.overrides, makes_a_run=False)
     from infopo.workflows.check import check
 
-    check(arguments.recipe, arguments.overrides)
+    check(arguments.recipe, arguments.overrides, tasks, data)

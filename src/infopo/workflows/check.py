@@ -3,9 +3,10 @@
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from infopo.build import (
     build_arguments,
@@ -20,6 +21,7 @@ from infopo.data.display import display
 from infopo.data.examples import ExampleDataset
 from infopo.data.facts import facts_of
 from infopo.data.survey import report_lines
+from infopo.evaluation.tasks import task
 from infopo.evidence import Evidence, History
 from infopo.judging import Judge
 from infopo.models import check_fit
@@ -29,6 +31,7 @@ from infopo.run_state import holds_run
 from infopo.verdicts import judge, line_of
 from infopo.workflows.forecast import forecast
 from infopo.workflows.forecast import lines as forecast_lines
+from infopo.workflows.overlap import say_overlap
 from infopo.workflows.terminal import Terminal, has_color, hush, quiet_bars
 from infopo.workflows.train import run
 
@@ -39,13 +42,25 @@ ROWS_OF_A_STREAM = 1000
 
 
 @quiet_bars()
-def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
+def check(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_data: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Validates a recipe, loads its model, tokenizes its data, does one step, and prints what it finds.
+
+    Args:
+        recipe_path: The recipe.
+        overrides: See `parse_recipe`.
+        tasks: Tasks of `infopo evaluate` whose problems are looked for in the training data.
+        task_data: Their data by task, where they are not the task's own.
 
     Raises:
         InfoPOError: Anything that would stop `infopo train`.
     """
     preflight(recipe_path, overrides, makes_a_run=False)
+    items = {name: task(name).load(task_data.get(name)) for name in tasks}
     recipe = load_recipe(recipe_path, overrides, train_fields())
     build_arguments(recipe)
     check_run_directory(recipe)
@@ -71,6 +86,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     for index in range(min(RENDERED_EXAMPLES, len(train))):
         print(display(train[index], tokenizer, color=color))
     _say_verdicts(train)
+    say_overlap(recipe.data, items)
     few, few_to_evaluate = _first_step(recipe, train), evaluation and _first_step(recipe, evaluation)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer_on(_one_step(recipe, folder), tokenizer, few, few_to_evaluate)

@@ -11,6 +11,9 @@ from infopo.evaluation.items import Item
 from infopo.evaluation.overlap import overlaps
 from infopo.output import say
 from infopo.runs import RECIPE, Record
+from infopo.settings import DataSettings
+
+_ITEMS_NAMED = 5
 
 
 def overlap_of_run(model: str, tasks: Mapping[str, Sequence[Item]]) -> dict[str, Record]:
@@ -37,6 +40,21 @@ def overlap_of_run(model: str, tasks: Mapping[str, Sequence[Item]]) -> dict[str,
     for name, overlap in found.items():
         say(overlap.line(name))
     return {name: overlap.record for name, overlap in found.items()}
+
+
+def say_overlap(data: DataSettings, tasks: Mapping[str, Sequence[Item]]) -> None:
+    """Finds the items of tasks in the data of a recipe, and says what was found.
+
+    Raises:
+        DataError: The data cannot be read.
+    """
+    if not tasks:
+        return
+    found = overlaps(tasks, training_rows(data, DataCounts(on_bad_row="skip")))
+    for name, overlap in found.items():
+        say(overlap.line(name))
+        if named := [*dict.fromkeys([*overlap.exact, *overlap.shared])][:_ITEMS_NAMED]:
+            say(f"  e.g. {', '.join(named)}")
 
 
 def _unknown(tasks: Mapping[str, Sequence[Item]], why: str) -> dict[str, Record]:
