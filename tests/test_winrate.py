@@ -2,12 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from infopo.cli import main
 from infopo.errors import ConfigError, DataError, ServerError
 from infopo.evaluation.duels import read_answers, read_prompts
+from infopo.evaluation.winrate import Outcome, calibration
 from infopo.workflows.ask_judge import JudgeSettings
 from infopo.workflows.calibrate import read_votes
 from infopo.workflows.winrate import winrate
@@ -386,11 +388,20 @@ def test_votes_are_judged(tmp_path):
             read_votes(path)
 
 
-def test_votes_of_people_on_real_pairs(shared_data):
+def test_people_on_real_pairs_agree_as_the_documentation_says(shared_data):
     duels, people = read_votes(str(shared_data / "pandalm" / "testset-v1.json.gz"))
     assert len(duels) == len(people) == 999
     assert all(len(votes) == 3 for votes in people)
     assert sum(vote == "tie" for votes in people for vote in votes) == 97 + 116 + 113
+    longer = [len(duel.a.strip()) - len(duel.b.strip()) for duel in duels]
+    said = [
+        Outcome("win", 1.0) if d > 0 else Outcome("loss", 0.0) if d < 0 else Outcome("tie", 0.5)
+        for d in longer
+    ]
+    found = calibration(people, said)
+    page = (Path(__file__).parents[1] / "docs" / "winrate.md").read_text(encoding="utf-8")
+    assert f"in {found['ceiling']:.1%}".replace("%", " %") in page
+    assert f"in {found['agreement']:.1%} (κ {found['kappa']:.2f})".replace("%", " %") in page
 
 
 def test_a_served_model_answers_the_prompts_itself(tmp_path):

@@ -146,10 +146,9 @@ def estimate(
     prompt_tokens, answer_tokens = letters // CHARACTERS_A_TOKEN, len(missing) * judge.limit
     others = f", {repeated} more repeat one of them" if repeated else ""
     others += f", {kept} more are answered already" if kept else ""
-    text = (
-        f"{len(missing)} questions to {judge.name} (both orders{others}): about {prompt_tokens:,} tokens of prompts "
-        f"and at most {answer_tokens:,} of answers"
-    )
+    answers = f" and at most {answer_tokens:,} of answers" if judge.limit else ""
+    tokens = f"about {prompt_tokens:,} tokens of prompts{answers}"
+    text = f"{len(missing)} questions to {judge.name} (both orders{others}): {tokens}"
     if prices is None:
         return text
     cost = (prompt_tokens * prices[0] + answer_tokens * prices[1]) / 1e6
