@@ -112,6 +112,9 @@ def cells_of(runs: Sequence[WatchedRun]) -> list[tuple[str, float, str]]:
     return sorted(found, key=lambda cell: (order.index(cell[0]), cell[1], methods.index(cell[2])))
 
 
+LEAST_SEEDS = 3
+"""Number of seeds below which a cell of the grid is left out of tables."""
+
 AHEAD = 2
 """Steps over which a forecast of the next steps is compared. The first one has a learning rate of 0."""
 
