@@ -5,7 +5,8 @@ There are three levels, and each result names the one it was made at:
 - `namespaces`: bubblewrap. No network, no file of the machine but the interpreter and the system's libraries, no other
   process in sight, and limits on memory, processes, files and CPU time.
 - `uid`: for root in a container that allows no namespaces. Each sandbox has a user of its own, limits, and sees nothing
-  of the file system but the interpreter's folder. **The network is open.**
+  of the file system but the interpreter's folder. A filter of system calls refuses sockets. Where the kernel does not
+  take the filter, **the network is open**, and the result says so.
 - `none`: limits on memory and CPU time, nothing else. The text can read and delete all that the user can.
 
 The level is found once per process by running a program that forks, connects, reads, writes, signals and allocates.
