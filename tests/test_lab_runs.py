@@ -1,8 +1,9 @@
 """The runs that studies share: they are those of the trainer, are kept, and measure what they say."""
 
+import copy
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import drift
 import lab_runs
 import lab_world
 from lab_runs import Run, finish, train_and_measure
+from watched_runs import WatchedRun, Watcher, log_probs, train_and_watch
 
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
@@ -149,3 +151,38 @@ def test_an_interval_is_students() -> None:
         {"mean": 2.0, "half": 4.303 / 3**0.5, "n": 3}
     )
     assert drift.interval([1.0, float("nan")]) is None
+
+
+def test_watching_a_run_changes_nothing_and_gradients_forecast_a_small_step(work: Path) -> None:
+    shared = lab_world.world(work, WHOLE.lab, WHOLE.labels, WHOLE.seed, WHOLE.pairs)
+    run = WatchedRun(
+        **{**asdict(WHOLE), "parameters": WHOLE.parameters},
+        looks=(0, 2),
+        gradients=(0,),
+        judged=2,
+        direction=6,
+    )
+    found, plain = train_and_watch(run, shared), train_and_measure(WHOLE, shared)
+    assert found["points"] == plain["points"]
+    assert [look["step"] for look in found["looks"]] == [0, 2]
+    rows = found["gradients"][0]["rows"]
+    policy = copy.deepcopy(shared.policy)
+    before = log_probs(policy, shared.pairs[:2])
+    watcher = Watcher(run, shared)
+    direction = watcher.of_loss(policy, list(policy.parameters()), shared.pairs[:6])
+    rate, place = 1e-6, 0
+    with torch.no_grad():
+        for p in policy.parameters():
+            p -= rate * direction[place : place + p.numel()].view_as(p)
+            place += p.numel()
+    moved = (log_probs(policy, shared.pairs[:2]) - before)[::2] / rate
+    assert rows["along_gradient"][:2] == pytest.approx(moved.tolist(), rel=0.05)
+
+
+def test_foreign_pairs_are_the_verified_ones_behind_the_same_line(work: Path) -> None:
+    plain, foreign = (lab_world.world(work, "tiny", labels, 1, 3) for labels in ("verified", "foreign"))
+    for one, other in zip(plain.pairs, foreign.pairs, strict=True):
+        added = len(other.chosen_ids[0]) - len(one.chosen_ids[0])
+        assert added == len(b"0+0=0\n")
+        assert list(other.chosen_ids[0])[added:] == list(one.chosen_ids[0])
+        assert list(other.rejected_ids[0])[:added] == list(other.chosen_ids[0])[:added]

@@ -145,7 +145,7 @@ def test_one_seed_gives_the_same_lists_twice_and_they_hold_right_and_wrong_respo
         assert [verify(problem, text[0]["content"]) for text in row["rejected"]] == [False] * study.REJECTED
 
 
-@pytest.mark.parametrize(("name", "seeds"), [("04_sum_or_mean", 5), ("05_small_data", 5)])
+@pytest.mark.parametrize(("name", "seeds"), [(f"{name}", 5) for name in NAMES[3:]])
 def test_a_study_that_can_be_continued_says_how_much_is_finished(name: str, seeds: int) -> None:
     study = script(name)
     results = json.loads((STUDIES / name / "results.json").read_text(encoding="utf-8"))

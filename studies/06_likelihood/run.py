@@ -245,7 +245,9 @@ def plot(results: Record, path: Path) -> None:
                 mean = np.mean([[look[side] for look in run["curve"]] for run in runs], axis=0)
                 axis.plot(steps, mean, style, color=color, label=method if side == "chosen" else None)
         axis.axhline(0, color="0.6", lw=1)
-        axis.set_yscale("symlog", linthresh=1.0)
+        low, high = axis.get_ylim()
+        if high - low > 20:
+            axis.set_yscale("symlog", linthresh=1.0)
         axis.set_title(f"{picture[0]} labels, learning rate {picture[1]:.1e}", fontsize=10)
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("change of log-prob (nats per response)\nchosen solid, rejected dashed")
