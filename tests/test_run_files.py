@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
+from transformers import Trainer, TrainerCallback
+from transformers.utils.hub import hf_api
 
 from infopo.lab import policy_path
 from infopo.losses.unpaired import sft
@@ -84,6 +87,16 @@ class Killed(Exception):  # noqa: N818 - as a process is
     pass
 
 
+class Done:
+    """An upload that has ended."""
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        return None
+
+
 class Kill(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
@@ -139,3 +152,31 @@ def test_tensorboard_gets_the_same_metrics_under_the_same_names(tmp_path: Path) 
             tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
             assert shown[tag][record["step"]] == pytest.approx(value, rel=1e-5, abs=1e-6), tag
     assert {"train/probe/change/chosen", "train/gradients/cosine", "eval/loss"} <= shown.keys()
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_rows_of_the_data_are_not_uploaded_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """The hub is replaced, and what its client would upload is asked of the client's own filter."""
+    uploaded: list[list[str]] = []
+
+    def upload(self: Any, *, folder_path: str, ignore_patterns: Any = None, **_: Any) -> Any:
+        names = [path.name for path in Path(folder_path).iterdir() if path.is_file()]
+        uploaded.append(list(filter_repo_objects(names, ignore_patterns=ignore_patterns)))
+        return Done()
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    made = {"hub_model_id": "me/it", "push_in_progress": None}
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *_, **__: vars(self).update(made))
+    settings = {"push_to_hub": True, "hub_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tmp_path, **{**QUIET, "anchor_size": 2, "gradient_size": 1, **settings})
+    trainer.train()
+    trainer.save_model()
+    there = {path.name for path in tmp_path.iterdir()}
+    private = {"probe.json", "generations.jsonl", "forecast.jsonl", "data.json", "environment.json"}
+    assert private <= there
+    assert uploaded
+    assert all(private.isdisjoint(names) for names in uploaded)
+    assert "model.safetensors" in uploaded[-1]
+    assert "upload_folder" not in vars(hf_api())

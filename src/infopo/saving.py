@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState
+from transformers.utils.hub import hf_api
 
 from infopo import checkpoints, durable, models, ranks, resuming, run_state, sharding
 from infopo.arguments import InfoPOConfig
@@ -24,10 +25,41 @@ from infopo.losses.catalog import with_defaults
 from infopo.losses.coupling import Averages
 from infopo.model_card import Card, render
 from infopo.output import get_logger
+from infopo.runs import ENVIRONMENT, FORECAST, GENERATIONS, PROBE
 from infopo.secrets import masked
 from infopo.sharding import local_part
+from infopo.verdicts import DATA
 
 logger = get_logger(__name__)
+
+
+_PRIVATE = [PROBE, GENERATIONS, FORECAST, DATA, ENVIRONMENT, "recipe*.yaml"]
+"""Files of a run that have rows of the data or paths of the machine, and are not uploaded beside the model."""
+
+
+@contextlib.contextmanager
+def _private_files_kept() -> Iterator[None]:
+    """Within it, an upload of the output folder leaves out `_PRIVATE`. transformers uploads all that is there.
+
+    A checkpoint, which a setting has to ask for, is uploaded as a whole: it could not be resumed from otherwise.
+    """
+    api = hf_api()
+    upload = api.upload_folder
+
+    def upload_some(**kwargs: Any) -> Any:
+        if not kwargs.get("path_in_repo"):
+            kwargs["ignore_patterns"] = [*(kwargs.get("ignore_patterns") or []), *_PRIVATE]
+        return upload(**kwargs)
+
+    outer = vars(api).get("upload_folder")
+    api.upload_folder = upload_some
+    try:
+        yield
+    finally:
+        if outer is None:
+            del api.upload_folder  # of this object, which leaves that of its class
+        else:
+            api.upload_folder = outer
 
 
 class SavingTrainer(LoadingTrainer):
@@ -259,7 +291,13 @@ class SavingTrainer(LoadingTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Overrides `Trainer`'s to upload no checkpoint before it has its name."""
         if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with _private_files_kept():
+                super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides `Trainer`'s to upload no file with rows of the data, or that tells where its author lives."""
+        with _private_files_kept():
+            return super().push_to_hub(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Overrides `Trainer`'s to write under another name and rename: a checkpoint is whole or not there."""
