@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 
 from infopo.errors import ConfigError
 from infopo.evaluation.code_tasks import humaneval_task, mbpp_task
+from infopo.evaluation.expressions_task import expressions_task
 from infopo.evaluation.items import Task
 from infopo.evaluation.lab_task import lab_task
 from infopo.evaluation.reasoning import gsm8k_task, math_task, svamp_task
 
 TASKS: Mapping[str, Callable[[], Task]] = {
     "lab": lab_task,
+    "expressions": expressions_task,
     "gsm8k": gsm8k_task,
     "svamp": svamp_task,
     "math": math_task,
