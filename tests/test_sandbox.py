@@ -206,6 +206,8 @@ def processes() -> list[str]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if entry.stat().st_uid in sandbox._free_users():
-                found.append((entry / "cmdline").read_text(errors="replace")[:80])
+            # What has ended and was not waited for has no command any more.
+            line = (entry / "cmdline").read_text(errors="replace")
+            if line and entry.stat().st_uid in sandbox._free_users():
+                found.append(line[:80])
     return found

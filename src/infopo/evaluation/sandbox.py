@@ -256,26 +256,16 @@ def _walls(bwrap: str) -> tuple[str, ...]:
             words += ["--symlink", str(path.readlink()), name]
         elif path.is_dir():
             words += ["--ro-bind", name, name]
+    words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    words += ["--size", str(_FILE), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
     base = os.path.realpath(sys.base_prefix)
     if not Path(base).is_relative_to("/usr"):
         # At its own place, since a shared library of the interpreter is found by its path. Folders above it are new
-        # ones that everybody may pass, which those of a home may not be.
+        # ones that everybody may pass, which those of a home may not be. It comes last, as it may be below /tmp.
         for parent in reversed(Path(base).parents[:-1]):
             words += ["--perms", "0755", "--dir", str(parent)]
         words += ["--ro-bind", base, base]
-    words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    words += [
-        "--size",
-        str(_FILE),
-        "--perms",
-        "1777",
-        "--tmpfs",
-        "/tmp",
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/tmp",
-    ]
+    words += ["--remount-ro", "/"]
     return tuple(words)
 
 
