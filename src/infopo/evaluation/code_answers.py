@@ -9,7 +9,8 @@ The rule, in this order. A fenced block is Python if its fence says so, or says 
 3. A block that defines none of them but continues the function of the prompt, or a text that begins with an indented
    line, is appended to the prompt. It ends before the first statement in column 0 that is no definition, import or
    assignment.
-4. In a text without fences, the answer is what compiles from the first line on that begins a definition or an import.
+4. In a text without fences, the answer is what compiles from its first line on, or from the first line that begins a
+   definition, an import or a constant.
 5. Otherwise there is no code in the response.
 
 In front of 2 and 4 stands what the prompt has before its function: imports and other functions.
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 _FENCE = re.compile(r"^[ \t]*(?:[-*+>] +)?(?P<fence>`{3,}|~{3,})[ \t]*\{?\.?(?P<language>[^\s`{}]*)[^`]*$")
 _PYTHON = {"", "python", "py", "python3", "py3", "python2", "ipython", "ipython3", "python-repl", "sage"}
 _BEGINS = re.compile(r"^(?:async +def|def|class|import|from|@)\b|^@\w")
+_CONSTANT = re.compile(r"[A-Z_][A-Z0-9_]* *=[^=]")
 _DEFINITIONS = (
     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign,
 )  # fmt: skip
@@ -255,7 +257,7 @@ def _has_body(program: str) -> bool:
 def _whole(text: str, functions: Sequence[str]) -> str | None:
     """Returns the part of a text without fences that is a program and defines one of the functions."""
     lines = text.split("\n")
-    starts = [index for index, line in enumerate(lines) if _BEGINS.match(line)]
+    starts = [0, *(index for index, line in enumerate(lines) if _BEGINS.match(line) or _CONSTANT.match(line))]
     left = _tries(text)
     for start in starts:
         part = lines[start:]
