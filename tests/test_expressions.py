@@ -71,7 +71,8 @@ def test_questions_are_read_back_and_splits_share_none() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    for arguments in ((1, 0, "test"), (-1, 0, "sft"), (1, 0, "sft", 1)):
+    # There are some hundred questions with two numbers.
+    for arguments in ((1, 0, "test"), (-1, 0, "sft"), (1, 0, "sft", 1), (10_000, 0, "sft", 2)):
         with pytest.raises(ConfigError):
             make_puzzles(*arguments)
     with pytest.raises(DataError, match="expected a question"):

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from infopo.errors import ConfigError, DataError
-from infopo.lab.problems import SPLITS, split_of
+from infopo.lab.problems import MOST_BARREN, SPLITS, split_of
 
 NUMBERS = 3
 """Number of numbers of a question."""
 
-LARGEST_NUMBER = 12
+LARGEST_NUMBER = 15
 MAX_VALUE = 199
 FEWEST_ANSWERS = 3
 """Least number of right answers of a question."""
@@ -89,11 +89,11 @@ def make_puzzles(n: int, seed: int, split: str, numbers: int = NUMBERS) -> list[
         numbers: Number of numbers of a question.
 
     Raises:
-        ConfigError: The split is unknown, `n` is negative, or there are fewer than two numbers.
+        ConfigError: The split is unknown, `n` is negative or more than there are, or there are fewer than two numbers.
 
     Example:
         >>> [puzzle.question for puzzle in make_puzzles(2, seed=0, split="evaluation")]
-        ['1 8 9>0', '3 3 11>99']
+        ['1 8 9>0', '14 10 1>140']
     """
     if split not in SPLITS:
         raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -101,7 +101,13 @@ def make_puzzles(n: int, seed: int, split: str, numbers: int = NUMBERS) -> list[
         raise ConfigError(f"expected n >= 0 and at least 2 numbers, got {n} and {numbers}")
     draw = random.Random(f"expressions:{split}:{seed}:{numbers}")
     found: dict[str, Puzzle] = {}
+    barren = 0
     while len(found) < n:
+        barren += 1
+        if barren > MOST_BARREN:
+            raise ConfigError(
+                f"n: there are hardly more than {len(found)} such puzzles, expected fewer than {n}"
+            )
         chosen = tuple(draw.randint(1, LARGEST_NUMBER) for _ in range(numbers))
         order = draw.sample(chosen, numbers)
         chain = (order[0], tuple((draw.choice("+-*"), value) for value in order[1:]))
@@ -109,8 +115,9 @@ def make_puzzles(n: int, seed: int, split: str, numbers: int = NUMBERS) -> list[
         if target is None:
             continue
         puzzle = Puzzle(chosen, target)
-        if split_of(puzzle.question) == split and len(puzzle.answers) >= FEWEST_ANSWERS:
-            found[puzzle.question] = puzzle
+        is_new = puzzle.question not in found and split_of(puzzle.question) == split
+        if is_new and len(puzzle.answers) >= FEWEST_ANSWERS:
+            found[puzzle.question], barren = puzzle, 0
     return list(found.values())
 
 

@@ -30,6 +30,9 @@ MAX_VALUE = 999
 OPERATIONS = (2, 3)
 """Smallest and largest number of operations of the problems that the shipped policy was trained on."""
 
+MOST_BARREN = 100_000
+"""Number of draws in a row that give nothing new, after which there is nothing more to draw."""
+
 # Of every ten questions, five train the SFT policy, four carry preferences and one is held out.
 _SPLIT_OF_BUCKET = ("sft",) * 5 + ("preference",) * 4 + ("evaluation",)
 
@@ -100,7 +103,8 @@ def make_problems(n: int, seed: int, split: str, operations: tuple[int, int] = O
             that this is the length of responses.
 
     Raises:
-        ConfigError: `n` is negative, the split is unknown, or `operations` are no range from at least 1.
+        ConfigError: `n` is negative or more than there are, the split is unknown, or `operations` are no range from at
+            least 1.
 
     Example:
         >>> [problem.question for problem in make_problems(2, seed=0, split="evaluation")]
@@ -115,10 +119,16 @@ def make_problems(n: int, seed: int, split: str, operations: tuple[int, int] = O
     # `random` hashes a string seed with SHA-512, so the three splits draw independent streams.
     rng = random.Random(f"{split}:{seed}")
     questions: dict[str, None] = {}
+    barren = 0
     while len(questions) < n:
+        barren += 1
+        if barren > MOST_BARREN:
+            raise ConfigError(
+                f"n: there are hardly more than {len(questions)} such problems, expected fewer than {n}"
+            )
         question = _draw_question(rng, operations)
-        if split_of(question) == split:
-            questions[question] = None
+        if question not in questions and split_of(question) == split:
+            questions[question], barren = None, 0
     return [solve(question) for question in questions]
 
 
