@@ -10,7 +10,7 @@ from infopo.errors import ConfigError, DataError
 from infopo.evaluation.contenders import read_contender
 from infopo.evaluation.items import Mark
 from infopo.evaluation.lab_task import lab_task
-from infopo.evaluation.results import Response, summary, write_evaluation
+from infopo.evaluation.results import Response, gold_text, summary, write_evaluation
 from infopo.lab.problems import solve
 from infopo.paired import mcnemar
 from infopo.workflows.compare import compare
@@ -20,11 +20,22 @@ RIGHT_A = [1, 1, 1, 1, 1, 1, 1, 1, 0, 0]
 RIGHT_B = [1, 1, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
-def write(folder, right, *, task="sums", samples=1, rules=("exact", "loose"), prompt="question {}", **about):
+def write(
+    folder,
+    right,
+    *,
+    task="sums",
+    samples=1,
+    rules=("exact", "loose"),
+    prompt="question {}",
+    gold=None,
+    **about,
+):
     """Writes an evaluation whose item i is right if `right[i]`. The second rule calls everything right."""
     responses = [
         Response(task, f"{task}/{i}", k, prompt.format(i), f"answer {i}", 3, True,
-                 {rules[0]: Mark(bool(x), "1"), **{rule: Mark(True, "1") for rule in rules[1:]}})
+                 {rules[0]: Mark(bool(x), "1"), **{rule: Mark(True, "1") for rule in rules[1:]}},
+                 gold(i) if gold else None)
         for i, x in enumerate(right) for k in range(samples)
     ]  # fmt: skip
     record = {
@@ -157,7 +168,90 @@ def test_settings_that_differ_are_named(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "sums: prompting differs: chat against plain" in text
     assert "sums: sampling differs: temperature 0.0 against 1.0" in text
-    assert "sums: the data differ in part" in text
+    assert "sums: the data differ (another file, other answers or a limit)" in text
+    assert "what 10 of them were graded against is not known" in text
+
+
+def test_items_that_were_graded_against_other_answers_are_left_out(tmp_path, capsys):
+    """B's answer key differs in items 2 to 7, the very ones that A wins."""
+    a = write(tmp_path / "a", RIGHT_A, gold=gold_text)
+    b = write(
+        tmp_path / "b", RIGHT_B, gold=lambda i: gold_text(i + 50 * (2 <= i < 8)), data={"sha256": "e" * 64}
+    )
+    (row,) = compare([a, b])
+    assert (row.found.n, row.found.wins, row.found.losses, row.only_first, row.only_other) == (4, 0, 1, 0, 0)
+    text = capsys.readouterr().out
+    assert (
+        "sums: 6 items were graded against other answers, e.g. sums/2: 2 against 52; they are left out"
+        in text
+    )
+    assert "data differ" not in text
+
+
+def test_other_answers_throughout_are_refused(tmp_path, capsys):
+    """The same responses, marked twice against different keys. Long golds are told apart by their hashes."""
+    for name, size in (("short", 1), ("long", 500)):
+        a = write(tmp_path / name / "a", [1] * 10, gold=lambda i, s=size: gold_text(s * f"a{i}"))
+        b = write(
+            tmp_path / name / "b",
+            [0] * 10,
+            gold=lambda i, s=size: gold_text(s * f"b{i}"),
+            data={"sha256": "e" * 64},
+        )
+        for sources in ((a, b), (f"{a}/items.jsonl", f"{b}/items.jsonl")):
+            assert main(["compare", *sources]) == 2
+            error = capsys.readouterr().err
+            assert "all 10 items of sums that" in error
+            assert "were graded against other answers, e.g. sums/0: " in error
+            assert ('"a0" against "b0"' if size == 1 else "sha256:") in error
+            assert len(error) < 500
+
+
+def test_a_limit_is_no_difference_of_the_data(tmp_path, capsys):
+    a = write(tmp_path / "a", RIGHT_A, gold=gold_text)
+    b = write(tmp_path / "b", RIGHT_B[:7], gold=gold_text, data={"sha256": "e" * 64})
+    compare([a, b])
+    text = capsys.readouterr().out
+    assert "3 items only A has" in text
+    assert "data differ" not in text
+
+
+def test_what_a_task_grades_against_is_in_the_items_file(tmp_path):
+    """A task marks the same responses against two files of data with the same questions."""
+    responses = lines(
+        tmp_path / "r.jsonl", [{"question": f"{i} + 1?", "response": f"#### {i + 1}"} for i in range(8)]
+    )
+    folders = []
+    for shift in (0, 1):
+        data = lines(
+            tmp_path / f"gsm{shift}.jsonl",
+            [{"question": f"{i} + 1?", "answer": f"So #### {i + 1 + shift * (i < 6)}"} for i in range(8)],
+        )
+        folders.append(str(tmp_path / f"e{shift}"))
+        command = ["evaluate", "--tasks", "gsm8k", "--data", f"gsm8k={data}", "--responses", responses]
+        assert main([*command, "--output", folders[-1]]) == 0
+    (row,) = compare(folders)
+    assert (row.found.n, row.found.wins) == (2, 0)
+    assert "6 items were graded against other answers" in row.notes[0]
+
+
+def test_older_files_without_golds_are_read(tmp_path):
+    a, b = write(tmp_path / "a", RIGHT_A), write(tmp_path / "b", RIGHT_B, gold=gold_text)
+    path = tmp_path / "a" / "items.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines(path, [{key: value for key, value in row.items() if key != "gold"} for row in rows])
+    (row,) = compare([a, b])
+    assert row.found.n == 10
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("yes", "no"), ("TRUE", "False"), ("Pass", "fail"), (" correct", "incorrect")]
+)
+def test_scores_in_words(tmp_path, right, wrong):
+    a = lines(tmp_path / "a.jsonl", [{"id": i, "correct": right if i < 6 else wrong} for i in range(8)])
+    b = lines(tmp_path / "b.jsonl", [{"id": i, "correct": wrong} for i in range(8)])
+    (row,) = compare([a, b])
+    assert (row.found.mean_a, row.found.mean_b, row.found.test) == (0.75, 0.0, "mcnemar")
 
 
 def test_rules(tmp_path):
@@ -269,6 +363,19 @@ def test_samples_of_lm_evaluation_harness(tmp_path):
         compare([a, b], rule="f1")
 
 
+def test_targets_of_lm_evaluation_harness_are_compared(tmp_path):
+    def rows(targets):
+        return [
+            {"doc_id": i, "metrics": ["acc"], "acc": 1.0, "target": target}
+            for i, target in enumerate(targets)
+        ]
+
+    a, b = lines(tmp_path / "a.jsonl", rows([1, 2, 3])), lines(tmp_path / "b.jsonl", rows([1, "2", 4]))
+    (row,) = compare([a, b])
+    assert row.found.n == 2
+    assert "1 items were graded against other answers, e.g. 2: " in row.notes[0]
+
+
 def test_ratings_that_are_no_shares(tmp_path, capsys):
     a = lines(tmp_path / "a.jsonl", [{"id": i, "score": 7 + i % 3} for i in range(30)])
     b = lines(tmp_path / "b.jsonl", [{"id": i, "score": 5 + i % 2} for i in range(30)])
@@ -299,6 +406,7 @@ def test_responses_are_graded_by_a_task(tmp_path):
         ([{"id": 1, "score": "high"}], r"a.jsonl:1: column 'score': expected a score, got 'high'"),
         ([{"id": 1, "score": 1}, {"score": 1}], r"a.jsonl:2: column 'id': expected the item, got nothing"),
         ([{"id": 1, "score": math.nan}], "expected a score, got nan"),
+        ([{"id": 1, "score": math.inf}], "expected a score, got inf"),
         ([{"id": "elsewhere", "score": 1}], "has no item of results in common"),
         ([3], r"a.jsonl:1: expected an object, got int"),
     ],

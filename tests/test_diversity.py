@@ -37,6 +37,13 @@ def test_a_prompt_is_compared_with_itself_only():
     assert diversity(responses([OTHER[0], OTHER[0]]), "r")["distinct_1"]["value"] == 1.0
 
 
+def test_prompts_that_are_alike_leave_doubt():
+    found = diversity(responses(OTHER), "r")
+    for name, top in (("distinct_2", 1), ("unique_responses", 3), ("unique_answers", 3)):
+        low, high = found[name]["ci95"]
+        assert low < found[name]["value"] <= high == top
+
+
 def test_golden_values():
     """Words a b c / a b d: of 4 bigrams (a b) stands twice, so 3/4. Answers 7, 7, none: one; 8, 9, none: two."""
     assert distinct_words([["a", "b", "c"], ["a", "b", "d"]], 2) == 0.75

@@ -239,6 +239,15 @@ def test_several_samples_are_no_independent_observations() -> None:
     assert found["pass@8"]["value"] == found["majority"]["value"] == found["accuracy"] == 0.5
 
 
+def test_items_that_are_all_right_leave_doubt() -> None:
+    """Two right samples of each of twenty items say what twenty right items say."""
+    found = summary(
+        [response(str(item), sample, True, "1") for item in range(20) for sample in range(2)], "rule"
+    )
+    for ends in (found["ci95"], *(found[name]["ci95"] for name in ("pass@1", "pass@2", "majority"))):
+        assert ends == wilson(1.0, 20)
+
+
 @pytest.mark.long
 def test_a_killed_evaluation_goes_on_to_the_same_files(tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:

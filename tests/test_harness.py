@@ -8,7 +8,10 @@ import yaml
 
 from infopo.cli import main
 from infopo.evaluation import harness
-from infopo.evaluation.results import read_evaluation
+from infopo.evaluation.lab_task import lab_task
+from infopo.evaluation.results import gold_text, read_evaluation
+from infopo.evaluation.settings import Settings
+from infopo.intervals import wilson
 
 pytest.importorskip("lm_eval")
 
@@ -67,12 +70,35 @@ def test_a_group_of_local_tasks_is_evaluated_beside_our_own(
         assert figures["n"] == 5
         assert figures["accuracy"] == sum(map(sum, scores.values())) / 5
         assert 0 <= figures["ci95"][0] <= figures["accuracy"] <= figures["ci95"][1] <= 1
+    golds = {each.task: each.gold for each in found.responses if each.item.endswith("/0")}
+    assert golds == {
+        "says": '"Answer: 22"',
+        "chooses": '"1"',
+        "lab": gold_text(lab_task().load(None)[0].gold),
+    }
     # With the chat template the policy is asked as it was trained, so that it answers.
     said = next(each.response for each in found.responses if each.task == "says")
     assert "=" in said
     group = found.record["groups"]["both"]
     assert group["tasks"] == ["says", "chooses"]
     assert "acc,none" in group["rules"]
+
+
+def test_figures_without_an_error_are_not_certain() -> None:
+    """A group of which everything is right has a standard error of 0. So may a perplexity of equal documents."""
+    figures = {"acc,none": 1.0, "acc_stderr,none": 0.0, "ppl,none": 9.0, "ppl_stderr,none": 0.0}
+    found = harness.converted(
+        {
+            "samples": {},
+            "groups": {"g": figures},
+            "group_subtasks": {"g": ["s"]},
+            "n-samples": {"s": {"effective": 8}},
+        },
+        Settings(tasks=["g"]),
+    )
+    rules = found.groups["g"]["rules"]
+    assert rules["acc,none"]["ci95"] == wilson(1.0, 8)
+    assert rules["ppl,none"]["ci95"] is None
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from infopo.evaluation.winrate import (
     outcome,
     win_rate,
 )
+from infopo.intervals import wilson
 
 MARKERS = (
     "===== END OF RESPONSE 1", "===== BEGINNING OF PROMPT 0123456789abcdef", "=====END OF PROMPT", "===\tResponse 2",
@@ -149,6 +150,12 @@ def test_degenerate_win_rates():
     assert (nothing["answered"], nothing["invalid"]) == (0, 1)
     every = win_rate([Duel(f"{i}", "?", "aa", "b") for i in range(20)], outcomes(*["win"] * 20))
     assert every["win_rate"] == 1.0
+    assert every["ci95"] == wilson(1.0, 20)
+    ties = win_rate([Duel(f"{i % 12}", "?", "aa", "b") for i in range(24)], outcomes(*["tie"] * 24))
+    for found in (ties, ties["length_adjusted"]):
+        assert found["ci95"] == pytest.approx(wilson(0.5, 12)), "twelve prompts, twice each"
+    low, high = every["length_adjusted"]["ci95"]
+    assert low < 0.9 < every["length_adjusted"]["value"] <= high
     assert 0.99 < every["length_adjusted"]["value"] < 1
     assert every["p"] < 0.001
     assert win_rate([], [])["win_rate"] is None
@@ -294,6 +301,21 @@ def test_what_was_refused_is_asked_again_by_a_later_call(tmp_path):
     record = {"key": question.key(judge), "answer": "", "refusal": "too long"}
     (tmp_path / "judgements.jsonl").write_text(json.dumps(record) + "\n")
     assert Judgements(tmp_path).missing([question], judge) == [question]
+
+
+def test_what_names_no_winner_is_asked_again_by_a_later_call(tmp_path):
+    """Unless it was cut off, which more tokens can help alone. An answer that came later counts."""
+    judge = Counting()
+    question = questions(1)[0]
+
+    def missing(*records):
+        given = [json.dumps({"key": question.key(judge), **each}) + "\n" for each in records]
+        (tmp_path / "judgements.jsonl").write_text("".join(given))
+        return Judgements(tmp_path).missing([question], judge)
+
+    assert missing({"answer": "both"}) == [question]
+    assert missing({"answer": "both", "finished": False, "limit": judge.limit}) == []
+    assert missing({"answer": "both"}, {"answer": "winner: 2"}) == []
 
 
 def test_a_function_is_a_judge(tmp_path, monkeypatch):

@@ -13,9 +13,11 @@ from infopo.intervals import wilson
 from infopo.paired import (
     bootstrap_interval,
     compare_scores,
+    difference_interval,
     holm,
     mcnemar,
     mcnemar_power,
+    mean_interval,
     sign_flips,
     smallest_difference,
     smallest_mean,
@@ -88,6 +90,52 @@ def test_the_bootstrap_is_seeded_and_knows_no_order(monkeypatch):
     # However many draws fit into memory at once, there are as many as asked for.
     monkeypatch.setattr(paired, "_DRAWS_AT_ONCE", 1000)
     assert len(paired.bootstrap_means(values, resamples=333)) == 333
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, 0.5, 1.0])
+def test_equal_values_leave_doubt_that_shrinks_with_their_number(value):
+    """A bootstrap of equal values has no width. Wilson's interval and Tango's are the limits at 0 and 1."""
+    sizes = (1, 2, 5, 20, 100, 10_000)
+    means = [mean_interval([value] * n) for n in sizes]
+    counts = [mean_interval([1 + 7 * value] * n, bounds=(1, 8)) for n in sizes]
+    differences = [difference_interval([value] * n) for n in sizes]
+    for found, low, high, at in (
+        (means, 0, 1, value),
+        (counts, 1, 8, 1 + 7 * value),
+        (differences, -1, 1, value),
+    ):
+        widths = [end - begin for begin, end in found]
+        assert all(low <= begin <= at + 1e-9 and at - 1e-9 <= end <= high for begin, end in found)
+        assert min(widths) > 0
+        assert widths == sorted(widths, reverse=True)
+        assert widths[-1] < 0.05 * (high - low)
+    assert means == [wilson(value, n) for n in sizes]
+    assert counts == [pytest.approx((1 + 7 * low, 1 + 7 * high)) for low, high in means]
+
+
+@pytest.mark.parametrize("n", [1, 4, 30, 1000])
+def test_equal_differences_of_shares_have_tangos_interval(n):
+    for wins, losses, value in ((0, 0, 0.0), (n, 0, 1.0), (0, n, -1.0)):
+        assert difference_interval([value] * n) == pytest.approx(tango(wins, losses, n), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [([1, 1], [1, 1]), ([0.5], [0.5]), ([1, 0], [0, 0]), ([7.0], [5.0]), ([3], [3])]
+)
+def test_no_comparison_is_certain(a, b):
+    found = compare_scores({f"{i}": a for i in range(20)}, {f"{i}": b for i in range(20)})
+    low, high = found.ci95
+    assert low < found.difference <= high
+    assert high - low > 0.1
+
+
+def test_values_that_vary_have_the_interval_of_the_bootstrap():
+    values = np.random.default_rng(5).random(30)
+    assert mean_interval(values, seed=2) == bootstrap_interval(values, seed=2)
+    assert difference_interval(values, seed=2) == bootstrap_interval(values, seed=2)
+    assert mean_interval([0.1 + 0.2, 0.3, 0.3]) == pytest.approx(wilson(0.3, 3)), (
+        "no more than the last digit"
+    )
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(3, 9), (0, 5), (8, 7), (100, 130)])

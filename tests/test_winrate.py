@@ -147,8 +147,52 @@ def test_nonsense_is_counted(sides):
         pytest.raises(ConfigError, match="served-model refuses every question: no such parameter"),
     ):
         winrate(*sides, judge(served), output="other")
-    with serving(lambda body, n: completion("no idea")) as served:
-        assert winrate(*sides, judge(served), output="third")["result"]["answered"] == 1
+
+
+NO_VERDICTS = [
+    ("no idea", "got 'no idea'; the same command asks again (answers: out/judgements.jsonl)"),
+    ("x" * 500 + "the first", "xxxthe first'; the same command asks again"),
+    ("", "got ''; the same command asks again"),
+    ('{"winner": "A"}', 'winner": "A"}'),
+]
+
+
+@pytest.mark.parametrize(("said", "expected"), NO_VERDICTS)
+def test_a_judge_without_verdicts_is_an_error_and_is_asked_again(sides, capsys, said, expected):
+    """There is a pair of equal responses, too, which is no result."""
+    with serving(lambda body, n: completion(said)) as served:
+        command = ["winrate", *sides, "--judge", served.url, "--yes", "--output", "out"]
+        for times in (1, 2):
+            assert main(command) == 2
+            assert len(served.bodies) == 18 * times
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "served-model decides none of 9 pairs; expected {" in error
+    assert expected in error
+    assert len(error) < 500
+    assert not Path("out/winrate.json").exists()
+
+
+def test_a_judge_that_is_cut_off_every_time_gets_another_advice(sides):
+    with (
+        serving(lambda body, n: completion("First I", finish="length")) as served,
+        pytest.raises(
+            ConfigError, match=r"got 'First I'; it was cut off at 400 tokens; --answer-tokens N gives more"
+        ),
+    ):
+        winrate(*sides, judge(served), output="out")
+
+
+def test_only_what_named_no_winner_is_asked_again(sides, caplog):
+    good = prefers("good")
+
+    def answer(body, n):
+        return completion("Hm.") if "to 0" in body["messages"][-1]["content"] and n < 18 else good(body, n)
+
+    with serving(answer) as served:
+        assert winrate(*sides, judge(served), output="out")["result"]["invalid"] == 1
+        assert "1 pairs have an answer that names no winner" in caplog.text
+        assert winrate(*sides, judge(served), output="out")["result"]["wins"] == 6
+        assert len(served.bodies) == 20
 
 
 def test_answers_that_were_cut_off_are_asked_again_with_more_tokens(sides, caplog):
@@ -310,6 +354,12 @@ def test_json_alone_is_on_standard_output(sides, capsys):
             [{"prompt": "Q?", "response": "x"}],
             DataError,
             "expected a text",
+        ),
+        (
+            [{"prompt": "Q?", "response": "x"}, {"prompt": "", "response": "x"}],
+            [{"prompt": "Q?", "response": "x"}, {"prompt": None, "response": "x"}],
+            DataError,
+            r"a.jsonl:2: expected a prompt in prompt, question, instruction, got \{'prompt': ''\}",
         ),
         (
             [{"prompt": " ", "response": "x"}],

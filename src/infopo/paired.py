@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from infopo.intervals import Z_95
+from infopo.intervals import Z_95, wilson
 
 ALPHA = 0.05
 """Share of comparisons of equal models that may be called different."""
@@ -37,7 +37,7 @@ class Paired:
         mean_a: Mean over items of the first one's mean score.
         mean_b: The same of the second.
         difference: `mean_a - mean_b`, or NaN without items.
-        ci95: Its 95 % interval: Tango's for scores of 0 and 1 of one sample, else that of the bootstrap over items.
+        ci95: Its 95 % interval: Tango's for scores of 0 and 1 of one sample, else `difference_interval`.
         p: Two-sided p-value: McNemar's exact one for scores of 0 and 1 of one sample, else by flips of signs.
         wins: Number of items on which the first has the higher score.
         losses: Number of items on which the second has it.
@@ -91,7 +91,14 @@ def compare_scores(
         interval, p = tango(wins, losses, n), mcnemar(wins, losses)
         smallest, test = smallest_difference(n, (wins + losses) / n if n else 0.0), "mcnemar"
     else:
-        interval, p = bootstrap_interval(differences, seed=seed), sign_flips(differences, seed=seed)
+        both = np.concatenate([mean_a, mean_b])
+        if n and (both.min() < 0 or both.max() > 1):
+            # Nobody says how far ratings reach, so that those that were seen have to stand for it.
+            scale, largest = float(np.ptp(both)) or 1.0, math.inf
+        else:
+            scale, largest = 1.0, 1.0
+        interval = difference_interval(differences, scale=scale, largest=largest, seed=seed)
+        p = sign_flips(differences, seed=seed)
         smallest, test = smallest_mean(differences), "sign flips"
     return Paired(n, samples, *ends, ends[0] - ends[1], interval, p, wins, losses, smallest, test)
 
@@ -169,6 +176,67 @@ def _last(is_below: Callable[[float], bool]) -> float:
     return (low + high) / 2
 
 
+def mean_interval(
+    values: npt.ArrayLike, *, bounds: tuple[float, float] = (0.0, 1.0), seed: int = 0
+) -> tuple[float, float]:
+    """Returns the 95 % interval of a mean over items: the bootstrap's, or Wilson's if the values do not vary.
+
+    A bootstrap of equal values draws nothing but these, and would say that twelve ties leave no doubt. Wilson's
+    interval of n items is then used, for values that are scaled to [0, 1].
+
+    Args:
+        values: One number per item (a cluster), (n,). With none, the interval is NaN.
+        bounds: Least and largest value that an item can have.
+        seed: Seed of the bootstrap.
+
+    Example:
+        >>> [round(end, 3) for end in mean_interval([1.0] * 20)], [round(end, 3) for end in mean_interval([0.5] * 12)]
+        ([0.839, 1.0], [0.254, 0.746])
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if not numbers.size or varies(numbers):
+        return bootstrap_interval(numbers, seed=seed)
+    low, high = bounds
+    share = min(1.0, max(0.0, (float(numbers[0]) - low) / (high - low)))
+    ends = wilson(share, len(numbers))
+    return low + (high - low) * ends[0], low + (high - low) * ends[1]
+
+
+def difference_interval(
+    differences: npt.ArrayLike, *, scale: float = 1.0, largest: float = 1.0, seed: int = 0
+) -> tuple[float, float]:
+    """Returns the 95 % interval of a mean difference: the bootstrap's, or one like Tango's if all are equal.
+
+    If all n differences are d, the interval is
+
+        d ± (scale + |d|) z² / (n + z²)
+
+    within ± largest. For shares, this is Tango's interval if both models are right on the same items (d = 0), and if
+    one is right and the other wrong on all of them (|d| = 1).
+
+    Args:
+        differences: One number per item (a cluster), (n,). With none, the interval is NaN.
+        scale: Difference between the best and the worst score.
+        largest: Largest difference that there can be.
+        seed: Seed of the bootstrap.
+
+    Example:
+        >>> [round(end, 3) for end in difference_interval([0.0] * 20)]
+        [-0.161, 0.161]
+    """
+    numbers = np.asarray(differences, dtype=np.float64)
+    if not numbers.size or varies(numbers):
+        return bootstrap_interval(numbers, seed=seed)
+    found, n = float(numbers[0]), len(numbers)
+    half = (scale + abs(found)) * Z_95**2 / (n + Z_95**2)
+    return max(-largest, found - half), min(largest, found + half)
+
+
+def varies(values: npt.NDArray[np.float64]) -> bool:
+    """Whether numbers differ by more than the error of their last digits."""
+    return bool(np.ptp(values) > 1e-12 * max(1.0, float(np.abs(values).max())))
+
+
 def bootstrap_interval(
     differences: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
@@ -176,6 +244,7 @@ def bootstrap_interval(
 
     Equal differences are drawn together: how often each value appears among n items follows a multinomial law, which is
     that of drawing items one by one, and is much faster where scores have few values. The order of items has no effect.
+    Equal values give an interval without width: `mean_interval` and `difference_interval` do not.
 
     Args:
         differences: One number per item (a cluster), (n,). With none, the interval is NaN.

@@ -65,7 +65,6 @@ def _row(first: Contender, other: Contender, task: str, seed: int) -> Row:
             f"{task}: {first.name} is marked by {a.rule!r} and {other.name} by {b.rule!r}; {advice}"
         )
     _refuse_other_questions(first, other, task)
-    found = compare_scores(a.scores, b.scores, seed)
     shared = [item for item in a.scores if item in b.scores]
     if not shared:
         raise DataError(
@@ -74,6 +73,22 @@ def _row(first: Contender, other: Contender, task: str, seed: int) -> Row:
             other.name,
             "no items in common",
         )
+    notes = _differences(task, a, b)
+    if otherwise := _graded_otherwise(a, b, shared):
+        example = f"{otherwise[0]}: {a.golds[otherwise[0]]:.60} against {b.golds[otherwise[0]]:.60}"
+        if len(otherwise) == len(shared):
+            raise DataError(
+                f"all {len(shared)} items of {task} that {first.name} has too were graded against other answers, e.g. "
+                f"{example}; grade both against the same data",
+                other.name,
+                "other answers",
+            )
+        notes.append(
+            f"{task}: {len(otherwise)} items were graded against other answers, e.g. {example}; they are left out"
+        )
+        a, b = _without(a, otherwise), _without(b, otherwise)
+        shared = [item for item in a.scores if item in b.scores]
+    found = compare_scores(a.scores, b.scores, seed)
     mean = {item: (_mean(a.scores[item]), _mean(b.scores[item])) for item in shared}
     return Row(
         first.name,
@@ -86,7 +101,7 @@ def _row(first: Contender, other: Contender, task: str, seed: int) -> Row:
         losses=[item for item in shared if mean[item][0] < mean[item][1]],
         only_first=len(a.scores) - len(shared),
         only_other=len(b.scores) - len(shared),
-        notes=_differences(task, a, b),
+        notes=notes,
     )
 
 
@@ -115,6 +130,18 @@ def _put_otherwise(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
     return [item for item in a if item in b and " ".join(a[item].split()) != " ".join(b[item].split())]
 
 
+def _graded_otherwise(a: Scored, b: Scored, shared: Sequence[str]) -> list[str]:
+    """Returns the items that are known to have been graded against different answers."""
+    return [item for item in shared if item in a.golds and item in b.golds and a.golds[item] != b.golds[item]]
+
+
+def _without(scored: Scored, items: Sequence[str]) -> Scored:
+    left_out = set(items)
+    return replace(
+        scored, scores={item: each for item, each in scored.scores.items() if item not in left_out}
+    )
+
+
 def _differences(task: str, a: Scored, b: Scored) -> list[str]:
     """Returns a sentence for each setting in which two evaluations of a task differ."""
     notes = []
@@ -127,9 +154,15 @@ def _differences(task: str, a: Scored, b: Scored) -> list[str]:
         if mine is None or theirs is None or mine == theirs:
             continue
         if key == "data":
-            notes.append(
-                f"{task}: the data differ in part (another file, answer or limit); items that both have ask the same"
-            )
+            # Otherwise each item was compared by itself, and other items that only one has, as of a limit, are counted.
+            if unknown := [
+                item for item in a.scores if item in b.scores and not (item in a.golds and item in b.golds)
+            ]:
+                notes.append(
+                    f"{task}: the data differ (another file, other answers or a limit). Items that both have ask the "
+                    f"same, but what {len(unknown)} of them were graded against is not known, because an older version "
+                    "wrote the file"
+                )
         elif isinstance(mine, Mapping) and isinstance(theirs, Mapping):
             parts = [
                 f"{name} {mine.get(name)} against {theirs.get(name)}"

@@ -3,8 +3,9 @@
 Imports no torch. What grades responses does, and is passed in.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from infopo.evaluation.results import (
     ITEMS,
     SCHEMA_VERSION,
     Evaluation,
+    Response,
     default_folder,
     folder_of_run,
+    gold_text,
     read_evaluation,
     read_items,
 )
@@ -25,6 +28,10 @@ from infopo.runs import EVALUATION, GENERATIONS, read_object, read_records
 
 SCORES = ("score", "correct", "is_correct", "passed", "is_solved", "exact_match", "acc", "accuracy", "reward")
 """Columns that may hold the score of a row, if it does not name its `metrics`."""
+
+_RIGHT = ("true", "yes", "t", "y", "pass", "passed", "correct", "right")
+_WRONG = ("false", "no", "f", "n", "fail", "failed", "incorrect", "wrong")
+"""Scores as people write them into tables, in lower case."""
 
 RESULT_IDS = (*IDS, "doc_id")
 
@@ -45,6 +52,7 @@ class Scored:
         prompts: What was asked, by item. Empty if it is not known.
         about: Settings that are named if they differ, and the hash of the data under `data`.
         rules: Names of all rules that there are scores of.
+        golds: What each item was graded against (`gold_text`), if it is known.
     """
 
     rule: str
@@ -52,6 +60,7 @@ class Scored:
     prompts: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[str] = ()
+    golds: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,10 +153,10 @@ def _of_evaluation(source: str, evaluation: Evaluation, rule: str | None) -> Con
         if not chosen or not evaluation.scores(name, chosen):
             left_out.append(f"{name} (rules: {', '.join(rules) or 'none'})")
             continue
-        prompts = {each.item: each.prompt for each in evaluation.responses if each.task == name}
         about = {key: record[key] for key in ABOUT if key in record}
         about["data"] = (record.get("data") or {}).get("sha256")
-        tasks[name] = Scored(chosen, evaluation.scores(name, chosen), prompts, about, rules)
+        responses = [each for each in evaluation.responses if each.task == name]
+        tasks[name] = replace(_of_responses(responses, chosen, about), rules=rules)
     what = f"marks by rule {rule!r}" if rule else "marks by item"
     if not tasks:
         raise ConfigError(f"{source}: no task has {what}: {'; '.join(left_out) or 'there are no tasks'}")
@@ -184,19 +193,31 @@ def _of_file(
 
 def _of_items(source: str, path: Path, rule: str | None) -> Contender:
     """Returns the scores of an `items.jsonl` without its `eval.json`. The first rule of a task is its headline."""
-    found: dict[str, tuple[str, dict[str, list[float]], dict[str, str], list[str]]] = {}
+    by_task: dict[str, list[Response]] = {}
+    chosen: dict[str, str] = {}
     for each in read_items(path):
         rules = list(each.marks)
-        chosen, scores, prompts, _ = found.setdefault(each.task, (rule or rules[0], {}, {}, rules))
-        if chosen not in each.marks:
+        by_task.setdefault(each.task, []).append(each)
+        if chosen.setdefault(each.task, rule or rules[0]) not in each.marks:
             raise ConfigError(
-                f"--rule: {source} has no rule {chosen!r} of {each.task}; it has {', '.join(rules)}"
+                f"--rule: {source} has no rule {chosen[each.task]!r} of {each.task}; it has {', '.join(rules)}"
             )
-        scores.setdefault(each.item, []).append(float(each.marks[chosen].correct))
-        prompts[each.item] = each.prompt
-    return Contender(
-        source,
-        {name: Scored(r, scores, prompts, {}, rules) for name, (r, scores, prompts, rules) in found.items()},
+    return Contender(source, {name: _of_responses(by_task[name], by) for name, by in chosen.items()})
+
+
+def _of_responses(responses: Sequence[Response], rule: str, about: Mapping[str, Any] | None = None) -> Scored:
+    """Returns the scores of marked responses to one task by a rule that they have."""
+    scores: dict[str, list[float]] = {}
+    for each in responses:
+        if rule in each.marks:
+            scores.setdefault(each.item, []).append(float(each.marks[rule].correct))
+    return Scored(
+        rule,
+        scores,
+        {each.item: each.prompt for each in responses},
+        about or {},
+        list(responses[0].marks),
+        {each.item: each.gold for each in responses if each.gold is not None},
     )
 
 
@@ -240,6 +261,7 @@ def _of_scores(
     column, _, wanted = chosen.partition(",")
     found: dict[str, dict[str, list[float]]] = {}
     prompts: dict[str, dict[str, str]] = {}
+    golds: dict[str, dict[str, str]] = {}
     prompt = next((name for name in PROMPTS if first.get(name) is not None), None)
     for row_id, row in rows:
         if wanted and row.get("filter") != wanted:
@@ -251,17 +273,26 @@ def _of_scores(
         found.setdefault(name, {}).setdefault(item, []).append(_score(row.get(column), column, row_id))
         if prompt is not None:
             prompts.setdefault(name, {})[item] = shown_text(row[prompt])
-    return {name: Scored(chosen, scores, prompts.get(name, {}), {}, rules) for name, scores in found.items()}
+        if metrics and row.get("target") is not None:
+            golds.setdefault(name, {})[item] = gold_text(str(row["target"]))
+    return {
+        name: Scored(chosen, scores, prompts.get(name, {}), {}, rules, golds.get(name, {}))
+        for name, scores in found.items()
+    }
 
 
 def _score(value: Any, column: str, row_id: str) -> float:
-    words = {"true": 1.0, "false": 0.0}  # as CSV has them
-    if isinstance(value, str) and value.strip().lower() in words:
-        return words[value.strip().lower()]
+    if isinstance(value, str) and (word := value.strip().lower()) in (*_RIGHT, *_WRONG):
+        return float(word in _RIGHT)
     try:
         score = float(value)
     except (TypeError, ValueError):
         score = float("nan")
-    if score != score:
-        raise DataError(f"column {column!r}: expected a score, got {value!r:.60}", row_id, "no score")
+    if not math.isfinite(score):
+        raise DataError(
+            f"column {column!r}: expected a score, got {value!r:.60}; scores are finite numbers, or true and "
+            "false, yes and no, pass and fail, correct and incorrect",
+            row_id,
+            "no score",
+        )
     return score

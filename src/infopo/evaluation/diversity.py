@@ -13,7 +13,7 @@ import numpy as np
 
 from infopo.evaluation.results import Response
 from infopo.output import get_logger
-from infopo.paired import bootstrap_interval
+from infopo.paired import mean_interval
 
 log = get_logger(__name__)
 
@@ -54,9 +54,10 @@ def diversity(
     words = [[_WORD.findall(text) for text in each] for each in texts]
     for n in (1, 2, 3):
         found[f"distinct_{n}"] = _mean([distinct_words(each, n) for each in words], seed)
-    found["unique_responses"] = _mean([len(set(each)) for each in texts], seed)
+    most = max(map(len, groups))
+    found["unique_responses"] = _mean([len(set(each)) for each in texts], seed, (1, most))
     answers = [{each.marks[rule].answer for each in group} - {None} for group in groups]
-    found["unique_answers"] = _mean([len(each) for each in answers], seed)
+    found["unique_answers"] = _mean([len(each) for each in answers], seed, (0, most))
     if (bleu := self_bleu(texts, seed=seed)) is not None:
         found["self_bleu"] = bleu
     if logps is not None and (entropy := _entropy(responses, logps)) is not None:
@@ -136,8 +137,13 @@ def _entropy(responses: Sequence[Response], logps: Sequence[float | None]) -> di
     }
 
 
-def _mean(values: Sequence[float], seed: int) -> Mapping[str, Any] | None:
+def _mean(
+    values: Sequence[float], seed: int, bounds: tuple[float, float] = (0, 1)
+) -> Mapping[str, Any] | None:
     numbers = [value for value in values if not math.isnan(value)]
     if not numbers:
         return None
-    return {"value": math.fsum(numbers) / len(numbers), "ci95": bootstrap_interval(numbers, seed=seed)}
+    return {
+        "value": math.fsum(numbers) / len(numbers),
+        "ci95": mean_interval(numbers, bounds=bounds, seed=seed),
+    }

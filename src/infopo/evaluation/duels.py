@@ -55,9 +55,7 @@ def read_prompts(source: str) -> list[Item]:
 
 def _has_prompts_alone(path: Path) -> bool:
     _, row = next(iter(file_rows(path, str(path))), (0, None))
-    return (
-        isinstance(row, Mapping) and any(row.get(name) for name in PROMPTS) and not set(_ANSWERED) & set(row)
-    )
+    return isinstance(row, Mapping) and any(name in row for name in PROMPTS) and not set(_ANSWERED) & set(row)
 
 
 def _objects(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -74,7 +72,10 @@ def _objects(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _item(row: Mapping[str, Any], row_id: str) -> Item:
     prompt = next((row[name] for name in PROMPTS if row.get(name)), None)
     if not isinstance(prompt, str | list) or not shown_text(prompt).strip():
-        raise DataError(f"expected a prompt in {', '.join(PROMPTS)}", row_id, "empty prompt")
+        got = {name: row[name] for name in PROMPTS if name in row}
+        raise DataError(
+            f"expected a prompt in {', '.join(PROMPTS)}, got {got or 'none'!r:.100}", row_id, "empty prompt"
+        )
     name = next((row[key] for key in IDS if row.get(key) is not None), row_id)
     return Item(str(name), prompt, {})
 
@@ -105,7 +106,9 @@ def prompts_of_responses(sources: Sequence[str]) -> list[Item]:
 
     Raises:
         ConfigError: None has prompts.
+        DataError: A row of the only ones that have them lacks its prompt. Names the row.
     """
+    partial: list[tuple[str, int, Mapping[str, Any]]] = []
     for source in sources:
         path = Path(source)
         if (path / ITEMS).is_file():
@@ -114,10 +117,17 @@ def prompts_of_responses(sources: Sequence[str]) -> list[Item]:
             )
         if path.is_file() and source.endswith(SUFFIXES):
             rows = list(_objects(path))
-            if rows and all(any(row.get(name) for name in PROMPTS) for _, row in rows):
+            lacking = [
+                (source, number, row) for number, row in rows if not any(row.get(name) for name in PROMPTS)
+            ]
+            if 0 < len(lacking) < len(rows):
+                partial += lacking[:1]
+            if rows and not lacking:
                 found = [_item(row, f"{source}:{number}") for number, row in rows]
                 # Several samples of a prompt stand in rows of their own.
                 return list({shown_text(item.prompt): item for item in reversed(found)}.values())[::-1]
+    for source, number, row in partial:
+        _item(row, f"{source}:{number}")  # which says what is wrong with it
     raise ConfigError(
         f"--prompts: neither {' nor '.join(sources)} has prompts beside its responses; name the file that has them"
     )

@@ -7,6 +7,7 @@ from infopo.errors import ConfigError
 from infopo.evaluation.contenders import Scored
 from infopo.evaluation.given import given_responses
 from infopo.evaluation.items import Answered, shown_text
+from infopo.evaluation.results import gold_text
 from infopo.evaluation.tasks import task as task_named
 
 
@@ -37,4 +38,5 @@ def graded(path: Path, name: str, rule: str | None, data: Mapping[str, str]) -> 
     for one, mark in zip(answered, task.rules[chosen](answered), strict=True):
         scores.setdefault(one.item.id, []).append(float(mark.correct))
     prompts = {each.item.id: shown_text(each.item.prompt) for each in given}
-    return Scored(chosen, scores, prompts, {}, list(task.rules))
+    golds = {each.item.id: gold_text(each.item.gold) for each in given}
+    return Scored(chosen, scores, prompts, {}, list(task.rules), golds)

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.errors import ConfigError, InfoPOError
 from infopo.evaluation.items import Mark
-from infopo.evaluation.results import Response, summary
+from infopo.evaluation.results import Response, gold_text, summary
 from infopo.evaluation.settings import Settings
 from infopo.evaluation.subjects import LoadedModel, Subject
 from infopo.evaluation.tasks import TASKS
-from infopo.intervals import Z_95
+from infopo.intervals import Z_95, wilson
 from infopo.output import say
 from infopo.runs import Record
 
@@ -254,7 +254,8 @@ def _responses(task: str, samples: Iterable[Mapping[str, Any]]) -> list[Response
         if place in found:
             marks = {**found[place].marks, **marks}
         prompt, text = _asked(sample), _said(sample)
-        found[place] = Response(task, f"{task}/{place}", 0, prompt, text, None, True, marks)
+        gold = gold_text(str(sample["target"])) if "target" in sample else None
+        found[place] = Response(task, f"{task}/{place}", 0, prompt, text, None, True, marks, gold)
     return [found[place] for place in sorted(found)]
 
 
@@ -287,10 +288,15 @@ def _figures(results: Mapping[str, Any], n: int) -> dict[str, Record]:
         if not which or metric.endswith("_stderr") or not _is_number(value):
             continue
         error = results.get(f"{metric}_stderr,{which}")
-        half = Z_95 * float(str(error)) if _is_number(error) else None
-        interval = None if half is None else (float(value) - half, float(value) + half)
+        interval = _interval(float(value), float(str(error)) if _is_number(error) else None, n)
         rules[key] = {"accuracy": float(value), "correct": None, "n": n, "ci95": interval, "notes": {}}
     return rules
+
+
+def _interval(value: float, error: float | None, n: int) -> tuple[float, float] | None:
+    if error == 0:  # items that do not differ, which does not mean that others would not
+        return wilson(value, n) if n and 0 <= value <= 1 else None
+    return None if error is None else (value - Z_95 * error, value + Z_95 * error)
 
 
 def _is_number(value: Any) -> bool:

@@ -220,7 +220,9 @@ class Question:
 
 
 class Judgements:
-    """Raw answers of judges in a file, a line each, so that nothing is asked twice.
+    """Raw answers of judges in a file, a line each, so that nothing is asked twice that was answered.
+
+    What was read from the file and names no winner counts as not answered.
 
     Args:
         folder: Folder of the file. It is made.
@@ -239,8 +241,14 @@ class Judgements:
         for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
             try:
                 record = json.loads(line)
-                # What a server refused may be the fault of a setting that has been mended since.
-                if record["answer"] is not None and record.get("refusal") is None:
+                # What a server refused, or did not answer in the form that it was asked for, may be the fault of a
+                # setting that has been mended since. What was cut off is asked again if the limit is raised.
+                said, is_whole = record["answer"], record.get("finished", True)
+                if (
+                    said is not None
+                    and record.get("refusal") is None
+                    and not (is_whole and verdict(said) is None)
+                ):
                     self._known[record["key"]] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(

@@ -8,7 +8,7 @@ from infopo.errors import ConfigError, DataError
 from infopo.evaluation import sandbox
 from infopo.evaluation.diversity import diversity
 from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
-from infopo.evaluation.results import Response, summary
+from infopo.evaluation.results import Response, gold_text, summary
 from infopo.evaluation.samples import Sample
 from infopo.evaluation.settings import Settings
 from infopo.evaluation.tasks import task as task_named
@@ -81,6 +81,7 @@ def marked(task: Task, answers: Sequence[tuple[Item, Sample]]) -> list[Response]
             sample.tokens,
             sample.finished,
             {name: found[place] for name, found in marks.items()},
+            gold_text(item.gold),
         )
         for place, (item, sample) in enumerate(answers)
     ]

@@ -4,6 +4,7 @@
 figures with their intervals. Imports no torch.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from infopo.errors import DataError
 from infopo.evaluation.items import Mark
 from infopo.evaluation.pass_at_k import pass_at_k
 from infopo.intervals import wilson
-from infopo.paired import bootstrap_interval
+from infopo.paired import mean_interval
 from infopo.runs import (
     EVALUATION,
     RECIPE,
@@ -40,6 +41,9 @@ DURING = "tasks"
 
 SCHEMA_VERSION = 2
 
+LONGEST_GOLD = 200
+"""Largest number of characters of what an item is graded against that `items.jsonl` has as it is."""
+
 
 @dataclass(frozen=True)
 class Response:
@@ -54,6 +58,7 @@ class Response:
         tokens: Number of tokens, or None if it is not known.
         finished: Whether the model ended the response itself.
         marks: What each rule makes of it.
+        gold: What it was graded against (`gold_text`), or None if that is not known.
     """
 
     task: str
@@ -64,6 +69,7 @@ class Response:
     tokens: int | None
     finished: bool
     marks: Mapping[str, Mark]
+    gold: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def summary(responses: Sequence[Response], rule: str) -> Record:
     """Returns what a rule's marks of a task add up to.
 
     The interval of one sample an item is Wilson's. Several samples of an item depend on each other, so that the
-    interval is then that of a bootstrap over items.
+    interval is then that of a bootstrap over items, or Wilson's of so many items if they do not differ.
 
     Returns:
         accuracy (the mean over items of the share of samples that are right), correct, n (responses), ci95, notes (why
@@ -121,7 +127,7 @@ def summary(responses: Sequence[Response], rule: str) -> Record:
     if max(map(len, groups)) == 1:
         found["ci95"] = wilson(correct / n, n)
         return found
-    found["ci95"] = bootstrap_interval(shares)
+    found["ci95"] = mean_interval(shares)
     for k in (2**power for power in range(fewest.bit_length())):
         found[f"pass@{k}"] = _with_interval([pass_at_k(len(m), c, k) for c, m in zip(right, groups)])
     found["majority"] = _with_interval([float(majority(marks)) for marks in groups])
@@ -143,7 +149,22 @@ def majority(marks: Sequence[Mark]) -> bool:
 
 
 def _with_interval(values: Sequence[float]) -> Record:
-    return {"value": float(np.mean(values)), "ci95": bootstrap_interval(values)}
+    return {"value": float(np.mean(values)), "ci95": mean_interval(values)}
+
+
+def gold_text(gold: Any) -> str:
+    """Returns what an item is graded against as JSON, or its SHA-256 if that is long, as tests of code are.
+
+    Two evaluations graded an item alike only if these agree.
+
+    Example:
+        >>> gold_text("18"), gold_text({"test": 100 * "x = 1"})[:15]
+        ('"18"', 'sha256:62d0d18b')
+    """
+    text = to_json(gold)
+    if len(text) <= LONGEST_GOLD:
+        return text
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def default_folder(name: str) -> Path:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from scipy import special
 
 from infopo.evaluation.judge import Judge, Judgements, Question, messages, verdict
-from infopo.paired import bootstrap_interval, sign_flips, smallest_mean
+from infopo.intervals import wilson
+from infopo.paired import mean_interval, sign_flips, smallest_mean, varies
 
 RIDGE = 0.01
 """Weight of the squares of θ and φ, which keeps them finite if one side wins everything."""
@@ -127,7 +128,7 @@ def win_rate(duels: Sequence[Duel], outcomes: Sequence[Outcome], seed: int = 0) 
         "flips": kinds["flip"],
         "identical": kinds["identical"],
         "win_rate": float(means.mean()) if means.size else None,
-        "ci95": bootstrap_interval(means, seed=seed) if means.size else None,
+        "ci95": mean_interval(means, seed=seed) if means.size else None,
         "p": sign_flips(means - 0.5, seed=seed),
         "smallest": smallest_mean(means),
         "longer_wins": float(np.mean(longer)) if longer else None,
@@ -176,14 +177,18 @@ def length_adjusted(
     x = np.tanh(delta / spread) if spread > 0 else np.zeros(len(delta))
     y = np.asarray(scores, dtype=np.float64)
     theta, phi = (float(each[0]) for each in _fit(x, y, np.ones((1, len(y)))))
+    value = float(special.expit(theta))
     names, places = np.unique(np.asarray(items), return_inverse=True)
+    if not varies(np.bincount(places, weights=y) / np.bincount(places)):
+        # As in `mean_interval`: a bootstrap would take prompts that all end alike for certainty.
+        return {"value": value, "ci95": wilson(value, len(names)), "phi": phi}
     rng = np.random.default_rng(seed)
     rates = []
     for _ in range(0, ADJUSTED_RESAMPLES, 50):  # few at a time, because each has a weight per duel
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=50)
         rates.append(special.expit(_fit(x, y, drawn[:, places].astype(np.float64))[0]))
     low, high = np.quantile(np.concatenate(rates), [0.025, 0.975])
-    return {"value": float(special.expit(theta)), "ci95": (float(low), float(high)), "phi": phi}
+    return {"value": value, "ci95": (float(low), float(high)), "phi": phi}
 
 
 def _fit(
@@ -248,7 +253,7 @@ def calibration(votes: Sequence[Sequence[str]], outcomes: Sequence[Outcome]) -> 
         "tie_share_people": _share([vote == "tie" for _, people in valid for vote in people]),
         "majority": len(pairs),
         "agreement": _share([mine == top for mine, top in pairs]),
-        "ci95": bootstrap_interval([float(mine == top) for mine, top in pairs]) if pairs else None,
+        "ci95": mean_interval([float(mine == top) for mine, top in pairs]) if pairs else None,
         "kappa": kappa(pairs),
         "agreement_decided": _share([mine == top for mine, top in decided]),
         "decided": len(decided),

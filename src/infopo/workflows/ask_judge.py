@@ -15,6 +15,7 @@ from infopo.evaluation.judge import (
     Judgements,
     Question,
     ServedJudge,
+    verdict,
 )
 from infopo.evaluation.server import KEY_VARIABLE, ServedModel, ServerSettings
 from infopo.evaluation.winrate import Duel, Outcome, is_identical, judged
@@ -115,6 +116,11 @@ def run_judge(
     if refused and len(refused) == len(missing) == len(questions):
         raise ConfigError(f"--judge: {judge.name} refuses every question: {refused[0]}")
     outcomes = judged(duels, store, judge, settings.template)
+    if invalid := sum(each.kind == "invalid" and not each.is_cut_off for each in outcomes):
+        log.warning(
+            "%s pairs have an answer that names no winner, and are left out; the same command asks for these again",
+            invalid,
+        )
     if cut := sum(each.is_cut_off for each in outcomes):
         log.warning(
             "%s pairs have an answer that was cut off at %s tokens before it named a winner; --answer-tokens N gives "
@@ -123,6 +129,46 @@ def run_judge(
             judge.limit,
         )
     return outcomes
+
+
+def refuse_without_verdicts(
+    duels: Sequence[Duel],
+    outcomes: Sequence[Outcome],
+    store: Judgements,
+    judge: Judge,
+    settings: JudgeSettings,
+) -> None:
+    """Refuses to make anything of answers of which none decides a pair.
+
+    Raises:
+        ConfigError: There were questions, and no pair has an answer with a winner in both orders. Shows an answer.
+    """
+    asked = [duel for duel in duels if not is_identical(duel)]
+    kinds = {each.kind for duel, each in zip(duels, outcomes, strict=True) if not is_identical(duel)}
+    if kinds != {"invalid"}:
+        return
+    answers = [
+        store.answer(question, judge) for duel in asked for question in duel.questions(settings.template)
+    ]
+    without = [answer for answer in answers if verdict(str(answer["answer"])) is None]
+    # An answer says more than the server's reason for having none.
+    example = next((answer for answer in without if not answer.get("refusal")), without[0])
+    if example.get("refusal"):
+        said = f"the server refuses: {example['refusal']!r:.120}"
+    else:
+        text = str(example["answer"]).strip()
+        said = (
+            f"{text[-120:]!r}" if len(text) <= 120 else f"... {text[-120:]!r}"
+        )  # a verdict stands at the end
+    if not example.get("finished", True) and not example.get("refusal"):
+        remedy = f"it was cut off at {judge.limit} tokens; --answer-tokens N gives more"
+    else:
+        remedy = "the same command asks again"
+    raise ConfigError(
+        f"--judge: {judge.name} decides none of {len(asked)} pairs; expected "
+        '{"comparison": "...", "winner": "1"} with "1", "2" or "tie", got '
+        f"{said}; {remedy} (answers: {store.path})"
+    )
 
 
 def estimate(

@@ -13,7 +13,7 @@ from infopo.evaluation.winrate import Duel, calibration
 from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.runs import environment, to_json, write_json_atomic
-from infopo.workflows.ask_judge import JudgeSettings, run_judge
+from infopo.workflows.ask_judge import JudgeSettings, refuse_without_verdicts, run_judge
 
 
 def calibrate(
@@ -35,6 +35,7 @@ def calibrate(
         format: "markdown" or "json".
 
     Raises:
+        ConfigError: Nobody has agreed to the cost, or the judge decides no pair.
         DataError: A row has other columns.
         ServerError: The judge does not answer. What it has answered is kept.
     """
@@ -43,7 +44,9 @@ def calibrate(
     duels, people = read_votes(votes)
     duels, people = duels[:limit], people[:limit]
     judge = settings.make()
-    outcomes = run_judge(duels, Judgements(folder), judge, settings)
+    store = Judgements(folder)
+    outcomes = run_judge(duels, store, judge, settings)
+    refuse_without_verdicts(duels, outcomes, store, judge, settings)
     record = {
         "schema_version": 1,
         "votes": votes,

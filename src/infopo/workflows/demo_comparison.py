@@ -10,7 +10,7 @@ from infopo.evaluation.comparison import comparisons, p_text
 from infopo.evaluation.contenders import read_contender
 from infopo.evaluation.items import Answered, shown_text
 from infopo.evaluation.lab_task import lab_item, lab_marks
-from infopo.evaluation.results import FOLDER, Response, summary, write_evaluation
+from infopo.evaluation.results import FOLDER, Response, gold_text, summary, write_evaluation
 from infopo.lab import Problem
 from infopo.lab.evaluation import AccuracyResult, answers, wilson_interval
 
@@ -46,6 +46,7 @@ def solve(
             len(response.token_ids),
             each.finished,
             {TASK: mark},
+            gold_text(each.item.gold),
         )
         for each, response, mark in zip(answered, responses, lab_marks(answered), strict=True)
     ]

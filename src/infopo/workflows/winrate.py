@@ -26,7 +26,7 @@ from infopo.evaluation.winrate import Duel, Outcome, win_rate
 from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.runs import environment, to_json, write_json_atomic, write_text_atomic
-from infopo.workflows.ask_judge import JudgeSettings, run_judge
+from infopo.workflows.ask_judge import JudgeSettings, refuse_without_verdicts, run_judge
 
 FORMATS = ("markdown", "json", "alpaca_eval")
 
@@ -80,7 +80,7 @@ def winrate(
         The content of `winrate.json`.
 
     Raises:
-        ConfigError: A setting is wrong, or nobody has agreed to the cost.
+        ConfigError: A setting is wrong, nobody has agreed to the cost, or the judge decides no pair.
         DataError: Prompts and responses do not match.
         ServerError: The judge does not answer. What it has answered is kept.
     """
@@ -96,6 +96,7 @@ def winrate(
     judge = settings.make()
     store = Judgements(folder)
     outcomes = run_judge(duels, store, judge, settings)
+    refuse_without_verdicts(duels, outcomes, store, judge, settings)
     result = win_rate(duels, outcomes, sampling.seed)
     record = {
         "schema_version": 1,
@@ -176,8 +177,6 @@ def _subject(model: str) -> Any:
 def lines(record: Mapping[str, Any]) -> list[str]:
     """Returns a result as lines of Markdown: a table, and a sentence."""
     r, a, b = record["result"], record["a"], record["b"]
-    if r["win_rate"] is None:
-        return [f"none of {r['asked']} pairs of answers names a winner: all are invalid"]
     low, high = r["ci95"]
     adjusted = r["length_adjusted"]
     rows = [
