@@ -29,7 +29,7 @@ from infopo.output import say
 from infopo.preflight import check_run_directory, preflight
 from infopo.run_state import holds_run
 from infopo.verdicts import judge, line_of
-from infopo.workflows.forecast import forecast
+from infopo.workflows.forecast import band, forecast
 from infopo.workflows.forecast import lines as forecast_lines
 from infopo.workflows.overlap import say_overlap
 from infopo.workflows.terminal import Terminal, has_color, hush, quiet_bars
@@ -100,6 +100,8 @@ def check(
                 check_fit(trainer.model, dataset.longest_row, dataset.largest_token_id)
         if trainer.args.probe_size:
             say(*forecast_lines(forecast(trainer, train)))
+            if sentence := band(trainer, train):
+                say(sentence)
         start = time.perf_counter()
         result = run(trainer)
         seconds = time.perf_counter() - start

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from infopo import probes
 from infopo.data.examples import ExampleDataset
-from infopo.diagnostics import ches
+from infopo.diagnostics import Balance, ches
 from infopo.records import PreferenceExample
 from infopo.reference import LiveReference
 from infopo.trainer import InfoPOTrainer
@@ -58,6 +58,45 @@ def forecast(trainer: InfoPOTrainer, dataset: ExampleDataset) -> list[RowForecas
         score = None if sums is None else ches(sums[0][0], sums[1][0], sums[0][1], sums[1][1])[1]
         found.append(RowForecast(pair.row_id, change, score))
     return sorted(found, key=lambda row: (row.change or 0.0, -(row.ches or 0.0)))
+
+
+def band(trainer: InfoPOTrainer, dataset: ExampleDataset) -> str:
+    """Returns how the two sides of the first gradient stand to each other, in a sentence, or "" if that is not known.
+
+    It is measured on the first pairs of `gradient_size` rows of the probe set, at the objective's β.
+
+    Args:
+        trainer: A trainer that has not trained.
+        dataset: The data that it would be trained on.
+    """
+    subject = trainer.subject()
+    chosen = probes.choose(dataset, trainer.args.probe_size, trainer.args.seed)
+    pairs = [_first_pair(each) for each in chosen if each.chosen_ids and each.rejected_ids]
+    pairs = pairs[: trainer.args.gradient_size]
+    if not pairs or subject.without_gradients is not None or not subject.starts_as_reference:
+        return ""
+    itself = LiveReference(trainer.model, frozenset({"chosen", "rejected", "kl"}))
+    return in_words(replace(subject.instruments, reference=itself).balance(pairs), len(pairs))
+
+
+def in_words(found: Balance, pairs: int) -> str:
+    """Returns a balance as a sentence.
+
+    Example:
+        >>> found = Balance(chosen=2.0, rejected=1.0, inner=1.0, weight_chosen=1.0, weight_rejected=1.0)
+        >>> in_words(found, 16).partition("; ")[2]
+        'd_w/d_l = 1 is inside the band [0.25, 1]'
+    """
+    values = found.metrics()
+    text = f"gradients of the first step on {pairs} pairs: chosen {found.chosen:.3g}, rejected {found.rejected:.3g}"
+    if not found.chosen or not found.rejected:
+        return text
+    text += f", cosine {found.cosine:.2g}"
+    if "gradients/in_band" not in values:
+        return f"{text}; without a positive cosine, the step neither lowers chosen responses nor raises rejected ones"
+    place = "inside" if values["gradients/in_band"] else "outside"
+    low, high = values["gradients/band_low"], values["gradients/band_high"]
+    return f"{text}; d_w/d_l = {values['gradients/weight_ratio']:.3g} is {place} the band [{low:.3g}, {high:.3g}]"
 
 
 def _first_pair(example: PreferenceExample) -> PreferenceExample:
