@@ -131,7 +131,15 @@ def test_given_responses_are_matched_and_marked(
     ("rows", "problem"),
     [
         ([{"item": "lab/0"}], "expected a column"),
-        ([{"item": "lab/0", "response": 5}], r"responses\.jsonl:1.*expected a text"),
+        ([{"item": "lab/0", "response": {"a": 1}}], r"responses\.jsonl:1.*expected a text"),
+        (
+            [{"item": "lab/0", "response": "7"}, {"item": "lab/1", "reply": "7"}],
+            r"responses\.jsonl:2.*got item, reply",
+        ),
+        (
+            [{"id": 1, "prompt": "39+69*6-70=?", "response": "7"}],
+            r"responses\.jsonl:1.*is item lab/1.*'39\+69",
+        ),
         (
             [{"item": "lab/0", "response": ""}, {"item": "lab/9999", "response": ""}],
             r":2.*no item of the task",
@@ -302,3 +310,40 @@ def test_a_served_model_is_asked_and_what_it_answered_before_it_failed_is_kept(
     assert (found["model"]["name"], found["model"]["weights"]) == ("served-model", None)
     assert served.bodies[0]["temperature"] == 0
     assert "seed" not in served.bodies[0]
+
+
+def test_bare_numbers_and_ids_that_a_format_made_floats_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps({"id": float(n), "response": 7}) + "\n" for n in range(3)))
+    assert run("--responses", path, "--limit", 5, "--output", tmp_path / "out") == 0
+    assert [each.response for each in read_evaluation(tmp_path / "out").responses] == ["7", "7", "7"]
+
+
+def test_tasks_of_the_same_model_stay_and_other_subjects_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(policy_path(), model)
+    assert run(model, "--limit", 3, "--output", out) == 0
+    assert run(model, "--limit", 2, "--output", out, tasks="expressions") == 0
+    found = read_evaluation(out)
+    assert {name: task["items"] for name, task in found.record["tasks"].items()} == {
+        "lab": 3,
+        "expressions": 2,
+    }
+    assert sorted(each.item for each in found.responses) == [
+        "expressions/0", "expressions/1", "lab/0", "lab/1", "lab/2",
+    ]  # fmt: skip
+    before = (out / "eval.json").read_bytes()
+    assert run("lab:policy", "--limit", 3, "--output", out) == 2
+    assert "holds the evaluation of" in capsys.readouterr().err
+    assert (out / "eval.json").read_bytes() == before
+
+    # A model that has changed since keeps no results of the old one.
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(0.5)
+    changed.save_pretrained(model)
+    assert run(model, "--limit", 3, "--output", out) == 0
+    assert "left out, because the model has changed since: expressions" in capsys.readouterr().out
+    assert set(read_evaluation(out).record["tasks"]) == {"lab"}

@@ -42,6 +42,7 @@ def add_pairs(commands: Any) -> None:
     pairs.add_argument("--output", default="pairs.jsonl", metavar="FILE", help="default: %(default)s")
     pairs.add_argument(
         "--num-generations",
+        "--num-samples",
         type=int,
         default=8,
         metavar="K",

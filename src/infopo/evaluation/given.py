@@ -58,9 +58,12 @@ def given_responses(path: Path, task: str, items: Sequence[Item]) -> tuple[list[
     id_field, prompt_field = _field(rows, IDS), _field(rows, PROMPTS)
     text_field = _field(rows, tuple(name for name in TEXTS if name not in (id_field, prompt_field)))
     if text_field is None:
+        # The column that most rows have tells which row lacks it.
+        most = max(TEXTS, key=lambda name: sum(row.get(name) is not None for _, row in rows))
+        row_id, row = next(each for each in rows if each[1].get(most) is None)
         raise DataError(
-            f"expected a column {', '.join(TEXTS[:-1])} or {TEXTS[-1]}, got {', '.join(rows[0][1])}",
-            rows[0][0],
+            f"expected a column {', '.join(TEXTS[:-1])} or {TEXTS[-1]} with a text, got {', '.join(row)}",
+            row_id,
             "no response",
         )
     places, how = _places(path, task, items, rows, id_field, prompt_field)
@@ -96,6 +99,10 @@ def _field(rows: Sequence[tuple[str, Mapping[str, Any]]], names: Sequence[str]) 
 
 def _texts(value: Any, field: str, row_id: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
+    # An answer may be a bare number.
+    texts = [
+        str(text) if isinstance(text, int | float) and not isinstance(text, bool) else text for text in texts
+    ]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{field}: expected a text or a list of texts, got {value!r:.60}", row_id, "no text")
     return list(texts)
@@ -113,7 +120,11 @@ def _places(
     by_id = {_id(item.id): place for place, item in enumerate(items)}
     by_id |= {_id(item.id.removeprefix(f"{task}/")): place for place, item in enumerate(items)}
     if id_field is not None and _id(rows[0][1][id_field]) in by_id:
-        return [_found(by_id, _id(row[id_field]), id_field, row_id) for row_id, row in rows], "id"
+        places = [_found(by_id, _id(row[id_field]), id_field, row_id) for row_id, row in rows]
+        if prompt_field is not None:
+            for place, (row_id, row) in zip(places, rows):
+                _refuse_other_question(items[place], row[id_field], row[prompt_field], prompt_field, row_id)
+        return places, "id"
     by_prompt = {_bare(shown_text(item.prompt)): place for place, item in enumerate(items)}
     by_prompt |= {_bare(_last_content(item)): place for place, item in enumerate(items)}
     if prompt_field is not None:
@@ -143,12 +154,25 @@ def _found(known: Mapping[str, int], key: str, field: str, row_id: str) -> int:
     return known[key]
 
 
+def _refuse_other_question(item: Item, given_id: Any, asked: Any, field: str, row_id: str) -> None:
+    """Refuses a row whose question is not that of the item with its id, as of ids that count from 1."""
+    if _bare(_last_content(item)) not in _bare(shown_text(asked)):
+        raise DataError(
+            f"id {given_id!r:.40} is item {item.id}, which asks {_bare(_last_content(item))!r:.80}, but the row's "
+            f"{field} is {_bare(shown_text(asked))!r:.80}; ids count from 0; without ids, {field} matches rows",
+            row_id,
+            "other question",
+        )
+
+
 def _last_content(item: Item) -> str:
     return item.prompt if isinstance(item.prompt, str) else str(item.prompt[-1].get("content"))
 
 
 def _id(value: Any) -> str:
-    """Returns an id as it is compared: published files write `HumanEval/0`."""
+    """Returns an id as it is compared: published files write `HumanEval/0`, and some formats make 0 a 0.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value).casefold()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from infopo.errors import DataError
+from infopo.errors import ConfigError, DataError
 from infopo.evaluation.items import Mark
 from infopo.evaluation.pass_at_k import pass_at_k
 from infopo.intervals import wilson
@@ -190,6 +190,46 @@ def folder_of_run(directory: Path) -> Path:
     last = sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
     found = (directory / FOLDER, during / "final", *last)
     return next((folder for folder in found if (folder / EVALUATION).is_file()), directory / FOLDER)
+
+
+def refuse_other_subject(folder: Path, name: str) -> None:
+    """Refuses a folder that has the results of another model, or of other responses.
+
+    Raises:
+        ConfigError: There is such an evaluation.
+    """
+    record = read_object(folder / EVALUATION)
+    there = (record or {}).get("model")
+    # A server can have one model after another under one address.
+    known = there.get("server") or there.get("name") if isinstance(there, dict) else None
+    if known is not None and _place(known) != _place(name):
+        raise ConfigError(
+            f"--output: {folder} holds the evaluation of {known}; name another folder for {name}, or remove that one"
+        )
+
+
+def _place(name: str) -> str:
+    """Returns the path of what exists, and any other name unchanged."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def with_earlier_tasks(
+    folder: Path, record: Record, responses: Sequence[Response]
+) -> tuple[Record, list[Response], list[str]]:
+    """Adds the tasks that a folder has of the same model and that were not evaluated again.
+
+    Returns:
+        The record, the responses, and the names of tasks that are dropped because the model has changed since.
+    """
+    earlier = read_object(folder / EVALUATION)
+    if earlier is None or earlier.get("schema_version") != SCHEMA_VERSION:
+        return record, list(responses), []
+    others = {name: task for name, task in earlier.get("tasks", {}).items() if name not in record["tasks"]}
+    same = ("weights", "sha256", "server")
+    if any(earlier["model"].get(key) != record["model"].get(key) for key in same):
+        return record, list(responses), sorted(others)
+    kept = [each for each in read_items(folder / ITEMS) if each.task in others]
+    return {**record, "tasks": {**others, **record["tasks"]}}, [*kept, *responses], []
 
 
 def write_evaluation(folder: Path, record: Mapping[str, Any], responses: Iterable[Response]) -> None:

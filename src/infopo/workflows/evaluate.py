@@ -16,7 +16,13 @@ from infopo.evaluation.harness import Standard
 from infopo.evaluation.law import Law
 from infopo.evaluation.marking import Loaded, loaded_tasks, marked, task_record
 from infopo.evaluation.prompting import Prompts
-from infopo.evaluation.results import Response, default_folder, write_evaluation
+from infopo.evaluation.results import (
+    Response,
+    default_folder,
+    refuse_other_subject,
+    with_earlier_tasks,
+    write_evaluation,
+)
 from infopo.evaluation.samples import SampleStore
 from infopo.evaluation.settings import Settings
 from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
@@ -60,6 +66,7 @@ def evaluate(
     name = model or (settings.server.url if settings.server is not None else str(responses))
     folder = Path(output) if output is not None else default_folder(name)
     check_writable(folder, "--output")
+    refuse_other_subject(folder, settings.server.base_url if settings.server is not None else name)
     loaded = loaded_tasks(settings, own)
     if responses is not None:
         return _of_responses(Path(responses), loaded, settings, folder)
@@ -149,7 +156,10 @@ def _of_responses(path: Path, loaded: Sequence[Loaded], settings: Settings, fold
         responses = marked(each.task, answered)
         found[each.task.name] = task_record(each, settings, responses) | {"matched_by": how}
         without = len(each.items) - len(given)
-        say(f"{each.task.name}: {len(answered)} responses, matched by {how}; {without} items have none")
+        say(
+            f"{each.task.name}: {len(answered)} responses to {len(given)} items, matched by {how}; {without} items "
+            "have none"
+        )
         all_responses += responses
     about = {"name": str(path), "weights": None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return _write(folder, about, settings, found, all_responses)
@@ -175,7 +185,10 @@ def _write(
         "tasks": found,
         **({"groups": groups} if groups else {}),
     }
+    record, responses, dropped = with_earlier_tasks(folder, record, responses)
     write_evaluation(folder, record, responses)
+    if dropped:
+        say(f"left out, because the model has changed since: {', '.join(dropped)}")
     say(
         "",
         *table({**found, **(groups or {})}),

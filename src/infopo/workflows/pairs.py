@@ -57,6 +57,9 @@ class Account:
     rows: int = 0
     pairs: int = 0
     without_samples: int = 0
+    pooled: int = 0
+    fewest: int | None = None
+    most: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     why_not: Counter[str] = field(default_factory=Counter)
     origins: Counter[str] = field(default_factory=Counter)
@@ -88,6 +91,10 @@ class Account:
                 found.append(f"  {what}: " + ", ".join(f"{n} {why}" for why, n in counts.most_common()))
         if self.without_samples:
             found.append(f"  prompts without samples: {self.without_samples}")
+        if self.pooled:
+            found.append(f"  {self.pooled} prompts have samples of several seeds, which are taken together")
+        if self.fewest is not None and self.fewest != self.most:
+            found.append(f"  samples per prompt: {self.fewest} to {self.most}")
         if self.pass_rate is not None:
             found.append(f"  right: {self.pass_rate:.1%} of the samples of a prompt")
         if len(self.origins) > 1:
@@ -263,8 +270,11 @@ def _write(
         "prompts": {"source": prompts, "n": len(items), "sha256": digest.hexdigest()},
         "verifier": verifier.name,
         "pairing": asdict(pairing),
-        "sampling": {"num_generations": settings.num_samples, "seed": settings.seed, "prompting": settings.prompting,
-                     "num_fewshot": settings.num_fewshot},
+        # Samples of a file have their own law and seeds, which stand in its lines.
+        "sampling": None if "model" not in origin else {
+            "num_generations": settings.num_samples, "seed": settings.seed, "prompting": settings.prompting,
+            "num_fewshot": settings.num_fewshot,
+        },
         "counts": account.record,
         "environment": environment(seed=settings.seed),
     }  # fmt: skip
@@ -313,6 +323,10 @@ def _count(account: Account, group: Group, paired: Paired, rows: int) -> None:
     if not group.samples:
         account.without_samples += 1
         return
+    numbers = Counter((sample.weights, to_json(dict(sample.law)), sample.sample) for sample in group.samples)
+    account.pooled += max(numbers.values()) > 1
+    account.most = max(account.most, len(group.samples))
+    account.fewest = min(len(group.samples), account.fewest or len(group.samples))
     if paired.pass_rate is not None:
         account.rates[paired.pass_rate] += 1
     if paired.why_not is not None:

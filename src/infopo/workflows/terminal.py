@@ -107,6 +107,7 @@ class Terminal(TrainerCallback):
         self._began = 0.0
         self._first_step = 0
         self._evaluated = 0
+        self._ended = False
 
     # ---- lines ---------------------------------------------------------------------------------------------------
 
@@ -140,10 +141,16 @@ class Terminal(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         logs = _with_margins(logs)
-        self._known |= {name: logs[name] for figure in FIGURES for name in figure.names if name in logs}
+        # Before the first update nothing has changed. Zeros that stay until the next measurement would say that
+        # nothing does.
+        if state.global_step:
+            self._known |= {name: logs[name] for figure in FIGURES for name in figure.names if name in logs}
         if "train_runtime" in logs:
             return
-        if "loss" in logs:
+        # The last step is measured, and may be no log step.
+        is_last = state.global_step >= state.max_steps and "probe/margin" in logs and not self._ended
+        if "loss" in logs or is_last:
+            self._ended = state.global_step >= state.max_steps
             self._line(f"{state.global_step}/{state.max_steps}", logs, state.max_steps)
         for prefix in _evaluations(logs):
             measured = {
