@@ -119,7 +119,9 @@ def test_a_terminal_has_one_aligned_line_per_log_step_and_a_bar_that_leaves_noth
     assert [line.split()[0] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
     assert {len(line) for line in lines} == {len(title)}
     # What was measured before the first update is no news, and what is measured after step 2 stays.
-    assert all((line.split()[2:4] == ["+1.250", "-0.500"]) == (line[:8].strip() >= "3/4") for line in lines), lines
+    assert all(
+        (line.split()[2:4] == ["+1.250", "-0.500"]) == (line[:8].strip() >= "3/4") for line in lines
+    ), lines
     # The bar was there, with what is wanted of it.
     assert "left  loss" in screen.raw.decode()
     last = screen.raw.decode().split("/4  00")[-1]
