@@ -304,7 +304,7 @@ def test_a_lora_recipe_trains_an_adapter_that_loads(work: Path, capsys: pytest.C
 
 
 def test_the_lab_recipe_trains_without_network(tmp_path: Path):
-    few = ("train.gradient_size=2", "train.anchor_size=8")  # for time
+    few = ("train.gradient_size=2", "train.anchor_size=8", "train.probe_size=16")  # for time
     done = infopo("train", LAB, "output_dir=run", *few, cwd=tmp_path, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr.decode()
     printed = done.stdout.decode()

@@ -519,6 +519,7 @@ def assert_survives_writing(recipe: Recipe) -> None:
 
 
 @given(recipes)
+@settings(max_examples=40)
 def test_a_written_recipe_reads_back_equal_and_is_written_alike(recipe: Recipe):
     assert_survives_writing(recipe)
 

@@ -138,6 +138,7 @@ def test_kl_of_another_policy_is_estimated_from_its_own_samples(small: Setting):
     assert back.mean() > 0
 
 
+@pytest.mark.long
 def test_a_run_is_made_once_and_made_again_where_it_was_cut_short(
     small: Setting, monkeypatch: pytest.MonkeyPatch
 ):

@@ -19,6 +19,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_chosen_by_a_task(tmp_path: Path) -> None:
     asked = ["evaluate={tasks: lab, limit: 24}", "train.learning_rate=1e-3"]
     # The worst one here, which is not the last one.

@@ -350,7 +350,7 @@ def test_json_alone_is_on_standard_output(sides, capsys):
         ([{"prompt": "Q?"}], [{"prompt": "Q?", "response": "x"}], DataError, "expected a column response"),
         ([], [], ConfigError, "name the file that has them"),
         (
-            [{"prompt": "Q?", "response": 3}],
+            [{"prompt": "Q?", "response": {"a": 3}}],
             [{"prompt": "Q?", "response": "x"}],
             DataError,
             "expected a text",

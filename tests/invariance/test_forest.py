@@ -48,7 +48,7 @@ from infopo.logps.registration import forest_attention, replacement_name
 from infopo.models import disable_dropout
 from infopo.records import PackedBatch, PreferenceExample
 from infopo.trainer import InfoPOTrainer
-from worlds import PLAIN_SGD, random_dataset, random_examples, tiny_llama, tiny_of
+from worlds import PLAIN_SGD, quick, random_dataset, random_examples, tiny_llama, tiny_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -316,7 +316,7 @@ def compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype
 
 
 @pytest.mark.filterwarnings(NON_LEAF)
-@pytest.mark.parametrize("family", ["gemma2, soft cap", "gpt-oss, sinks"])
+@pytest.mark.parametrize("family", quick(["gemma2, soft cap", "gpt-oss, sinks"], "gpt-oss, sinks"))
 def test_one_compiled_call_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None], family: str
 ) -> None:

@@ -175,11 +175,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Any:
     ("variant", "stops"),
     [
         ("infopo", [4]),
-        ("infopo", [7, 11]),  # at the end of the first epoch, then in the second
+        pytest.param(
+            "infopo", [7, 11], marks=pytest.mark.long
+        ),  # at the end of the first epoch, then in the second
         ("infopo", [2, 13]),  # before any checkpoint, then after the last step
-        ("mine, whose average goes on", [7]),
-        pytest.param("beta_dpo, whose mean and deviation go on", [7], marks=pytest.mark.long),
-        ("dpo, grouped by length, accumulated", [11]),
+        pytest.param("mine, whose average goes on", [7], marks=pytest.mark.long),
+        ("beta_dpo, whose mean and deviation go on", [7]),
+        pytest.param("dpo, grouped by length, accumulated", [11], marks=pytest.mark.long),
         ("adapter, live reference", [10]),
     ],
 )
@@ -537,6 +539,7 @@ def tiny_trainer(folder: Path, **settings: Any) -> InfoPOTrainer:
     )
 
 
+@pytest.mark.long
 def test_a_mixture_of_experts_resumes_with_its_experts(tmp_path: Path) -> None:
     """Its files name weights as first published, and transformers would leave those as they were."""
 

@@ -17,7 +17,7 @@ from infopo.data.packing import pack
 from infopo.errors import RecipeError
 from infopo.logps import router
 from infopo.logps.forward import prepare, response_logps
-from worlds import random_examples, tiny_llama, tiny_of
+from worlds import quick, random_examples, tiny_llama, tiny_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of libraries under comparison are not ours
 
@@ -69,7 +69,7 @@ def trained(trainer: Any, config: Any, folder: Path, name: str, **settings: Any)
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.0, 2.0])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, "mixtral"))
 def test_losses_and_weights_are_those_of_trl(tmp_path: Path, name: str, coefficient: float | None) -> None:
     settings = {"router_aux_loss_coef": coefficient, "gradient_checkpointing": coefficient is None}
     theirs = trained(DPOTrainer, DPOConfig, tmp_path, name, **settings)

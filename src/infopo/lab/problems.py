@@ -30,7 +30,7 @@ MAX_VALUE = 999
 OPERATIONS = (2, 3)
 """Smallest and largest number of operations of the problems that the shipped policy was trained on."""
 
-MOST_BARREN = 100_000
+MOST_BARREN = 20_000
 """Number of draws in a row that give nothing new, after which there is nothing more to draw."""
 
 # Of every ten questions, five train the SFT policy, four carry preferences and one is held out.
