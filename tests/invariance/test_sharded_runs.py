@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 REFUSED: dict[str, Any] = {"lora": "random", "reference": "adapter-off"}
 
-QUICK = ("found", "adapter-off")
+QUICK = ("efficient", "found", "adapter-off")
 
 
 @pytest.fixture(scope="module")
