@@ -408,7 +408,7 @@ def test_responses_are_graded_by_a_task(tmp_path):
         ([{"id": 1, "score": math.nan}], "expected a score, got nan"),
         ([{"id": 1, "score": math.inf}], "expected a score, got inf"),
         ([{"id": "elsewhere", "score": 1}], "has no item of results in common"),
-        ([3], r"a.jsonl:1: expected an object, got int"),
+        ([3], r"a.jsonl:1: expected an object with columns, got int"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(tmp_path, rows, message, capsys):

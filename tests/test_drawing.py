@@ -154,3 +154,19 @@ def test_a_response_that_was_cut_off_is_not_finished(model: PreTrainedModel, tok
 def test_what_is_no_law_is_refused(settings: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         Law(**{"max_new_tokens": 5, **settings})  # type: ignore[arg-type]
+
+
+def test_a_model_with_adapters_answers_with_them_and_keeps_the_settings_beneath(tokenizer: Tokenizer) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(policy_path(), dtype=torch.float64)
+    base.generation_config = GenerationConfig(repetition_penalty=5.0, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))
+    requests = [Request(prompt(tokenizer, text), 0) for text in QUESTIONS]
+    found = drawn(adapted, tokenizer, requests, Law(20))
+    assert base.generation_config.repetition_penalty == 5.0
+    with adapted.disable_adapter():
+        assert drawn(adapted, tokenizer, requests, Law(20)) != found
+    merged = drawn(adapted.merge_and_unload(), tokenizer, requests, Law(20))
+    assert [each.token_ids for each in merged] == [each.token_ids for each in found]

@@ -10,7 +10,7 @@ from infopo.cli import main
 from infopo.evaluation import harness
 from infopo.evaluation.lab_task import lab_task
 from infopo.evaluation.results import gold_text, read_evaluation
-from infopo.evaluation.settings import Settings
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.intervals import wilson
 
 pytest.importorskip("lm_eval")
@@ -94,7 +94,7 @@ def test_figures_without_an_error_are_not_certain() -> None:
             "group_subtasks": {"g": ["s"]},
             "n-samples": {"s": {"effective": 8}},
         },
-        Settings(tasks=["g"]),
+        EvaluationSettings(tasks=["g"]),
     )
     rules = found.groups["g"]["rules"]
     assert rules["acc,none"]["ci95"] == wilson(1.0, 8)

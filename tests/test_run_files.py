@@ -162,7 +162,9 @@ def test_rows_of_the_data_are_not_uploaded_with_the_model(
     uploaded: list[list[str]] = []
 
     def upload(self: Any, *, folder_path: str, ignore_patterns: Any = None, **_: Any) -> Any:
-        names = [path.name for path in Path(folder_path).iterdir() if path.is_file()]
+        names = [
+            str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()
+        ]
         uploaded.append(list(filter_repo_objects(names, ignore_patterns=ignore_patterns)))
         return Done()
 
@@ -171,10 +173,14 @@ def test_rows_of_the_data_are_not_uploaded_with_the_model(
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *_, **__: vars(self).update(made))
     settings = {"push_to_hub": True, "hub_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
     trainer = trainer_of(tmp_path, **{**QUIET, "anchor_size": 2, "gradient_size": 1, **settings})
+    marks = {"tasks/step-1/items.jsonl", "evaluation/items.jsonl", "evaluation/samples.jsonl"}
+    for name in marks:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     trainer.train()
     trainer.save_model()
-    there = {path.name for path in tmp_path.iterdir()}
-    private = {"probe.json", "generations.jsonl", "forecast.jsonl", "data.json", "environment.json"}
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    private = marks | {"probe.json", "generations.jsonl", "forecast.jsonl", "data.json", "environment.json"}
     assert private <= there
     assert uploaded
     assert all(private.isdisjoint(names) for names in uploaded)

@@ -105,3 +105,23 @@ def test_experiment_3_runs_on_stand_in_data(tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "infopo"), str(tmp_path / "dpo")]) == 0
     assert "gsm8k" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_an_adapter_in_training_answers_as_its_merged_model(tmp_path: Path) -> None:
+    run, asked = tmp_path / "run", ["evaluate={tasks: lab, limit: 40}", "train.learning_rate=1e-2"]
+    adapter = "model.adapter={r: 4, target_modules: all-linear}"
+    assert main(["train", RECIPE, f"output_dir={run}", *SMALL, *asked, adapter]) == 0
+    assert main(["evaluate", str(run), "--tasks", "lab", "--limit", "40"]) == 0
+    assert (
+        main(
+            ["evaluate", "lab:policy", "--tasks", "lab", "--limit", "40", "--output", str(tmp_path / "start")]
+        )
+        == 0
+    )
+    during, after, start = (
+        [each.response for each in read_evaluation(folder).responses]
+        for folder in (run / "tasks" / "step-4", run / "evaluation", tmp_path / "start")
+    )
+    assert during == after
+    assert during != start

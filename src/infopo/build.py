@@ -25,7 +25,7 @@ from infopo.data.streaming import ExampleStream
 from infopo.encoding import encode_once
 from infopo.errors import ConfigError, DataError, InfoPOError, ModelError
 from infopo.evaluation.during import TaskEvaluation, refuse_sharded
-from infopo.evaluation.settings import Settings as EvaluationSettings
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow

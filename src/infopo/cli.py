@@ -346,13 +346,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     tasks, data = cli_compare.tasks_and_data(arguments)
     shard = cli_pairs.shard_in(arguments.shard, arguments.parser)
     from infopo.evaluation.server import ServerSettings
-    from infopo.evaluation.settings import Settings
+    from infopo.evaluation.settings import EvaluationSettings
     from infopo.workflows.evaluate import evaluate
 
     server = None
     if arguments.server is not None:
         server = ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
-    settings = Settings(
+    settings = EvaluationSettings(
         tasks=tasks,
         data=data,
         shard=shard,

@@ -124,7 +124,7 @@ def _pairs(arguments: argparse.Namespace) -> None:
     shard = shard_in(arguments.shard, arguments.parser)
     from infopo.evaluation.pairing import PairingSettings
     from infopo.evaluation.server import ServerSettings
-    from infopo.evaluation.settings import Settings
+    from infopo.evaluation.settings import EvaluationSettings
     from infopo.workflows.ask_judge import JudgeSettings
     from infopo.workflows.pairs import pairs
 
@@ -135,7 +135,7 @@ def _pairs(arguments: argparse.Namespace) -> None:
     server = None
     if arguments.server is not None:
         server = ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
-    settings = Settings(
+    settings = EvaluationSettings(
         tasks=[arguments.verifier],
         num_samples=arguments.num_generations,
         shard=shard,

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.data.encode import prompt_ids
 from infopo.data.templates import ChatTemplate, check_variables
 from infopo.data.tokenization import Tokenization
 from infopo.errors import ConfigError, DataError, ModelError, UnsupportedArgumentError
+from infopo.logps.wrappers import base_of
 from infopo.records import Text
 
 
@@ -93,7 +95,7 @@ def sample(
 
 
 def sample_ids(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[Sequence[int]],
     *,
@@ -104,7 +106,8 @@ def sample_ids(
     """Samples one response to each prompt of token ids from the policy's own law (temperature 1).
 
     Args:
-        model: A causal language model. It is in evaluation mode during the call, and afterwards as it was.
+        model: A causal language model, with or without adapters.
+            It is in evaluation mode during the call, and afterwards as it was.
         tokenizer: The model's tokenizer.
         prompt_ids: Token ids of each prompt.
         max_new_tokens: Largest number of tokens of a response. It is lower where the model's context ends.
@@ -130,7 +133,7 @@ def sample_ids(
 
 
 def _draws(
-    model: PreTrainedModel, encoded: list[list[int]], settings: GenerationConfig, per_batch: int, seed: int
+    model: Any, encoded: list[list[int]], settings: GenerationConfig, per_batch: int, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields index of the prompt and new token ids of each sequence. Prompts of similar length share a batch."""
     longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
@@ -148,9 +151,7 @@ def _draws(
                 yield indices[row // settings.num_return_sequences], ids
 
 
-def _generate_batch(
-    model: PreTrainedModel, prompt_ids: list[list[int]], settings: GenerationConfig
-) -> list[list[int]]:
+def _generate_batch(model: Any, prompt_ids: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """Returns the new token ids of each sequence, including those after its end."""
     input_ids, attention_mask = left_pad(prompt_ids, int(settings.pad_token_id))
     output = model.generate(
@@ -197,7 +198,7 @@ def _encode_prompts(
     return encoded
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns every token that ends a response: the tokenizer's, and those that the model's configuration adds."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
@@ -222,14 +223,20 @@ def _generation_config(max_new_tokens: int, temperature: float, top_p: float) ->
 
 
 @contextmanager
-def without_shipped_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Removes the settings that the model ships within the block, because `generate` would use them as defaults."""
-    shipped = model.generation_config
-    model.generation_config = GenerationConfig()
+def without_shipped_settings(model: nn.Module) -> Iterator[None]:
+    """Removes the settings that the model ships within the block, because `generate` would use them as defaults.
+
+    That of a model with adapters hands its own settings to the model beneath.
+    """
+    holders: list[Any] = list({id(each): each for each in (model, base_of(model))}.values())
+    shipped = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = shipped
+        for holder, settings in zip(holders, shipped, strict=True):
+            holder.generation_config = settings
 
 
 def _check_arguments(
@@ -267,7 +274,7 @@ def _check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, context: in
 
 
 @contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Puts the model into evaluation mode within the block, and afterwards each submodule into the mode that it had.
 
     `model.train()` would be wrong, because a frozen part of a model may be in evaluation mode while the rest trains.

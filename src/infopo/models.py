@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from infopo.errors import ModelError
 
@@ -128,14 +129,14 @@ def load_for_use(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTr
     It is on the accelerator, if there is one, and in evaluation mode.
 
     Args:
-        name_or_path: Local folder (a saved model, an adapter, a run directory), hub name or `lab:policy`.
+        name_or_path: Local folder or hub name of a model or an adapter, or `lab:policy`.
         dtype: Type of the weights. `auto` is that of the files.
         kwargs: Further arguments of `from_pretrained`.
 
     Raises:
         ModelError: It cannot be loaded.
     """
-    if (Path(name_or_path) / "adapter_config.json").is_file():
+    if find_adapter_config_file(resolve_name(name_or_path)) is not None:
         model = _load_merged(name_or_path, dtype, kwargs)
     else:
         model = load_policy(name_or_path, dtype=dtype, **kwargs)

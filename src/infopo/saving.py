@@ -20,6 +20,7 @@ from infopo import checkpoints, durable, models, ranks, resuming, run_state, sha
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import CheckpointError, ConfigError, InfoPOError, NonFiniteWeightsError, SaveError
+from infopo.evaluation.results import DURING, FOLDER
 from infopo.loading import LoadingTrainer
 from infopo.losses.catalog import with_defaults
 from infopo.losses.coupling import Averages
@@ -33,8 +34,8 @@ from infopo.verdicts import DATA
 logger = get_logger(__name__)
 
 
-_PRIVATE = [PROBE, GENERATIONS, FORECAST, DATA, ENVIRONMENT, "recipe*.yaml"]
-"""Files of a run that have rows of the data or paths of the machine, and are not uploaded beside the model."""
+_PRIVATE = [PROBE, GENERATIONS, FORECAST, DATA, ENVIRONMENT, "recipe*.yaml", f"{DURING}/*", f"{FOLDER}/*"]
+"""Files of a run that have rows of data or paths of the machine, and are not uploaded beside the model."""
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 
-from infopo.data.door import Door
+from infopo.data.door import Door, check_object
 from infopo.errors import DataError
 
 _COMPRESSED = ("", ".gz", ".zst")
@@ -64,6 +64,23 @@ def file_rows(path: Path, name: str, door: Door | None = None) -> Iterator[RawRo
         if kind.startswith(ending):
             return reader(path, name, door)
     raise DataError(f"expected a file that ends in {', '.join(SUFFIXES)}", name, "unknown suffix")
+
+
+def object_rows(path: Path, name: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of a file that consists of objects, with their names, `NAME:ROW`.
+
+    Args:
+        path: The file.
+        name: Name of the file in errors, by default its path.
+
+    Raises:
+        DataError: During iteration, a row cannot be read or is no object. Names the row.
+    """
+    name = name or str(path)
+    for number, row in file_rows(path, name):
+        if isinstance(row, DataError):
+            raise row
+        yield f"{name}:{number}", check_object(row, f"{name}:{number}")
 
 
 def unreadable(name: str, error: Exception) -> DataError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from infopo.data.files import SUFFIXES, file_rows
+from infopo.data.files import SUFFIXES, object_rows
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.given import IDS, PROMPTS, TEXTS
 from infopo.evaluation.items import shown_text
@@ -222,15 +222,7 @@ def _of_responses(responses: Sequence[Response], rule: str, about: Mapping[str, 
 
 
 def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    rows = []
-    for number, row in file_rows(path, str(path)):
-        if isinstance(row, DataError):
-            raise row
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"expected an object, got {type(row).__name__}", f"{path}:{number}", "not an object"
-            )
-        rows.append((f"{path}:{number}", row))
+    rows = list(object_rows(path))
     if not rows:
         raise DataError("has no rows", str(path), "no rows")
     return rows

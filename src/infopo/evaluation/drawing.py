@@ -8,6 +8,7 @@ batch differ in their last bits, and a token whose u lies within that of a bound
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -61,7 +61,7 @@ class Drawn:
 
 
 def draw(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     law: Law,
@@ -75,7 +75,8 @@ def draw(
     batch does not fit into the accelerator's memory, it and all later ones are halved.
 
     Args:
-        model: A causal language model. It is in evaluation mode while a batch is drawn, and afterwards as it was.
+        model: A causal language model, with or without adapters.
+            It is in evaluation mode while a batch is drawn, and afterwards as it was.
         tokenizer: Its tokenizer.
         requests: What to draw.
         law: The distribution.
@@ -108,7 +109,7 @@ def draw(
 
 
 def _draw_batch(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     law: Law,

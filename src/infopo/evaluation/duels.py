@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infopo.data.files import SUFFIXES, file_rows
+from infopo.data.files import SUFFIXES, file_rows, object_rows
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.given import IDS, PROMPTS, given_responses
 from infopo.evaluation.items import Item, shown_text
@@ -45,7 +45,7 @@ def read_prompts(source: str) -> list[Item]:
     """
     path = Path(source)
     if path.is_file() and source.endswith(SUFFIXES) and _has_prompts_alone(path):
-        items = [_item(row, f"{source}:{number}") for number, row in _objects(path)]
+        items = [_item(row, row_id) for row_id, row in object_rows(path, source)]
     else:
         items = list(_of_preferences(source))
     if not items:
@@ -56,17 +56,6 @@ def read_prompts(source: str) -> list[Item]:
 def _has_prompts_alone(path: Path) -> bool:
     _, row = next(iter(file_rows(path, str(path))), (0, None))
     return isinstance(row, Mapping) and any(name in row for name in PROMPTS) and not set(_ANSWERED) & set(row)
-
-
-def _objects(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, row in file_rows(path, str(path)):
-        if isinstance(row, DataError):
-            raise row
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"expected an object, got {type(row).__name__}", f"{path}:{number}", "not an object"
-            )
-        yield number, row
 
 
 def _item(row: Mapping[str, Any], row_id: str) -> Item:
@@ -108,7 +97,7 @@ def prompts_of_responses(sources: Sequence[str]) -> list[Item]:
         ConfigError: None has prompts.
         DataError: A row of the only ones that have them lacks its prompt. Names the row.
     """
-    partial: list[tuple[str, int, Mapping[str, Any]]] = []
+    partial: list[tuple[str, Mapping[str, Any]]] = []
     for source in sources:
         path = Path(source)
         if (path / ITEMS).is_file():
@@ -116,18 +105,16 @@ def prompts_of_responses(sources: Sequence[str]) -> list[Item]:
                 {each.item: Item(each.item, each.prompt, {}) for each in read_items(path / ITEMS)}.values()
             )
         if path.is_file() and source.endswith(SUFFIXES):
-            rows = list(_objects(path))
-            lacking = [
-                (source, number, row) for number, row in rows if not any(row.get(name) for name in PROMPTS)
-            ]
+            rows = list(object_rows(path, source))
+            lacking = [(row_id, row) for row_id, row in rows if not any(row.get(name) for name in PROMPTS)]
             if 0 < len(lacking) < len(rows):
                 partial += lacking[:1]
             if rows and not lacking:
-                found = [_item(row, f"{source}:{number}") for number, row in rows]
+                found = [_item(row, row_id) for row_id, row in rows]
                 # Several samples of a prompt stand in rows of their own.
                 return list({shown_text(item.prompt): item for item in reversed(found)}.values())[::-1]
-    for source, number, row in partial:
-        _item(row, f"{source}:{number}")  # which says what is wrong with it
+    for row_id, row in partial:
+        _item(row, row_id)  # which says what is wrong with it
     raise ConfigError(
         f"--prompts: neither {' nor '.join(sources)} has prompts beside its responses; name the file that has them"
     )

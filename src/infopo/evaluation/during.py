@@ -20,9 +20,8 @@ from infopo.evaluation.asking import in_memory, wanted
 from infopo.evaluation.marking import Loaded, loaded_tasks, marked, task_record
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.results import DURING, Response, write_evaluation
-from infopo.evaluation.settings import Settings
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import LoadedModel
-from infopo.logps.wrappers import base_of
 from infopo.output import get_logger
 from infopo.runs import Record, environment
 
@@ -48,12 +47,12 @@ class TaskEvaluation(TrainerCallback):
         log: Takes the metrics of a step for the log. The trainer's, once it is there.
 
     Example:
-        >>> callback = TaskEvaluation(Settings(tasks=["lab"], limit=20))
+        >>> callback = TaskEvaluation(EvaluationSettings(tasks=["lab"], limit=20))
         >>> callback.metric_names
         ('eval_tasks/lab', 'eval_tasks/lab/low', 'eval_tasks/lab/high')
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: EvaluationSettings) -> None:
         self.settings = settings
         self.log: Callable[[dict[str, float]], None] | None = None
         self._loaded = loaded_tasks(settings)
@@ -94,9 +93,7 @@ class TaskEvaluation(TrainerCallback):
         self, model: Any, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, step: int
     ) -> dict[str, float]:
         begin = time.perf_counter()
-        subject = LoadedModel(
-            "policy", base_of(model), tokenizer, self.settings.batch_size, weights=f"step {step}"
-        )
+        subject = LoadedModel("policy", model, tokenizer, self.settings.batch_size, weights=f"step {step}")
         found: dict[str, Record] = {}
         responses: list[Response] = []
         for each in self._loaded:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopo.data.files import file_rows
+from infopo.data.files import object_rows
 from infopo.errors import DataError
 from infopo.evaluation.items import Item, shown_text
 from infopo.evaluation.samples import Sample
@@ -44,15 +44,7 @@ def given_responses(path: Path, task: str, items: Sequence[Item]) -> tuple[list[
     """
     if not path.is_file():
         raise DataError("there is no such file", str(path), "no such file")
-    rows = []
-    for number, row in file_rows(path, str(path)):
-        row_id = f"{path}:{number}"
-        if isinstance(row, DataError):
-            raise row
-        if not isinstance(row, Mapping):
-            raise DataError(f"expected an object, got {type(row).__name__}", row_id, "not an object")
-        if row.get("task", task) == task:
-            rows.append((row_id, row))
+    rows = [(row_id, row) for row_id, row in object_rows(path) if row.get("task", task) == task]
     if not rows:
         raise DataError(f"holds no responses to task {task}", str(path), "no responses")
     id_field, prompt_field = _field(rows, IDS), _field(rows, PROMPTS)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infopo.errors import ConfigError, InfoPOError
 from infopo.evaluation.items import Mark
 from infopo.evaluation.results import Response, gold_text, summary
-from infopo.evaluation.settings import Settings
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import LoadedModel, Subject
 from infopo.evaluation.tasks import TASKS
 from infopo.intervals import Z_95, wilson
@@ -59,7 +59,7 @@ class Standard:
     manager: Any
 
     @classmethod
-    def of(cls, names: Sequence[str], settings: Settings, responses: object) -> "Standard":
+    def of(cls, names: Sequence[str], settings: EvaluationSettings, responses: object) -> "Standard":
         """Checks the names and what is asked of them.
 
         Raises:
@@ -75,7 +75,7 @@ class Standard:
         check_harness(names, settings)
         return cls(names, harness_tasks(names, settings.include_path))
 
-    def run(self, subject: Subject, settings: Settings) -> HarnessResult:
+    def run(self, subject: Subject, settings: EvaluationSettings) -> HarnessResult:
         """Evaluates a model on the tasks, if there are any."""
         if not self.names:
             return HarnessResult({}, {}, [])
@@ -83,7 +83,7 @@ class Standard:
         return run_harness(subject.model, subject.tokenizer, self.names, self.manager, settings)
 
 
-def check_harness(names: Sequence[str], settings: Settings) -> None:
+def check_harness(names: Sequence[str], settings: EvaluationSettings) -> None:
     """Refuses what the harness would leave undone, before a model is loaded.
 
     Raises:
@@ -154,7 +154,7 @@ def run_harness(
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     manager: Any,
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> HarnessResult:
     """Evaluates a loaded model on tasks of the harness.
 
@@ -200,7 +200,7 @@ def run_harness(
     return converted(found, settings)
 
 
-def converted(found: Mapping[str, Any], settings: Settings) -> HarnessResult:
+def converted(found: Mapping[str, Any], settings: EvaluationSettings) -> HarnessResult:
     """Returns what `simple_evaluate` found in our format.
 
     A metric that is 0 or 1 for every item becomes a rule with marks and Wilson's interval, which `infopo compare` pairs

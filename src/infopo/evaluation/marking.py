@@ -10,7 +10,7 @@ from infopo.evaluation.diversity import diversity
 from infopo.evaluation.items import Answered, Item, Mark, Task, shown_text
 from infopo.evaluation.results import Response, gold_text, summary
 from infopo.evaluation.samples import Sample
-from infopo.evaluation.settings import Settings
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.tasks import task as task_named
 from infopo.output import say
 from infopo.runs import Record, to_json
@@ -33,7 +33,7 @@ class Loaded:
     sha256: str
 
 
-def loaded_tasks(settings: Settings, names: Sequence[str] | None = None) -> list[Loaded]:
+def loaded_tasks(settings: EvaluationSettings, names: Sequence[str] | None = None) -> list[Loaded]:
     """Returns tasks with their items.
 
     Args:
@@ -57,14 +57,18 @@ def loaded_tasks(settings: Settings, names: Sequence[str] | None = None) -> list
     return [_load(task, settings) for task in tasks]
 
 
-def _load(task: Task, settings: Settings) -> Loaded:
+def _load(task: Task, settings: EvaluationSettings) -> Loaded:
     source = settings.data.get(task.name)
     items = task.load(source)
     if not items:
         raise DataError(f"task {task.name} has no items", source or task.name, "no items")
-    items = items[: settings.limit]
+    return loaded(task, items[: settings.limit], source or "default")
+
+
+def loaded(task: Task, items: Sequence[Item], source: str) -> Loaded:
+    """Returns a task with these items, which come from `source`."""
     digest = hashlib.sha256(to_json([vars(item) for item in items]).encode()).hexdigest()
-    return Loaded(task, items, source or "default", digest)
+    return Loaded(task, items, source, digest)
 
 
 def marked(task: Task, answers: Sequence[tuple[Item, Sample]]) -> list[Response]:
@@ -89,7 +93,7 @@ def marked(task: Task, answers: Sequence[tuple[Item, Sample]]) -> list[Response]
 
 def task_record(
     each: Loaded,
-    settings: Settings,
+    settings: EvaluationSettings,
     responses: Sequence[Response],
     logps: Sequence[float | None] | None = None,
 ) -> Record:

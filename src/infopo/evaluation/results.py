@@ -219,16 +219,21 @@ def with_earlier_tasks(
     """Adds the tasks that a folder has of the same model and that were not evaluated again.
 
     Returns:
-        The record, the responses, and the names of tasks that are dropped because the model has changed since.
+        The record, the responses, and the names of tasks that are dropped, because the model is not known to be the
+        same, or their responses cannot be read.
     """
     earlier = read_object(folder / EVALUATION)
     if earlier is None or earlier.get("schema_version") != SCHEMA_VERSION:
         return record, list(responses), []
     others = {name: task for name, task in earlier.get("tasks", {}).items() if name not in record["tasks"]}
     same = ("weights", "sha256", "server")
-    if any(earlier["model"].get(key) != record["model"].get(key) for key in same):
+    before = earlier.get("model") or {}
+    if any(before.get(key) != record["model"].get(key) for key in same):
         return record, list(responses), sorted(others)
-    kept = [each for each in read_items(folder / ITEMS) if each.task in others]
+    try:
+        kept = [each for each in read_items(folder / ITEMS) if each.task in others]
+    except DataError:
+        return record, list(responses), sorted(others)
     return {**record, "tasks": {**others, **record["tasks"]}}, [*kept, *responses], []
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.items import Item
-from infopo.runs import JsonLines
+from infopo.runs import JsonLines, os_errors_named
 from infopo.texts import Text
 
 SAMPLES = "samples.jsonl"
@@ -117,15 +117,17 @@ class SampleStore:
         self._open()
 
     def _open(self) -> None:
-        # An empty append makes the folder, ends half a line that a kill has left, and names what is wrong with it.
-        self._lines.append()
         try:
-            self._lock.acquire(blocking=False)
+            with os_errors_named(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(blocking=False)
         except Timeout:
             raise ConfigError(
                 f"--output: another process draws samples into {self.path}; wait for it, name another folder, or "
                 "divide the work with --shard"
             ) from None
+        # An empty append ends half a line that a kill has left. Of a process that is writing, it would end a whole one.
+        self._lines.append()
         for path in sorted(self.path.parent.glob("samples*.jsonl")):
             for place, record in _records(path):
                 self._places.setdefault(record["key"], (path, place))
@@ -156,6 +158,7 @@ class SampleStore:
         """
         if not samples:
             return
+        self._lines.append()  # ends half a line that a full disk has left
         place = self.path.stat().st_size
         records = [_to_record(sample) for sample in samples]
         self._lines.append(*records)

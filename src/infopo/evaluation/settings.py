@@ -10,7 +10,7 @@ from infopo.evaluation.server import ServerSettings
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How an evaluation is made.
 
     Attributes:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from infopo.errors import DataError, ServerError
 from infopo.evaluation import server
@@ -62,14 +62,14 @@ class LoadedModel:
 
     Attributes:
         name: See `Subject`.
-        model: The model.
+        model: A `PreTrainedModel`, or a `PeftModel` with one beneath.
         tokenizer: Its tokenizer.
         batch_size: Number of sequences that are drawn together.
         weights: See `Subject`. By default, the hash of the values as they lie in memory.
     """
 
     name: str
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     weights: str = ""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from infopo.data.door import check_object
-from infopo.data.files import file_rows
+from infopo.data.files import object_rows
 from infopo.data.sources import Files, located
 from infopo.errors import DataError
 
@@ -31,10 +31,7 @@ def task_rows(task: str, data: str | None, hub: tuple[str, str | None, str]) -> 
     found = located(data, data, hub[2])
     if isinstance(found, Files):
         for path, name in found.files:
-            for number, row in file_rows(path, name):
-                if isinstance(row, DataError):
-                    raise row
-                yield f"{name}:{number}", check_object(row, f"{name}:{number}")
+            yield from object_rows(path, name)
         return
     for number, row in enumerate(found, 1):
         yield f"{data}:{number}", check_object(row, f"{data}:{number}")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infopo.errors import ConfigError
-from infopo.generate import Sample, sample
+from infopo.generate import sample
 from infopo.intervals import wilson
 from infopo.lab.problems import OPERATIONS, Problem, verify
 from infopo.records import Message
@@ -74,37 +74,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    batch_size: int = 256,
-) -> list[Sample]:
-    """Returns the greedy response of a policy to each problem.
-
-    Args:
-        model: The policy.
-        tokenizer: Its tokenizer.
-        problems: The problems to solve.
-        batch_size: Number of problems that are decoded together.
-
-    Raises:
-        ConfigError: there are no problems.
-    """
-    if not problems:
-        raise ConfigError("problems: expected at least one, got none")
-    drawn = sample(
-        model,
-        tokenizer,
-        [as_prompt(problem) for problem in problems],
-        max_new_tokens=MAX_NEW_TOKENS,
-        temperature=0.0,
-        batch_size=batch_size,
-        seed=0,
-    )
-    return [response for (response,) in drawn]
-
-
 def accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -124,10 +93,20 @@ def accuracy(
     Raises:
         ConfigError: there are no problems.
     """
-    responses = answers(model, tokenizer, problems, batch_size)
+    if not problems:
+        raise ConfigError("problems: expected at least one, got none")
+    responses = sample(
+        model,
+        tokenizer,
+        [as_prompt(problem) for problem in problems],
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=0.0,
+        batch_size=batch_size,
+        seed=0,
+    )
     correct = sum(
         response.finished and verify(problem, response.text)
-        for problem, response in zip(problems, responses, strict=True)
+        for problem, (response,) in zip(problems, responses, strict=True)
     )
     return AccuracyResult(
         correct, len(problems), correct / len(problems), wilson_interval(correct, len(problems))

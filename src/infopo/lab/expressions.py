@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from infopo.errors import ConfigError, DataError
-from infopo.lab.problems import MOST_BARREN, SPLITS, split_of
+from infopo.lab.problems import SPLITS, distinct, split_of
 
 NUMBERS = 3
 """Number of numbers of a question."""
@@ -99,26 +99,19 @@ def make_puzzles(n: int, seed: int, split: str, numbers: int = NUMBERS) -> list[
         raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     if n < 0 or numbers < 2:
         raise ConfigError(f"expected n >= 0 and at least 2 numbers, got {n} and {numbers}")
-    draw = random.Random(f"expressions:{split}:{seed}:{numbers}")
-    found: dict[str, Puzzle] = {}
-    barren = 0
-    while len(found) < n:
-        barren += 1
-        if barren > MOST_BARREN:
-            raise ConfigError(
-                f"n: there are hardly more than {len(found)} such puzzles, expected fewer than {n}"
-            )
-        chosen = tuple(draw.randint(1, LARGEST_NUMBER) for _ in range(numbers))
-        order = draw.sample(chosen, numbers)
-        chain = (order[0], tuple((draw.choice("+-*"), value) for value in order[1:]))
-        target = value_of(chain)
+    rng = random.Random(f"expressions:{split}:{seed}:{numbers}")
+
+    def draw() -> str | None:
+        chosen = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(numbers))
+        order = rng.sample(chosen, numbers)
+        target = value_of((order[0], tuple((rng.choice("+-*"), value) for value in order[1:])))
         if target is None:
-            continue
+            return None
         puzzle = Puzzle(chosen, target)
-        is_new = puzzle.question not in found and split_of(puzzle.question) == split
-        if is_new and len(puzzle.answers) >= FEWEST_ANSWERS:
-            found[puzzle.question], barren = puzzle, 0
-    return list(found.values())
+        is_wanted = split_of(puzzle.question) == split and len(puzzle.answers) >= FEWEST_ANSWERS
+        return puzzle.question if is_wanted else None
+
+    return [parse(question) for question in distinct(n, draw)]
 
 
 def chain_in(response: str) -> Chain | None:

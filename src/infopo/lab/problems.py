@@ -19,6 +19,7 @@ those of the preference stage and those held out for evaluation are therefore di
 import hashlib
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from infopo.errors import ConfigError, DataError
@@ -118,18 +119,42 @@ def make_problems(n: int, seed: int, split: str, operations: tuple[int, int] = O
         raise ConfigError(f"operations: expected 1 <= smallest <= largest, got {operations}")
     # `random` hashes a string seed with SHA-512, so the three splits draw independent streams.
     rng = random.Random(f"{split}:{seed}")
-    questions: dict[str, None] = {}
+
+    def draw() -> str | None:
+        question = _draw_question(rng, operations)
+        return question if split_of(question) == split else None
+
+    return [solve(question) for question in distinct(n, draw)]
+
+
+def distinct(n: int, draw: Callable[[], str | None]) -> list[str]:
+    """Returns different questions in the order in which they are drawn.
+
+    Args:
+        n: Number of questions.
+        draw: Returns a question, or None if what it has drawn is none that is wanted.
+
+    Raises:
+        ConfigError: `n` is more than there are.
+
+    Example:
+        >>> draws = iter(["1+1=?", None, "1+1=?", "2+1=?"])
+        >>> distinct(2, lambda: next(draws))
+        ['1+1=?', '2+1=?']
+    """
+    found: dict[str, None] = {}
     barren = 0
-    while len(questions) < n:
+    while len(found) < n:
+        question = draw()
+        if question is not None and question not in found:
+            found[question], barren = None, 0
+            continue
         barren += 1
         if barren > MOST_BARREN:
             raise ConfigError(
-                f"n: there are hardly more than {len(questions)} such problems, expected fewer than {n}"
+                f"n: there are hardly more than {len(found)} such problems, expected fewer than {n}"
             )
-        question = _draw_question(rng, operations)
-        if question not in questions and split_of(question) == split:
-            questions[question], barren = None, 0
-    return [solve(question) for question in questions]
+    return list(found)
 
 
 def split_of(question: str) -> str:

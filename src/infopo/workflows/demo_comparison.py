@@ -6,13 +6,17 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from infopo.evaluation.asking import in_memory, wanted
 from infopo.evaluation.comparison import comparisons, p_text
 from infopo.evaluation.contenders import read_contender
-from infopo.evaluation.items import Answered, shown_text
-from infopo.evaluation.lab_task import lab_item, lab_marks
-from infopo.evaluation.results import FOLDER, Response, gold_text, summary, write_evaluation
+from infopo.evaluation.lab_task import lab_item, lab_task
+from infopo.evaluation.marking import loaded, marked, task_record
+from infopo.evaluation.prompting import Prompts
+from infopo.evaluation.results import FOLDER, write_evaluation
+from infopo.evaluation.settings import EvaluationSettings
+from infopo.evaluation.subjects import LoadedModel
 from infopo.lab import Problem
-from infopo.lab.evaluation import AccuracyResult, answers, wilson_interval
+from infopo.lab.evaluation import AccuracyResult, wilson_interval
 
 TASK = "lab"
 
@@ -33,35 +37,22 @@ def solve(
         folder: Folder of the run, or one for the start.
         name: Name of the model in `eval.json`.
     """
-    responses = answers(model, tokenizer, problems)
-    items = [lab_item(problem, number) for number, problem in enumerate(problems)]
-    answered = [Answered(item, each.text, each.finished) for item, each in zip(items, responses, strict=True)]
-    marked = [
-        Response(
-            TASK,
-            each.item.id,
-            0,
-            shown_text(each.item.prompt),
-            each.response,
-            len(response.token_ids),
-            each.finished,
-            {TASK: mark},
-            gold_text(each.item.gold),
-        )
-        for each, response, mark in zip(answered, responses, lab_marks(answered), strict=True)
-    ]
-    figures = summary(marked, TASK)
-    record = {
-        "headline": TASK,
-        "items": len(items),
-        "samples": 1,
-        "rules": {TASK: figures},
-        "prompting": "chat",
-    }
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_evaluation(folder / FOLDER, {"model": {"name": name}, "tasks": {TASK: record}}, marked)
-    correct, n = figures["correct"], len(items)
-    return AccuracyResult(correct, n, correct / n, wilson_interval(correct, n))
+    task, settings = lab_task(), EvaluationSettings(tasks=[TASK])
+    subject = LoadedModel(name, model, tokenizer, batch_size=256)
+    prompts = Prompts(tokenizer, task)
+    law = settings.law(task, prompts.stop)
+    each = loaded(task, [lab_item(problem, number) for number, problem in enumerate(problems)], "demo")
+    needed = list(wanted(subject, prompts, each.items, law, num_samples=1, seed=settings.seed))
+    responses = marked(task, in_memory(subject, prompts, TASK, needed, law))
+    found = task_record(each, settings, responses) | {"prompting": prompts.style, "law": law.record}
+    write_evaluation(folder / FOLDER, {"model": subject.record, "tasks": {TASK: found}}, responses)
+    figures = found["rules"][TASK]
+    return AccuracyResult(
+        figures["correct"],
+        figures["n"],
+        figures["accuracy"],
+        wilson_interval(figures["correct"], figures["n"]),
+    )
 
 
 def against_start(start: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ from infopo.evaluation.results import (
     write_evaluation,
 )
 from infopo.evaluation.samples import SampleStore
-from infopo.evaluation.settings import Settings
+from infopo.evaluation.server import ServerSettings
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
 from infopo.evaluation.tasks import TASKS
 from infopo.models import load_for_use, load_tokenizer
@@ -37,7 +38,7 @@ from infopo.workflows.overlap import overlap_of_run
 
 def evaluate(
     model: str | None,
-    settings: Settings,
+    settings: EvaluationSettings,
     *,
     output: str | Path | None = None,
     responses: str | Path | None = None,
@@ -74,9 +75,13 @@ def evaluate(
 
 
 def _of_model(
-    model: str | None, loaded: Sequence[Loaded], standard: Standard, settings: Settings, folder: Path
+    model: str | None,
+    loaded: Sequence[Loaded],
+    standard: Standard,
+    settings: EvaluationSettings,
+    folder: Path,
 ) -> Path:
-    subject = subject_of(model, settings)
+    subject = subject_of(model, settings.server, settings.dtype, settings.batch_size)
     prompts = [
         Prompts(subject.tokenizer, each.task, settings.prompting, settings.num_fewshot) for each in loaded
     ]
@@ -110,24 +115,37 @@ def _of_model(
     return _write(folder, about, settings, found, all_responses, harness.groups)
 
 
-def subject_of(model: str | None, settings: Settings) -> Subject:
+def subject_of(
+    model: str | None, server: ServerSettings | None = None, dtype: str = "auto", batch_size: int = 32
+) -> Subject:
     """Returns the model that is asked, loaded or served.
+
+    Args:
+        model: Its name. None means the only model of the server.
+        server: Where it is served, or None for a model that is loaded.
+        dtype: Type of the weights of a loaded model.
+        batch_size: Number of sequences that a loaded model draws together.
 
     Raises:
         ModelError: It cannot be loaded.
         ServerError: The server cannot be reached.
     """
-    if settings.server is not None:
-        return ServedSubject(settings.server)
+    if server is not None:
+        return ServedSubject(server)
     assert model is not None
     path = model_in(model)
     disable_progress_bar()  # transformers' own, for weights that load at once
     tokenizer = load_tokenizer(path)
-    return LoadedModel(model, load_for_use(path, settings.dtype), tokenizer, settings.batch_size)
+    return LoadedModel(model, load_for_use(path, dtype), tokenizer, batch_size)
 
 
 def _draw(
-    subject: Subject, prompts: Prompts, each: Loaded, law: Law, store: SampleStore, settings: Settings
+    subject: Subject,
+    prompts: Prompts,
+    each: Loaded,
+    law: Law,
+    store: SampleStore,
+    settings: EvaluationSettings,
 ) -> list[Wanted]:
     """Draws the samples that the store lacks, and returns all that are needed, or those of the shard."""
     needed = list(
@@ -143,7 +161,7 @@ def _draw(
     return needed
 
 
-def _of_responses(path: Path, loaded: Sequence[Loaded], settings: Settings, folder: Path) -> Path:
+def _of_responses(path: Path, loaded: Sequence[Loaded], settings: EvaluationSettings, folder: Path) -> Path:
     found: dict[str, Record] = {}
     all_responses: list[Response] = []
     for each in loaded:
@@ -173,7 +191,7 @@ def _hash_of_all(needed: Sequence[Wanted]) -> str:
 def _write(
     folder: Path,
     about: Record,
-    settings: Settings,
+    settings: EvaluationSettings,
     found: Mapping[str, Record],
     responses: Sequence[Response],
     groups: Mapping[str, Record] | None = None,
@@ -188,7 +206,7 @@ def _write(
     record, responses, dropped = with_earlier_tasks(folder, record, responses)
     write_evaluation(folder, record, responses)
     if dropped:
-        say(f"left out, because the model has changed since: {', '.join(dropped)}")
+        say(f"left out, because the model has changed since, or cannot be told: {', '.join(dropped)}")
     say(
         "",
         *table({**found, **(groups or {})}),

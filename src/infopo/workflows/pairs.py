@@ -18,7 +18,7 @@ from infopo.evaluation.items import Answered, Item, shown_text
 from infopo.evaluation.pairing import Candidate, Paired, PairingSettings, pair_up
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.samples import Sample, SampleStore, samples_by_item
-from infopo.evaluation.settings import Settings
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import Subject
 from infopo.evaluation.verifiers import Verifier, verifier_named
 from infopo.output import say
@@ -105,7 +105,7 @@ class Account:
 def pairs(
     model: str | None,
     verifier: str,
-    settings: Settings,
+    settings: EvaluationSettings,
     pairing: PairingSettings,
     *,
     prompts: str | None = None,
@@ -151,7 +151,7 @@ def pairs(
         origin = {"samples": str(samples)}
         groups = _stored(Path(samples), items)
         return _write(output, groups, marker, pairing, origin, settings, prompts, items)
-    subject = subject_of(model, settings)
+    subject = subject_of(model, settings.server, settings.dtype, settings.batch_size)
     asked = Prompts(subject.tokenizer, marker.task, settings.prompting, settings.num_fewshot)
     law = settings.law(marker.task, asked.stop)
     origin = {
@@ -171,7 +171,9 @@ def pairs(
         return _write(output, groups, marker, pairing, origin, settings, prompts, items)
 
 
-def _marker(verifier: str, settings: Settings, judge: JudgeSettings | None, folder: Path) -> Verifier:
+def _marker(
+    verifier: str, settings: EvaluationSettings, judge: JudgeSettings | None, folder: Path
+) -> Verifier:
     if judge is not None:
         return judge_verifier(judge, folder, settings.num_samples)
     return verifier_named(
@@ -188,7 +190,7 @@ def _drawn(
     verifier: Verifier,
     items: Sequence[Item],
     store: SampleStore,
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> Iterator[Group]:
     """Draws what the store lacks, a few hundred prompts at a time, and yields each prompt with its samples."""
     law = settings.law(verifier.task, asked.stop)
@@ -251,7 +253,7 @@ def _write(
     verifier: Verifier,
     pairing: PairingSettings,
     origin: Record,
-    settings: Settings,
+    settings: EvaluationSettings,
     prompts: str | None,
     items: Sequence[Item],
 ) -> Path:

@@ -150,8 +150,10 @@ def _drawn(model: str, items: Sequence[Item], sampling: SamplingSettings, folder
     from infopo.evaluation.law import Law
     from infopo.evaluation.prompting import Prompts
     from infopo.evaluation.samples import SampleStore
+    from infopo.workflows.evaluate import subject_of
 
-    subject = _subject(model)
+    is_served = model.startswith(("http://", "https://"))
+    subject = subject_of(None, ServerSettings(model)) if is_served else subject_of(model)
     task = Task("winrate", lambda _: list(items), {}, sampling.max_new_tokens, plain="{prompt}")
     asked = Prompts(subject.tokenizer, task)
     law = Law(sampling.max_new_tokens, sampling.temperature, 1.0, asked.stop)
@@ -161,17 +163,6 @@ def _drawn(model: str, items: Sequence[Item], sampling: SamplingSettings, folder
         with tqdm(total=missing, desc=subject.name, unit=" samples", disable=None) as bar:
             ask(subject, asked, "winrate", needed, law, store, on_progress=bar.update)
         return {item.id: [sample.text] for item, sample in answers(needed, store)}
-
-
-def _subject(model: str) -> Any:
-    from infopo.evaluation.subjects import LoadedModel, ServedSubject
-    from infopo.models import load_for_use, load_tokenizer
-    from infopo.workflows.evaluate import model_in
-
-    if model.startswith(("http://", "https://")):
-        return ServedSubject(ServerSettings(model))
-    path = model_in(model)
-    return LoadedModel(model, load_for_use(path, "auto"), load_tokenizer(path), batch_size=32)
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
