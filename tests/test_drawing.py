@@ -60,7 +60,9 @@ def test_batch_size_and_order_change_nothing(
     assert len({each.text for each in expected}) > len(QUESTIONS) or law.temperature == 0
 
 
-@pytest.mark.parametrize("law", [Law(1, 1.0), Law(1, 3.0), Law(1, 3.0, top_p=0.9)])
+@pytest.mark.parametrize(
+    "law", [pytest.param(Law(1, 1.0), marks=pytest.mark.long), Law(1, 3.0), Law(1, 3.0, top_p=0.9)]
+)
 def test_first_tokens_follow_the_law(model: PreTrainedModel, tokenizer: Tokenizer, law: Law) -> None:
     # A place where the model hesitates.
     begun = tokenizer("34+57=91\n91*2=182\n182-81=", add_special_tokens=False)["input_ids"]

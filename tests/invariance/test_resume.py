@@ -178,7 +178,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Any:
         pytest.param(
             "infopo", [7, 11], marks=pytest.mark.long
         ),  # at the end of the first epoch, then in the second
-        ("infopo", [2, 13]),  # before any checkpoint, then after the last step
+        pytest.param(
+            "infopo", [2, 13], marks=pytest.mark.long
+        ),  # before any checkpoint, then after the last step
         pytest.param("mine, whose average goes on", [7], marks=pytest.mark.long),
         ("beta_dpo, whose mean and deviation go on", [7]),
         pytest.param("dpo, grouped by length, accumulated", [11], marks=pytest.mark.long),
