@@ -117,15 +117,15 @@ class SampleStore:
         self._open()
 
     def _open(self) -> None:
-        try:
-            with os_errors_named(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+        with os_errors_named(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
                 self._lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(
-                f"--output: another process draws samples into {self.path}; wait for it, name another folder, or "
-                "divide the work with --shard"
-            ) from None
+            except Timeout:
+                raise ConfigError(
+                    f"--output: another process draws samples into {self.path}; wait for it, name another folder, or "
+                    "divide the work with --shard"
+                ) from None
         # An empty append ends half a line that a kill has left. Of a process that is writing, it would end a whole one.
         self._lines.append()
         for path in sorted(self.path.parent.glob("samples*.jsonl")):
