@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -314,8 +315,10 @@ def test_the_lab_recipe_trains_without_network(tmp_path: Path):
             in printed
         )
     assert printed.endswith(
-        "run: model, metrics.jsonl, verdicts.json, recipe.yaml and environment.json written\n"
+        "run: model, metrics.jsonl, verdicts.json, recipe.yaml, environment.json and eval.json written\n"
+        "next:\n  infopo chat run --against lab:policy\n  infopo evaluate run --tasks lab\n  infopo report run\n"
     )
+    assert re.search(r"^  chosen log-prob +−.* → −.*, change ", printed, re.MULTILINE)
     assert b"Warning" not in done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").num_parameters() > 300_000
 

@@ -36,6 +36,7 @@ from infopo.data.counts import DataCounts
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
+from infopo.ending import ClosingSummary
 from infopo.errors import UnsupportedArgumentError
 from infopo.intake import Intake, RawDataset
 from infopo.judging import Judge
@@ -176,6 +177,7 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         self.add_callback(ranks.StartLine(logger.info))
         self.add_callback(RunFiles(self))
         self.add_callback(Judge())
+        self.add_callback(ClosingSummary())
         if hasattr(policy, "add_model_tags"):
             policy.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]
         self._take_path(self.logps_in_words)

@@ -192,6 +192,69 @@ def folder_of_run(directory: Path) -> Path:
     return next((folder for folder in found if (folder / EVALUATION).is_file()), directory / FOLDER)
 
 
+@dataclass(frozen=True)
+class TaskFigure:
+    """What stands for a task in an evaluation: its headline rule's figure.
+
+    Attributes:
+        task: Name of the task.
+        rule: Name of the rule.
+        accuracy: Mean over items of the share of samples that are right.
+        ci95: Ends of its 95 % interval.
+        items: Number of items.
+        samples: Number of samples of each.
+        source: Where the task's data are from, or None if that is not known.
+    """
+
+    task: str
+    rule: str
+    accuracy: float
+    ci95: tuple[float, float]
+    items: int
+    samples: int
+    source: str | None
+
+    def text(self) -> str:
+        """Returns the figure for people.
+
+        Example:
+            >>> TaskFigure("lab", "exact", 0.5, (0.4, 0.6), 96, 1, None).text()
+            'lab: 0.500 [0.400, 0.600] of 96 items (exact)'
+        """
+        several = f", {self.samples} samples each" if self.samples > 1 else ""
+        low, high = self.ci95
+        return f"{self.task}: {self.accuracy:.3f} [{low:.3f}, {high:.3f}] of {self.items} items{several} ({self.rule})"
+
+
+def task_figures(record: Mapping[str, Any] | None) -> list[TaskFigure]:
+    """Returns the headline figure of each task of an `eval.json`. Tasks without one are left out."""
+    if (
+        record is None
+        or record.get("schema_version") != SCHEMA_VERSION
+        or not isinstance(record.get("tasks"), dict)
+    ):
+        return []
+    figures = []
+    for name, task in record["tasks"].items():
+        try:
+            found = task["rules"][task["headline"]]
+            low, high = found["ci95"]
+            figures.append(
+                TaskFigure(
+                    name,
+                    task["headline"],
+                    float(found["accuracy"]),
+                    (float(low), float(high)),
+                    int(task["items"]),
+                    int(task.get("samples") or 1),
+                    (task.get("data") or {}).get("source"),
+                )
+            )
+        except (KeyError, TypeError, ValueError):
+            continue
+    return figures
+
+
 def refuse_other_subject(folder: Path, name: str) -> None:
     """Refuses a folder that has the results of another model, or of other responses.
 

@@ -33,12 +33,22 @@ class Column:
         return next((found for find in self.finders if (found := find(run)) is not None), None)
 
 
-def _metric(run: ReportRun, *, name: str) -> Estimate | None:
+def metric(run: ReportRun, *, name: str) -> Estimate | None:
     """Returns the last value of a metric, with the interval that stands beside it."""
     for record in reversed(run.having(name)):
         if is_number(record[name]):
             return _with_interval(record, name, f"{run.source}, step {record['step']}: {name}")
     return None
+
+
+def metric_at_start(run: ReportRun, *, name: str) -> Estimate | None:
+    """Returns the value of a metric before the first update, or None if it was not measured then."""
+    record = next((record for record in run.having(name) if record["step"] == 0), None)
+    return (
+        Estimate(record[name], source=f"{run.source}, step 0: {name}")
+        if record and is_number(record[name])
+        else None
+    )
 
 
 def _evaluation(run: ReportRun, *, name: str) -> Estimate | None:
@@ -95,7 +105,7 @@ def _marks(run: ReportRun) -> Estimate | None:
 
 
 def _last(*names: str) -> tuple[Finder, ...]:
-    return tuple(partial(_metric, name=name) for name in names)
+    return tuple(partial(metric, name=name) for name in names)
 
 
 def _evaluated(*names: str) -> tuple[Finder, ...]:
@@ -137,6 +147,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("Training time", "seconds", (*_last("train_runtime"), *_evaluated("seconds"))),
 )
 """All columns. One that no run has a value for is left out."""
+
+
+def column(title: str) -> Column:
+    """Returns the column with this heading."""
+    return next(each for each in COLUMNS if each.title == title)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from transformers.trainer_utils import TrainOutput
 from infopo import ranks, run_state
 from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
+from infopo.ending import ClosingSummary
 from infopo.errors import ConfigError
 from infopo.output import say
 from infopo.preflight import preflight
+from infopo.report.closing import closing_lines
 from infopo.run_files import RunFiles
 from infopo.runs import RunWriter
 from infopo.trainer import InfoPOTrainer
-from infopo.verdicts import in_words
-from infopo.workflows.terminal import attach, judge_of, logging_above, quiet_bars
+from infopo.workflows.terminal import attach, logging_above, quiet_bars
 
 
 @quiet_bars()
@@ -87,8 +88,7 @@ def _train(recipe: Recipe) -> None:
         if is_main:
             writer.write_evaluation(metrics)
     if is_main:
-        say(in_words(judge_of(trainer).verdicts))
-        say(f"{run_dir}: model, metrics.jsonl, verdicts.json, recipe.yaml and environment.json written")
+        say(*closing_lines(run_dir, recipe.model.name_or_path))
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()
 
@@ -130,7 +130,8 @@ def run(trainer: InfoPOTrainer, resume: str | bool = False) -> TrainOutput:
         ConfigError: Evaluation has no metric of the name that chooses the best model, or a library that a setting needs
             is not installed.
     """
-    # In place of the trainer's own, which goes to the log: transformers warns about two of a kind.
+    # What the trainer would log is printed: the start here, and the end once the model is saved.
+    trainer.remove_callback(ClosingSummary)
     trainer.remove_callback(ranks.StartLine)
     trainer.add_callback(ranks.StartLine(say))
     try:
