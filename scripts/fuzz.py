@@ -229,7 +229,7 @@ def recipe_parser() -> Try:
     from infopo.build import train_fields
 
     known = train_fields()
-    recipes = [path.read_bytes() for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
+    recipes = [path.read_bytes() for path in sorted((ROOT / "src" / "infopo" / "recipes").rglob("*.yaml"))]
     overrides = (
         "data.columns={prompt: a}", "train.learning_rate=1e-6", "objective=dpo", "data.path=[a, b]",
         "model.adapter={r: 8}", "reference.store=", "train.max_steps=10", "data.max_length=!!float x",

@@ -23,7 +23,7 @@ from infopo.runs import read_run
 from infopo.workflows import train as train_workflow
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB = str(ROOT / "recipes" / "lab.yaml")
+LAB = str(ROOT / "src" / "infopo" / "recipes" / "lab.yaml")
 RECIPE = """\
 model: {name_or_path: lab:policy}
 data: {path: pairs.jsonl, eval_path: held_out.jsonl, max_length: 64}

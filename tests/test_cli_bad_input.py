@@ -22,7 +22,7 @@ from infopo.cli import main
 from infopo.models import LAB_POLICY_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB = str(ROOT / "recipes" / "lab.yaml")
+LAB = str(ROOT / "src" / "infopo" / "recipes" / "lab.yaml")
 
 GOOD = {"prompt": "1+1=?", "chosen": "2", "rejected": "3"}
 USER, ASSISTANT = {"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}

@@ -18,7 +18,7 @@ from worlds import quick
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "hh" / "harmless-24.jsonl"
-RECIPE = str(ROOT / "recipes" / "hh.yaml")
+RECIPE = str(ROOT / "src" / "infopo" / "recipes" / "hh.yaml")
 
 
 def script(name: str) -> ModuleType:
@@ -96,7 +96,7 @@ def model_of_the_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("on", quick(["real rows", "the lab"], "real rows"))
 @pytest.mark.parametrize("objective", quick(OBJECTIVES, "infopo", "dpo", "kto", "mine"))
 def test_every_objective_trains(objective: str, on: str, model_of_the_fixture: Path, tmp_path: Path) -> None:
-    original = RECIPE if on == "real rows" else str(ROOT / "recipes" / "lab.yaml")
+    original = RECIPE if on == "real rows" else str(ROOT / "src" / "infopo" / "recipes" / "lab.yaml")
     recipe, text = tmp_path / "recipe.yaml", Path(original).read_text(encoding="utf-8")
     text = re.sub(r"(?m)^objective:\n(  .*\n)+", f"objective: {objective}\n", text)
     recipe.write_text(text, encoding="utf-8")

@@ -10,8 +10,9 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from infopo.build import build_adapter, build_arguments, train_fields
 from infopo.cli import main
 from infopo.config import load_recipe, parse_recipe, to_yaml
+from infopo.errors import ConfigError
+from infopo.shipped import FOLDER, shipped_recipe, shipped_recipes
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
 PAPER = sorted((FOLDER / "paper").glob("*.yaml"))
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -70,7 +71,24 @@ def test_every_recipe_survives_being_written(path: Path):
 def test_every_recipe_names_its_commands(path: Path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert f"infopo train recipes/{path.relative_to(FOLDER)}" in text
+    name = path.relative_to(FOLDER).with_suffix("").as_posix()
+    assert f"\n#   infopo recipes {name} > {path.name}\n" in text
+    assert f"infopo train {path.name}" in text
+
+
+def test_every_file_is_shipped_by_a_name_of_its_own_with_a_line_that_says_what_it_is_for():
+    shipped = shipped_recipes()
+    assert {each.path for each in shipped} == {path for path in FOLDER.rglob("*") if path.is_file()}
+    assert all(20 < len(each.title) < 130 and "#" not in each.title for each in shipped)
+    for each in shipped:
+        # By the whole name, with its ending, and without the folder.
+        for name in (each.name, each.path.name, each.name.rpartition("/")[2]):
+            assert shipped_recipe(name) == each
+
+
+def test_a_name_that_is_none_is_told_the_nearest():
+    with pytest.raises(ConfigError, match=r"no recipe 'loar' \(did you mean 'lora'\?\); there are lab, full"):
+        shipped_recipe("loar")
 
 
 @each_recipe
@@ -96,3 +114,16 @@ def test_every_recipe_takes_a_step(
     assert "pairs.jsonl: 6 rows, 6 used, 0 skipped" in out
     assert "one step: loss " in out
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_what_the_command_prints_is_the_file(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes", "lora"]) == 0
+    assert capsys.readouterr().out == (FOLDER / "lora.yaml").read_text(encoding="utf-8")
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.partition("\n\n")[0].splitlines()] == [r.name for r in shipped_recipes()]
+
+
+def test_a_shipped_recipe_that_is_not_in_the_folder_is_told_how_to_get(capsys: pytest.CaptureFixture[str]):
+    assert main(["check", "recipes/lab.yaml"]) == 2
+    assert "`infopo recipes lab > lab.yaml` writes the one that ships" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from infopo.evaluation.results import read_evaluation
 from infopo.runs import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = str(ROOT / "recipes" / "lab.yaml")
+RECIPE = str(ROOT / "src" / "infopo" / "recipes" / "lab.yaml")
 SMALL = [
     "data.limit=32", "train.max_steps=4", "train.eval_strategy=steps", "train.eval_steps=2",
     "train.save_strategy=steps", "train.save_steps=2", "data.eval_split=train",
@@ -87,7 +87,7 @@ def test_experiment_3_runs_on_stand_in_data(tmp_path: Path, capsys: pytest.Captu
     problems = [{"question": f"{n}+{n}=?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(11, 17)]
     for name, lines in (("chats.jsonl", rows), ("problems.jsonl", problems)):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recipe = ROOT / "recipes" / "paper" / "llama3-8b-ultrafeedback.yaml"
+    recipe = ROOT / "src" / "infopo" / "recipes" / "paper" / "llama3-8b-ultrafeedback.yaml"
     smaller = [
         "model.name_or_path=lab:policy", f"data.path={tmp_path / 'chats.jsonl'}", "data.split=train",
         "data.eval_split=train", "data.max_length=200", "data.max_prompt_length=100", "data.num_proc=1",

@@ -11,12 +11,23 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from infopo import __version__
-from infopo.commands import compare, demo, evaluate, objectives, pairs, reference, report, train, winrate
+from infopo.commands import (
+    compare,
+    demo,
+    evaluate,
+    objectives,
+    pairs,
+    recipes,
+    reference,
+    report,
+    train,
+    winrate,
+)
 from infopo.errors import InfoPOError
 from infopo.output import say, shown
 from infopo.secrets import masked_argument
 
-COMMANDS = (demo, train, reference, report, evaluate, compare, winrate, pairs, objectives)
+COMMANDS = (demo, recipes, train, reference, report, evaluate, compare, winrate, pairs, objectives)
 """Modules of commands, in the order of `infopo --help`."""
 
 EXIT_INPUT_AT_FAULT = 2

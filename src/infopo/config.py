@@ -25,6 +25,7 @@ from infopo.settings import (
     ObjectiveSettings,
     ReferenceSettings,
 )
+from infopo.shipped import shipped_recipes
 from infopo.validation import YAML, Language, Problem, Settings, not_a_choice
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, in_yaml, join_path, read_tree
 
@@ -100,7 +101,7 @@ def load_recipe(
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{source}: no such file; expected a YAML recipe") from error
+        raise ConfigError(f"{source}: no such file; expected a YAML recipe{_shipped(source)}") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{source}: is a directory; expected a YAML recipe") from error
     except UnicodeDecodeError as error:
@@ -112,6 +113,13 @@ def load_recipe(
         raise ConfigError(f"{source}: cannot be read: {error}") from error
     foreign.look_in(Path(path).parent)
     return parse_recipe(text, source=source, overrides=overrides, train_fields=train_fields)
+
+
+def _shipped(source: str) -> str:
+    """Returns how to get a recipe that ships, if the name is that of one."""
+    name = Path(source).name.removesuffix(".yaml")
+    names = [each.name for each in shipped_recipes() if name in (each.name, each.name.rpartition("/")[2])]
+    return f" (`infopo recipes {names[0]} > {name}.yaml` writes the one that ships)" if names else ""
 
 
 def parse_recipe(
