@@ -121,7 +121,9 @@ def test_what_the_command_prints_is_the_file(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == (FOLDER / "lora.yaml").read_text(encoding="utf-8")
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.partition("\n\n")[0].splitlines()] == [r.name for r in shipped_recipes()]
+    assert [line.split()[0] for line in out.partition("\n\n")[0].splitlines()] == [
+        r.name for r in shipped_recipes()
+    ]
 
 
 def test_a_shipped_recipe_that_is_not_in_the_folder_is_told_how_to_get(capsys: pytest.CaptureFixture[str]):

@@ -10,7 +10,9 @@ from infopo.errors import ConfigError
 FOLDER = Path(__file__).with_name("recipes")
 """Where the files are."""
 
-_TITLES = {"deepspeed/zero2.json": "DeepSpeed's ZeRO-2, for train.deepspeed; it leaves to the recipe what that says"}
+_TITLES = {
+    "deepspeed/zero2.json": "DeepSpeed's ZeRO-2, for train.deepspeed; it leaves to the recipe what that says"
+}
 """First lines of files whose format has no comments."""
 
 
