@@ -35,7 +35,6 @@ from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.samples import Sample
 from infopo.evaluation.subjects import LoadedModel
 from infopo.lab.expressions import Puzzle, is_right, make_puzzles
-from infopo.lab.problems import Problem
 from infopo.records import PreferenceExample
 from infopo.reference_pass import precompute
 from infopo.runs import write_json_atomic, write_text_atomic
@@ -88,6 +87,14 @@ class Shape:
 FULL = Shape(600, 512, 64, 16, 200, 16, (3e-5, 1e-4, 3e-4), (0.1, 0.3), 8)
 TINY = Shape(2, 4, 2, 2, 4, 4, (1e-4, 1e-3), (1e-4, 1e-3), 0)
 """For tests, with a policy that has learned nothing."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row of supervised training: a question and one of its right answers."""
+
+    question: str
+    solution: str
 
 
 @dataclass(frozen=True)
@@ -154,10 +161,9 @@ def policy(work: Path, shape: Shape) -> Path:
     puzzles = make_puzzles(min(5000, shape.sft_steps * parts.BATCH_SIZE), 0, "sft")
     # There are fewer questions than rows, so that they come again with other answers.
     drawn = draw.choices(puzzles, k=shape.sft_steps * parts.BATCH_SIZE)
-    problems = [
-        Problem(each.question, tuple(draw.choice(each.answers).split("\n")), each.target) for each in drawn
-    ]
-    parts.train(model, parts.encode(tokenizer, problems), tokenizer.pad_token_id, shape.sft_steps)
+    rows = [Answered(each.question, draw.choice(each.answers)) for each in drawn]
+    encoded = parts.encode(tokenizer, rows)
+    parts.train(model, encoded, tokenizer.pad_token_id, shape.sft_steps)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
