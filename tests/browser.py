@@ -70,6 +70,27 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    async def press(self, key: str) -> None:
+        """Presses and releases a key, which the element in focus gets."""
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        codes = {
+            "Tab": 9,
+            "Enter": 13,
+            "Escape": 27,
+            " ": 32,
+            "End": 35,
+            "Home": 36,
+            "ArrowLeft": 37,
+            "ArrowRight": 39,
+        }
+        about = {
+            "key": key,
+            "code": "Space" if key == " " else key,
+            "windowsVirtualKeyCode": codes.get(key, 0),
+        }
+        await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **about)
+
     async def until(self, condition: str, seconds: float = 60) -> None:
         """Waits until an expression is true."""
         end = time.monotonic() + seconds

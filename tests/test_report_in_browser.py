@@ -58,6 +58,7 @@ def test_the_page_opens_without_an_error_and_everything_on_it_works(page: Path):
         await check_scale_and_zoom(browser)
         await check_search(browser)
         await check_sorting(browser)
+        await check_keyboard(browser)
         await check_themes(browser)
 
     assert in_browser(steps) == []
@@ -163,6 +164,58 @@ async def check_sorting(browser: Browser) -> None:
         assert len(found) >= 2
         assert found == sorted(found, key=lambda value: sign * value)
     assert await browser.run(f"{button}.closest('th').getAttribute('aria-sort')") == "ascending"
+
+
+async def check_keyboard(browser: Browser) -> None:
+    """Tab comes to every control, with a frame around it, and keys do what a pointer does: real key events."""
+    await browser.run("document.activeElement.blur(), scrollTo(0, 0), getSelection().removeAllRanges()")
+    controls = "a[href], button, input, select, summary, [tabindex='0']"
+    wanted = f'[...document.querySelectorAll("{controls}")].filter((each) => !each.disabled && each.checkVisibility())'
+    await browser.run(f"window.reached = new Set(), window.bare = [], window.wanted = {wanted}")
+    look = "reached.add(document.activeElement), getComputedStyle(document.activeElement).outlineStyle"
+    for _ in range(await browser.run("wanted.length")):
+        await browser.press("Tab")
+        assert await browser.run(look) != "none", await browser.run("document.activeElement.outerHTML")
+    assert await browser.run("wanted.filter((each) => !reached.has(each)).length") == 0
+
+    await browser.run("document.querySelectorAll('.toggle')[1].focus()")
+    for shown in (4, 6):
+        await browser.press(" ")
+        assert sum(await browser.run(f"{LINES}.map((each) => each.visible)")) == shown
+    await browser.run("document.querySelector('#headline .sort').focus()")
+    await browser.press("Enter")
+    assert await browser.run("document.activeElement.closest('th').getAttribute('aria-sort')") is not None
+    await browser.run("document.querySelector('[data-key=change] summary').focus()")
+    await browser.press("Enter")
+    assert await browser.run("document.activeElement.parentElement.open")
+    await check_keys_of_plots(browser)
+
+
+async def check_keys_of_plots(browser: Browser) -> None:
+    """Arrows read the values of a plot, point by point, and other keys zoom."""
+    panel = "document.querySelector('[data-key=change]')"
+    await browser.run(f"{panel}.querySelector('.plot').focus()")
+    read = f"{panel}.querySelector('.at').textContent"
+    points = await browser.run(
+        f"{LINES}.map((each) => [each.name, [...each.data_source.data.x], [...each.data_source.data.y]])"
+    )
+    for keys, place in ((["Home"], 0), (["ArrowRight"], 1), (["End"], -1)):
+        for key in keys:
+            await browser.press(key)
+        text = await browser.run(read)
+        name, steps, values = points[0]
+        assert text.startswith(f"Step {steps[place]}: ")
+        value = float(text.partition(f"{name} ")[2].split(";")[0].split(" ")[0])
+        assert value == pytest.approx(values[place], rel=1e-3)
+    ends = f"[{FIGURE}.x_range.start, {FIGURE}.x_range.end]"
+    low, high = await browser.run(ends)
+    await browser.press("+")
+    near, end = await browser.run(ends)
+    assert low < near < end <= high
+    await browser.press("0")
+    assert await browser.run(ends) == [low, high]
+    await browser.press("Escape")
+    assert await browser.run(read) == ""
 
 
 def test_a_script_that_slipped_through_would_not_run_and_could_not_call_out(page: Path, tmp_path: Path):

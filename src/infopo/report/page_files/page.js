@@ -39,6 +39,7 @@
       if (data.x.length <= 40) add(others, model("Scatter", { x: field("x"), y: field("y"), size: { value: 5 }, line_color: { value: line_color }, fill_color: { value: line_color } }));
     }
     figure.renderers = [...others, ...lines];
+    figure.center = [...figure.center, model("Span", { name: "mark", dimension: "height", line_color: "#888888", visible: false })];
     for (const tool of figure.toolbar.tools) if (tool.type === "HoverTool") tool.renderers = lines;
   }
 
@@ -52,6 +53,7 @@
     figures.forEach(addCurves);
     const places = figures.map((each) => one(`.panel[data-key="${each.name}"] .plot`));
     await Bokeh.embed.add_document_standalone(doc, document.body, places, false);
+    figures.forEach((figure, i) => addKeys(figure, places[i]));
     paint();
     show();
     const x = figures[0].x_range;
@@ -64,12 +66,66 @@
         if (from < to) x.setv({ start: from, end: to });
       });
     }
-    one("#whole").addEventListener("click", () => {
-      x.setv({ start: x.reset_start, end: x.reset_end });
-      for (const each of figures) if (each.y_range.reset_start !== null) each.y_range.setv({ start: each.y_range.reset_start, end: each.y_range.reset_end });
-    });
+    one("#whole").addEventListener("click", showWhole);
     for (const box of all(".logscale")) box.addEventListener("change", () => rescale(box));
     root.dataset.drawn = "yes";
+  }
+
+  function showWhole() {
+    const x = figures[0].x_range;
+    x.setv({ start: x.reset_start, end: x.reset_end });
+    for (const each of figures) if (each.y_range.reset_start !== null) each.y_range.setv({ start: each.y_range.reset_start, end: each.y_range.reset_end });
+  }
+
+  // Hovering and dragging need a pointer. With a plot in focus, keys do the same: arrows go from point to point and the
+  // values there are written below, + and - zoom about the mark.
+  function addKeys(figure, place) {
+    const x = figure.x_range, mark = figure.center.find((each) => each.name === "mark");
+    const output = place.closest(".panel").querySelector(".at");
+    const lines = () => figure.renderers.filter((each) => each.name !== null && each.visible);
+    place.tabIndex = 0;
+    place.setAttribute("role", "application");
+    leaveToPointer(place);
+
+    function read(step) {
+      mark.setv({ location: step, visible: step !== null });
+      const values = step === null ? [] : lines().flatMap((line) => {
+        const { x: steps, y } = line.data_source.data, i = steps.findLastIndex((each) => each <= step);
+        return i < 0 ? [] : [`${line.name} ${Number(y[i].toPrecision(4))}${steps[i] < step ? ` (step ${steps[i]})` : ""}`];
+      });
+      output.textContent = values.length ? `Step ${step}: ${values.join("; ")}` : "";
+    }
+
+    function move(key) {
+      const steps = [...new Set(lines().flatMap((line) => [...line.data_source.data.x]))]
+        .filter((each) => x.start <= each && each <= x.end).sort((a, b) => a - b);
+      const at = mark.visible ? mark.location : null;
+      const next = { Home: steps.at(0), End: steps.at(-1),
+        ArrowRight: at === null ? steps.at(0) : steps.find((each) => each > at),
+        ArrowLeft: at === null ? steps.at(-1) : steps.findLast((each) => each < at) }[key];
+      if (next !== undefined) read(next);
+    }
+
+    function zoom(factor) {
+      const middle = mark.visible ? mark.location : (x.start + x.end) / 2, half = factor * (x.end - x.start) / 2;
+      x.setv({ start: Math.max(middle - half, x.reset_start), end: Math.min(middle + half, x.reset_end) });
+    }
+
+    const does = { "+": () => zoom(0.5), "=": () => zoom(0.5), "-": () => zoom(2), 0: showWhole, Escape: () => read(null) };
+    for (const key of ["ArrowLeft", "ArrowRight", "Home", "End"]) does[key] = () => move(key);
+    place.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in does)) return;
+      event.preventDefault();
+      does[event.key]();
+    });
+  }
+
+  // Bokeh's own parts take the focus without showing it, and do nothing with keys that `addKeys` does not do.
+  function leaveToPointer(part) {
+    for (const each of part.querySelectorAll("*")) {
+      if (each.hasAttribute("tabindex")) each.tabIndex = -1;
+      if (each.shadowRoot) leaveToPointer(each.shadowRoot);
+    }
   }
 
   function rescale(box) {
