@@ -13,6 +13,7 @@ from typing import NoReturn
 from infopo import __version__
 from infopo.commands import (
     compare,
+    convert_recipe,
     demo,
     evaluate,
     objectives,
@@ -27,7 +28,19 @@ from infopo.errors import InfoPOError
 from infopo.output import say, shown
 from infopo.secrets import masked_argument
 
-COMMANDS = (demo, recipes, train, reference, report, evaluate, compare, winrate, pairs, objectives)
+COMMANDS = (
+    demo,
+    recipes,
+    convert_recipe,
+    train,
+    reference,
+    report,
+    evaluate,
+    compare,
+    winrate,
+    pairs,
+    objectives,
+)
 """Modules of commands, in the order of `infopo --help`."""
 
 EXIT_INPUT_AT_FAULT = 2

@@ -1,0 +1,80 @@
+"""The loss that settings of TRL's trainers mean, as a recipe's objective."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from infopo.elsewhere.conversion import Conversion, Named, number
+from infopo.errors import ConfigError
+from infopo.trl_names import LossSettings
+from infopo.yaml_tree import in_yaml
+
+Loss = tuple[str, Mapping[str, Any], float]
+"""Name in the catalog, parameters, weight."""
+
+
+def put_loss(made: Conversion, given: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Sets the recipe's objective.
+
+    Args:
+        made: The conversion.
+        given: Settings of `LossSettings`.
+        origins: Parameter of the objective, or `name` -> where it came from.
+
+    Raises:
+        ConfigError: There is no such loss, or a value is outside of its domain.
+    """
+    settings = LossSettings(**{name: _typed(name, value) for name, value in given.items()})
+    if problems := settings.problems():
+        raise ConfigError(problems)
+    losses: list[Loss] = list(settings.mixture())
+    name, parameters, weight = losses[0]
+    parameters = dict(parameters)
+    for other in losses[1:]:
+        if other[0] == "sft" and name in ("dpo", "cpo", "slic") and weight:
+            parameters["nll_weight"] = other[2] / weight
+        else:
+            made.lost.append(
+                Named(
+                    origins.get(other[0], f"{origins['name']}: {other[0]}"),
+                    other[2],
+                    f"a recipe has one loss; {name} is taken alone",
+                )
+            )
+    if weight != 1:
+        made.differences.append(
+            f"The weight {weight:g} of the first loss scales the whole loss, and is left out."
+        )
+    made.put("objective.name", name, origins["name"])
+    for parameter, value in parameters.items():
+        made.put(f"objective.{parameter}", value, origins.get(parameter, origins["name"]))
+    if name == "kto":
+        made.differences.append(
+            "KTO's reference point is that of a whole step here, and that of a batch there."
+        )
+    if name == "orpo":
+        made.differences.append(
+            "ORPO's likelihood runs over the tokens of chosen responses here, and in TRL over their prompts' too."
+        )
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Returns the value if it has the type of the setting, and text that is a number as that number."""
+    if name == "loss_type":
+        is_right, expected = all(isinstance(each, str) for each in value), "names of losses"
+    elif name == "f_divergence_type":
+        is_right, expected = isinstance(value, str), "text"
+    elif name == "use_weighting":
+        is_right, expected = isinstance(value, bool), "true or false"
+    elif name == "loss_weights":
+        is_right = value is None or (isinstance(value, list) and all(map(_is_number, value)))
+        expected = "a list of numbers"
+    else:
+        value = number(value) if isinstance(value, str) else value
+        is_right, expected = _is_number(value), "a number"
+    if not is_right:
+        raise ConfigError(f"{name}: expected {expected}, got {in_yaml(value)}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
