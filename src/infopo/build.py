@@ -31,9 +31,10 @@ from infopo.lab.source import is_lab_source, lab_dataset
 from infopo.records import PreferenceRow
 from infopo.rehearsal import optimizer_problems, tracker_problems, worker_problems
 from infopo.secrets import MASK, masked
-from infopo.settings import DataSettings, arguments_of
+from infopo.settings import DataSettings, EvaluateSettings, arguments_of
 from infopo.train_table import SET_ELSEWHERE, quick_train_fields
 from infopo.trainer import InfoPOTrainer
+from infopo.validation import options_named
 
 
 @cache
@@ -361,16 +362,18 @@ def build_tasks(recipe: Recipe) -> TaskEvaluation | None:
         ConfigError: A task does not exist, or a setting does not go with it.
         DataError: Data of a task cannot be used.
     """
-    given = recipe.evaluate
+    with options_named("evaluate"):
+        settings = evaluation_settings(recipe.evaluate)
+        return None if settings is None else TaskEvaluation(settings)
+
+
+def evaluation_settings(given: EvaluateSettings) -> EvaluationSettings | None:
+    """Returns how the tasks of a recipe are asked, or None if it names none.
+
+    Raises:
+        ConfigError: A setting does not go with another. It is named as an option of the command line.
+    """
     if not given.names:
         return None
     values = {f.name: getattr(given, f.name) for f in fields(given)}
-    try:
-        return TaskEvaluation(EvaluationSettings(**values | {"tasks": given.names, "data": given.data or {}}))
-    except ConfigError as error:
-        # On the command line they are options.
-        problems = [
-            re.sub(r"--([a-z-]+)", lambda option: f"evaluate.{option[1].replace('-', '_')}", problem)
-            for problem in error.problems
-        ]
-        raise ConfigError(problems) from error
+    return EvaluationSettings(**values | {"tasks": given.names, "data": given.data or {}})

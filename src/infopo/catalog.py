@@ -32,6 +32,9 @@ DATA_SHAPES: Mapping[str, str] = {
 SCORE_RULES = ("best-worst", "best-rest", "threshold")
 """How the responses of a scored row are split into chosen and rejected ones; the first is the default."""
 
+PAIRING_RULES = ("random", "best-worst", "longest-prefix", "length-matched", "lists")
+"""How the marked samples of a prompt become pairs (`infopo pairs --rule`); the first is the default."""
+
 ON_TOO_LONG = ("cut", "drop")
 """What to do with a row that has more tokens than it may: cut it by the one rule, or leave it out and count it."""
 

@@ -21,6 +21,7 @@ from infopo.commands import (
     recipes,
     reference,
     report,
+    rounds,
     train,
     winrate,
 )
@@ -39,6 +40,7 @@ COMMANDS = (
     compare,
     winrate,
     pairs,
+    rounds,
     objectives,
 )
 """Modules of commands, in the order of `infopo --help`."""

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any
 
-from infopo.catalog import suggestion
+from infopo.catalog import REFERENCE_MODES, suggestion
 from infopo.errors import ConfigError
 from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name
 from infopo.places import SYNONYMS
 from infopo.secrets import learn, masked_tree
+from infopo.round_settings import RoundsSettings
 from infopo.settings import (
     AdapterSettings,
     DataSettings,
@@ -43,6 +44,8 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     """Arguments of the trainer under transformers' names, and `resume_from_checkpoint`."""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    rounds: RoundsSettings | None = None
+    """Settings of `infopo rounds`, or None for one training."""
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Origin of each dotted key (`line 3`, `override`) for messages. This is not a setting."""
 
@@ -162,6 +165,8 @@ def to_yaml(recipe: Recipe) -> str:
     """
     tree = masked_tree(asdict(replace(recipe, places={})))
     del tree["places"]
+    if recipe.rounds is None:
+        del tree["rounds"]
     objective = tree["objective"]
     tree["objective"] = {"name": objective["name"], **objective["parameters"]}
     return dump_tree(tree)
@@ -184,12 +189,15 @@ def _expand_shorthands(tree: Tree) -> Tree:
 
 SECTIONS: Mapping[str, type[Settings]] = {
     "model": ModelSettings, "model.adapter": AdapterSettings, "data": DataSettings, "reference": ReferenceSettings,
-    "evaluate": EvaluateSettings,
+    "evaluate": EvaluateSettings, "rounds": RoundsSettings,
 }  # fmt: skip
 """Sections by their dotted names."""
 
 
 _TOP = tuple(name for name in SECTIONS if "." not in name)
+
+OF_ROUNDS = "rounds"
+"""Value of `data.path` in a recipe with rounds, each of which makes pairs of its own."""
 
 
 def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problems) -> Recipe:
@@ -202,7 +210,11 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
     learn(tree)
     homes = _homes(train_fields)
     _refuse_unknown(tree, [f.name for f in fields(Recipe) if f.name != "places"], "", problems, homes)
-    sections = {name: _read_section(name, tree.get(name), problems, homes) for name in _TOP}
+    has_rounds = tree.get("rounds") is not None
+    if has_rounds:
+        _note_pairs_of_rounds(tree, problems)
+    present = [name for name in _TOP if name != "rounds" or has_rounds]
+    sections = {name: _read_section(name, tree.get(name), problems, homes) for name in present}
     if tree.get("output_dir") is None:
         problems.add("output_dir", "is required: the folder that the run is written to")
     elif problem := TrainField("output_dir", (str,)).problem(tree["output_dir"]):
@@ -229,16 +241,33 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
         ReferenceSettings(**sections["reference"]),
         train,
         EvaluateSettings(**sections["evaluate"]),
+        RoundsSettings(**sections["rounds"]) if has_rounds else None,
         dict(problems.places),
     )
 
 
+def _note_pairs_of_rounds(tree: Tree, problems: Problems) -> None:
+    """Fills in the source of the data, which rounds make themselves."""
+    data = tree.setdefault("data", {})
+    if data is None:
+        data = tree["data"] = {}
+    if not isinstance(data, dict):
+        return  # which is told of where sections are read
+    if data.get("path") not in (None, OF_ROUNDS):
+        problems.add(
+            "data.path", "rounds make their pairs themselves; remove it, or remove the section rounds"
+        )
+    data["path"] = OF_ROUNDS
+
+
 def _homes(train_fields: Mapping[str, TrainField]) -> dict[str, str]:
     """Returns the place of each setting, for those who write it elsewhere or under another tool's name."""
-    homes = {f.name: f"evaluate.{f.name}" for f in fields(EvaluateSettings)}
+    # Names that rounds share with another section are more often meant there.
+    homes = {f.name: f"rounds.{f.name}" for f in fields(RoundsSettings)}
+    homes |= {f.name: f"evaluate.{f.name}" for f in fields(EvaluateSettings)}
     homes |= {name: f"train.{name}" for name in train_fields}
     homes |= {key: f"objective.{key}" for row in OBJECTIVES.values() for key in row.parameters}
-    others = {name: section for name, section in SECTIONS.items() if name != "evaluate"}
+    others = {name: section for name, section in SECTIONS.items() if name not in ("evaluate", "rounds")}
     homes |= {f.name: f"{name}.{f.name}" for name, section in others.items() for f in fields(section)}
     homes |= {"output_dir": "output_dir, at the top level", "beta": "objective.beta"}
     return dict(SYNONYMS) | homes | {name: SYNONYMS[name] for name in ("objective", "reference")}
@@ -338,7 +367,9 @@ def _contradictions(sections: Mapping[str, Tree], train: Tree) -> Iterator[Probl
         }
         for key in (key for key, asks in asks_for_eval.items() if asks):
             yield f"train.{key}", "there is no data to evaluate on; set data.eval_path or data.eval_split"
-    if sections["evaluate"]["tasks"] and train.get("eval_strategy", "no") in ("no", None):
+    if "rounds" in sections:
+        yield from _round_contradictions(sections, train)
+    elif sections["evaluate"]["tasks"] and train.get("eval_strategy", "no") in ("no", None):
         yield (
             "evaluate.tasks",
             "tasks are asked at each evaluation; set train.eval_strategy, e.g. to epoch or steps",
@@ -351,3 +382,21 @@ def _contradictions(sections: Mapping[str, Tree], train: Tree) -> Iterator[Probl
             f"mixed precision scales gradients of float32 weights, but model.dtype is {model['dtype']}; "
             "set model.dtype to float32, or turn fp16 off",
         )
+
+
+def _round_contradictions(sections: Mapping[str, Tree], train: Tree) -> Iterator[Problem]:
+    """Yields what does not go with rounds."""
+    source = sections["reference"]["source"]
+    if isinstance(source, str) and source not in REFERENCE_MODES:
+        yield "reference.source", "rounds.reference says which policy is the reference; remove this one"
+    elif sections["rounds"]["reference"] == "first" and source not in ("auto", "precompute"):
+        yield (
+            "reference.source",
+            f"{source} takes the policy that a round begins with, but rounds.reference is first; remove one of them",
+        )
+    if sections["data"]["streaming"] is True:
+        yield "data.streaming", "the pairs of a round are a file that is read whole; remove it"
+    if isinstance(train.get("resume_from_checkpoint"), str):
+        yield "train.resume_from_checkpoint", "rounds go on by themselves where they stood; remove it"
+    elif sections["data"]["limit"] is not None:
+        yield "data.limit", "rounds.limit and rounds.prompts_per_round say what a round is made of; remove it"

@@ -30,18 +30,36 @@ _TRACKERS = {
 """Trackers and the libraries of which they need one."""
 
 
-def preflight(recipe_path: str | Path, overrides: Sequence[str] = (), *, makes_a_run: bool = True) -> Recipe:
+def preflight(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    makes_a_run: bool = True,
+    in_rounds: bool = False,
+) -> Recipe:
     """Reads a recipe and judges it as far as that takes no torch.
 
     Args:
         recipe_path: The file.
         overrides: `key=value`.
         makes_a_run: Whether `output_dir` is to be written to.
+        in_rounds: Whether the recipe is trained in rounds.
 
     Raises:
         InfoPOError: The recipe is wrong, or something that it names is missing or taken.
     """
     recipe = load_recipe(recipe_path, overrides, quick_train_fields())
+    if in_rounds and recipe.rounds is None:
+        raise ConfigError(
+            "rounds: is required: a section with at least prompts and verifier; see docs/rounds.md",
+            str(recipe_path),
+        )
+    if recipe.rounds is not None and not in_rounds:
+        raise ConfigError(
+            "rounds: this recipe is trained in rounds: infopo rounds RECIPE. Remove the section to train once, on "
+            "data.path",
+            str(recipe_path),
+        )
     problems = [*_library_problems(recipe), *_model_problems(recipe), *_data_problems(recipe)]
     if problems:
         raise ConfigError(

@@ -3,6 +3,8 @@
 What pydantic does not do is here: messages in the words of those who wrote the value, in YAML or in Python.
 """
 
+import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
@@ -191,6 +193,19 @@ def choices_of(constraints: Iterable[Any]) -> tuple[str, ...]:
 def not_a_choice(value: str, choices: tuple[str, ...]) -> str:
     """Returns the message about text that is none of the choices."""
     return f"expected one of {', '.join(choices)}, got {value!r}{suggestion(value, choices)}"
+
+
+@contextlib.contextmanager
+def options_named(section: str) -> Iterator[None]:
+    """Within it, errors about options of the command line name the settings of a recipe's section instead."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = [
+            re.sub(r"--([a-z-]+)", lambda option: f"{section}.{option[1].replace('-', '_')}", problem)
+            for problem in error.problems
+        ]
+        raise ConfigError(problems, error.source) from error
 
 
 def _domain(constraints: list[Any]) -> str:

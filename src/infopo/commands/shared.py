@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def checked(recipe: str, overrides: Sequence[str], *, makes_a_run: bool = True) -> None:
+def checked(
+    recipe: str, overrides: Sequence[str], *, makes_a_run: bool = True, in_rounds: bool = False
+) -> None:
     """Reports what is wrong with a recipe before torch is loaded, which takes seconds."""
     from infopo import preflight
 
-    preflight.preflight(recipe, overrides, makes_a_run=makes_a_run)
+    preflight.preflight(recipe, overrides, makes_a_run=makes_a_run, in_rounds=in_rounds)
 
 
 def tasks_and_data(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:

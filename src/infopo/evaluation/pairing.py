@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from infopo.catalog import PAIRING_RULES
 from infopo.data.responses import ScoreRule, common_prefix
 from infopo.errors import ConfigError
 
@@ -236,11 +237,7 @@ def _unordered(pairs: list[Pair], draw: random.Random) -> list[Pair]:
     return pairs
 
 
-RULES: Mapping[str, Callable[[list[Pair], random.Random], list[Pair]]] = {
-    "random": _random,
-    "best-worst": _by_score,
-    "longest-prefix": _by_prefix,
-    "length-matched": _by_length,
-    "lists": _unordered,
-}
+RULES: Mapping[str, Callable[[list[Pair], random.Random], list[Pair]]] = dict(
+    zip(PAIRING_RULES, (_random, _by_score, _by_prefix, _by_length, _unordered), strict=True)
+)
 """Rules by name: each orders the possible pairs, of which the first are taken. The first is the default."""

@@ -109,6 +109,7 @@ def pairs(
     pairing: PairingSettings,
     *,
     prompts: str | None = None,
+    skip: int = 0,
     samples: str | Path | None = None,
     judge: JudgeSettings | None = None,
     output: str | Path = "pairs.jsonl",
@@ -121,6 +122,7 @@ def pairs(
         settings: How samples are drawn. `tasks` and `data` are not used.
         pairing: How samples become pairs.
         prompts: A file or hub name with prompts, or `lab`.
+        skip: Number of prompts at the front that are left out. `settings.limit` counts those after them.
         samples: A file of samples to pair again, in place of a model.
         judge: Who judges, for the verifier `judge:...`.
         output: File of the pairs. Beside it are `NAME.provenance.json`, `NAME.pass-rates.jsonl` and the folder
@@ -142,8 +144,9 @@ def pairs(
     output = Path(output)
     check_writable(output.parent, "--output")
     folder = output.with_name(f"{output.stem}.samples")
-    marker = _marker(verifier, settings, judge, folder)
-    items = marker.load(prompts)[: settings.limit]
+    most = None if settings.limit is None else skip + settings.limit
+    marker = marker_of(verifier, settings, judge, folder, limit=most)
+    items = marker.load(prompts)[skip:][: settings.limit]
     if not items:
         raise DataError("holds no prompts", str(prompts), "no prompts")
     origin: Record
@@ -171,14 +174,31 @@ def pairs(
         return _write(output, groups, marker, pairing, origin, settings, prompts, items)
 
 
-def _marker(
-    verifier: str, settings: EvaluationSettings, judge: JudgeSettings | None, folder: Path
+def marker_of(
+    verifier: str,
+    settings: EvaluationSettings,
+    judge: JudgeSettings | None,
+    folder: Path,
+    *,
+    limit: int | None,
 ) -> Verifier:
+    """Returns what marks samples.
+
+    Args:
+        verifier: Its name (`verifier_named`).
+        settings: How samples are drawn, and whether code may run.
+        judge: Who judges, for the verifier `judge:...`.
+        folder: Folder of a judge's answers.
+        limit: Number of prompts of the lab, or None.
+
+    Raises:
+        ConfigError: There is no such verifier, or it may not run.
+    """
     if judge is not None:
         return judge_verifier(judge, folder, settings.num_samples)
     return verifier_named(
         verifier,
-        limit=settings.limit,
+        limit=limit,
         allow_code_execution=settings.allow_code_execution,
         isolation=settings.isolation,
     )

@@ -21,7 +21,6 @@ from infopo.trainer import InfoPOTrainer
 from infopo.workflows.terminal import attach, logging_above, quiet_bars
 
 
-@quiet_bars()
 def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Trains as the recipe says, and returns the run directory.
 
@@ -34,7 +33,12 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         KeyboardInterrupt: The user pressed Ctrl-C. The message says how to continue.
     """
     preflight(recipe_path, overrides)
-    recipe = load_recipe(recipe_path, overrides, train_fields())
+    return train_recipe(load_recipe(recipe_path, overrides, train_fields()))
+
+
+@quiet_bars()
+def train_recipe(recipe: Recipe) -> Path:
+    """Trains as a recipe says that was read and judged (see `train`)."""
     run_dir = Path(recipe.output_dir)
     is_main = ranks.is_first()
     was_there = run_dir.exists()
