@@ -208,7 +208,7 @@ def _evaluation(work: Path, lab: str) -> tuple[list[Problem], list[PackedBatch]]
         problems, sampled(policy, tokenizer, setting, problems[: setting.anchors]), strict=False
     ):
         examples.append(PreferenceExample(_prompt_ids(tokenizer, problem), [ids], [], problem.question))
-    examples = _with_reference(examples, policy)
+    examples = with_reference(examples, policy)
     return problems, [packed(examples[i : i + FORWARD]) for i in range(0, len(examples), FORWARD)]
 
 
@@ -251,12 +251,12 @@ def _pairs(work: Path, lab: str, labels: str, seed: int, n: int) -> list[Prefere
                 policy, tokenizer, labels=labels, n=n, seed=seed, operations=LABS[lab].operations
             ).rows
         values = [
-            list(example.reference or ()) for example in _with_reference(_encoded(rows, tokenizer), policy)
+            list(example.reference or ()) for example in with_reference(encoded(rows, tokenizer), policy)
         ]
         found = {"rows": rows, "reference": values}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(file, json.dumps(found))
-    examples = _encoded(found["rows"][:n], tokenizer)
+    examples = encoded(found["rows"][:n], tokenizer)
     return [replace(e, reference=r) for e, r in zip(examples, found["reference"], strict=False)]
 
 
@@ -271,7 +271,7 @@ def _foreign(row: Record) -> Record:
     }
 
 
-def _encoded(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[PreferenceExample]:
+def encoded(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[PreferenceExample]:
     counts = DataCounts(on_bad_row="raise", source="rows")
     dataset = encode_rows(
         read_rows(datasets.Dataset.from_list(list(rows)), counts),
@@ -281,9 +281,7 @@ def _encoded(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list
     return [dataset[i] for i in range(len(dataset))]
 
 
-def _with_reference(
-    examples: Sequence[PreferenceExample], policy: PreTrainedModel
-) -> list[PreferenceExample]:
+def with_reference(examples: Sequence[PreferenceExample], policy: PreTrainedModel) -> list[PreferenceExample]:
     sides = frozenset({"chosen", "rejected"})
     dataset = precompute(
         ExampleDataset.from_examples(examples), policy, sides, batch_size=FORWARD, device=torch.device("cpu")

@@ -16,8 +16,8 @@ from infopo.errors import ConfigError
 from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name
 from infopo.places import SYNONYMS
-from infopo.secrets import learn, masked_tree
 from infopo.round_settings import RoundsSettings
+from infopo.secrets import learn, masked_tree
 from infopo.settings import (
     AdapterSettings,
     DataSettings,

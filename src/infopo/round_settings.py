@@ -86,6 +86,6 @@ class RoundsSettings(Settings):
         if all(isinstance(each, int) for each in (number, slice_, limit)) and number * slice_ > limit:
             yield (
                 "limit",
-                f"{number} rounds of {slice_} prompts take {number * slice_}, but {limit} are used; lower rounds.number or "
-                "rounds.prompts_per_round",
+                f"{number} rounds of {slice_} prompts take {number * slice_}, but {limit} are used; lower "
+                "rounds.number or rounds.prompts_per_round",
             )

@@ -72,13 +72,8 @@ class Round:
 
     def note_trained(self) -> None:
         """Writes down that training is over."""
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "round": self.number,
-            "begins_with": self.policy,
-            "policy": self.trained,
-        }
-        write_json_atomic(self.folder / MARKER, record)
+        about = {"round": self.number, "begins_with": self.policy, "policy": self.trained}
+        write_json_atomic(self.folder / MARKER, {"schema_version": SCHEMA_VERSION, **about})
 
     def next(self) -> "Round":
         """Returns the round after it."""
