@@ -40,6 +40,13 @@ def add(commands: Any) -> None:
         metavar="K",
         help="samples per prompt (default: %(default)s)",
     )
+    pairs.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out the first N prompts (default: %(default)s)",
+    )
     add_shard(pairs)
     _add_verifying(pairs)
     _add_pairing(pairs)
@@ -111,6 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
         settings,
         pairing,
         prompts=arguments.prompts,
+        skip=arguments.skip,
         samples=arguments.samples,
         judge=judge,
         output=arguments.output,

@@ -69,6 +69,9 @@ def ask(
 ) -> None:
     """Draws what the store lacks, and stores it piece by piece.
 
+    Samples that a model draws together are drawn together again if one of them is missing, because rounding depends on
+    what else is in a batch: what a kill has left is completed to the same bits.
+
     Args:
         subject: The model.
         prompts: How it is asked.
@@ -83,12 +86,18 @@ def ask(
         ServerError: A server fails. What it answered before is kept.
     """
     # Two items may ask the same, and a greedy answer has one sample only.
-    missing = list({each.key: each for each in needed if each.key not in store}.values())
-    drawn = subject.draw([each.rendered for each in missing], [each.seed for each in missing], prompts, law)
+    unique = list({each.key: each for each in needed}.values())
+    batches = [
+        [unique[place] for place in batch] for batch in subject.batches([each.rendered for each in unique])
+    ]
+    asked = [each for batch in batches if any(one.key not in store for one in batch) for each in batch]
+    drawn = subject.draw([each.rendered for each in asked], [each.seed for each in asked], prompts, law)
     piece: list[Sample] = []
     try:
         for index, response in drawn:
-            piece.append(_sample(subject, task, missing[index], law, response))
+            if asked[index].key in store:
+                continue
+            piece.append(_sample(subject, task, asked[index], law, response))
             if len(piece) == PIECE:
                 store.add(piece)
                 piece = []

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infopo.errors import DataError, ServerError
 from infopo.evaluation import server
-from infopo.evaluation.drawing import Drawn, Request, draw
+from infopo.evaluation.drawing import Drawn, Request, batches_of, draw
 from infopo.evaluation.items import Item
 from infopo.evaluation.law import Law
 from infopo.evaluation.prompting import Prompts
@@ -47,6 +47,10 @@ class Subject(Protocol):
 
     def law(self, prompts: Prompts, law: Law) -> Mapping[str, Any]:
         """Returns all settings that samples depend on besides the weights and the prompt."""
+        ...
+
+    def batches(self, rendered: Sequence[Any]) -> list[list[int]]:
+        """Returns the places of the prompts that are drawn together, batch by batch."""
         ...
 
     def draw(
@@ -115,6 +119,10 @@ class LoadedModel:
         ends = self._ends(prompts)
         yield from draw(self.model, self.tokenizer, requests, law, ends=ends, batch_size=self.batch_size)
 
+    def batches(self, rendered: Sequence[Any]) -> list[list[int]]:
+        """Returns the places of the prompts that are drawn together."""
+        return batches_of([len(ids) for ids in rendered], self.batch_size)
+
     def _ends(self, prompts: Prompts) -> list[int]:
         return sorted({*end_token_ids(self.model, self.tokenizer), *prompts.end_ids})
 
@@ -147,6 +155,10 @@ class ServedSubject:
 
     def law(self, prompts: Prompts, law: Law) -> Mapping[str, Any]:
         return law.record
+
+    def batches(self, rendered: Sequence[Any]) -> list[list[int]]:
+        """Returns each prompt's place by itself: a server's batches are its own."""
+        return [[place] for place in range(len(rendered))]
 
     def draw(
         self, rendered: Sequence[Any], seeds: Sequence[int], prompts: Prompts, law: Law

@@ -141,6 +141,8 @@ def pairs(
         raise ConfigError(f"--num-generations: expected at least 2, got {settings.num_samples}")
     if settings.temperature == 0:
         raise ConfigError("--temperature: greedy decoding has one response; expected a number above 0")
+    if skip < 0:
+        raise ConfigError(f"--skip: expected a number of prompts of at least 0, got {skip}")
     output = Path(output)
     check_writable(output.parent, "--output")
     folder = output.with_name(f"{output.stem}.samples")
@@ -148,7 +150,8 @@ def pairs(
     marker = marker_of(verifier, settings, judge, folder, limit=most)
     items = marker.load(prompts)[skip:][: settings.limit]
     if not items:
-        raise DataError("holds no prompts", str(prompts), "no prompts")
+        behind = f" behind the first {skip}" if skip else ""
+        raise DataError(f"holds no prompts{behind}", str(prompts), "no prompts")
     origin: Record
     if samples is not None:
         origin = {"samples": str(samples)}

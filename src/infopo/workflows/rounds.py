@@ -20,6 +20,7 @@ from infopo.config import Recipe, load_recipe
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.comparison import comparisons, p_text
 from infopo.evaluation.contenders import read_contender
+from infopo.evaluation.harness import Standard
 from infopo.evaluation.items import Item
 from infopo.evaluation.marking import loaded_tasks
 from infopo.evaluation.pairing import PairingSettings
@@ -104,6 +105,7 @@ def _judged(recipe: Recipe) -> str:
         )
     with options_named("evaluate"):
         if (held_out := evaluation_settings(recipe.evaluate)) is not None:
+            Standard.of([name for name in held_out.tasks if name not in TASKS], held_out, None)
             loaded_tasks(held_out, [name for name in held_out.tasks if name in TASKS])
     return _hash_of(items[: _most(settings)])
 
