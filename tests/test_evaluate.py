@@ -207,7 +207,7 @@ def test_an_evaluation_of_a_run_goes_to_the_run(tmp_path: Path, capsys: pytest.C
     shutil.copytree(policy_path(), checkpoint)
     (folder / "recipe.yaml").write_text("objective: infopo\n")
     assert run(folder, "--limit", 3) == 0
-    assert "checkpoint-12 is evaluated" in capsys.readouterr().out
+    assert "checkpoint-12 is taken" in capsys.readouterr().out
     assert read_evaluation(folder / "evaluation").record["model"]["name"] == str(folder)
     shutil.rmtree(checkpoint)
     assert run(folder, "--limit", 3) == 2

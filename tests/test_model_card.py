@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 import infopo
 from infopo.arguments import InfoPOConfig
+from infopo.citations import entry, paper_of
+from infopo.data.counts import DataCounts
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.model_card import Card, render
+from infopo.losses.catalog import OBJECTIVES
+from infopo.model_card import Card, refresh, render
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
@@ -50,8 +54,18 @@ def test_every_saved_model_has_a_card_and_tags(tmp_path: Path) -> None:
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert header(card)["library_name"] == "transformers"
         assert {"infopo", "dpo"} <= set(header(card)["tags"])
-        for part in ("beta = 0.3", "DPO", "8 rows", "arXiv 2305.18290", "2505.08507", "- transformers: "):
+        for part in (
+            "beta = 0.3",
+            "DPO",
+            "8 rows",
+            "arXiv 2305.18290",
+            "Secretly a Reward Model",
+            "- transformers: ",
+        ):
             assert part in card, part
+        assert "2505.08507" not in card, "DPO is not InfoPO's"
+        assert f"| weights at the start | hash {trainer.policy_hash} |" in card
+        assert f"| tokens trained on | SHA-256 {trainer.data_hash()} |" in card
     assert {"infopo", "dpo"} <= set(trainer.model.model_tags)
 
 
@@ -102,6 +116,68 @@ def test_any_text_leaves_the_card_readable(text: str) -> None:
     assert front["tags"][:3] == ["generated_from_trainer", "preference-optimization", "infopo"]
     assert card.count("\n---\n") == 1
     assert "\x1b" not in card
+
+
+def test_results_stand_in_the_card_and_in_its_metadata_and_are_replaced_when_there_are_others(
+    tmp_path: Path,
+) -> None:
+    trainer = trained(tmp_path / "run", probe_size=8, objective="dpo")
+    trainer.save_final_model()
+    path = tmp_path / "run" / "README.md"
+    first = path.read_text(encoding="utf-8")
+    assert "| chosen log-prob | " in first
+    assert "verdicts: length bias, " in first
+    assert "- length bias: Chosen responses are shorter" in first
+    assert "model-index" not in header(first)
+    path.write_text(first.replace("## Training", "## My words\n\nKept.\n\n## Training"), encoding="utf-8")
+    folder = tmp_path / "run" / "evaluation"
+    folder.mkdir()
+    for accuracy in (0.25, 0.5):
+        task = {
+            "headline": "numeric",
+            "items": 8,
+            "data": {"source": str(tmp_path / "problems.jsonl")},
+            "rules": {"numeric": {"accuracy": accuracy, "ci95": [0.1, 0.9]}},
+        }
+        record = {"schema_version": 2, "tasks": {"gsm8k": task}}
+        (folder / "eval.json").write_text(json.dumps(record), encoding="utf-8")
+        assert refresh(tmp_path / "run")
+    card = ModelCard.load(path)
+    [result] = card.data.eval_results or []
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("gsm8k", "accuracy", 0.5)
+    assert result.metric_name == "numeric, 95 % interval 0.100 to 0.900, 8 items"
+    assert "| gsm8k | 0.500 [0.100, 0.900] | 8 | numeric |" in card.text
+    assert "0.250" not in card.text
+    assert "\n\nKept.\n\n" in card.text
+    assert str(tmp_path) not in str(card)
+    assert card.text.count("## Results") == 1
+
+
+def test_a_card_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    for text in ("# Mine", "---\ntags: [a]\n---\n# Mine", "---\n[unclosed\n---\n"):
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        assert not refresh(tmp_path)
+        assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_rows_that_were_skipped_are_told_with_their_reason(tmp_path: Path) -> None:
+    counts = DataCounts(source="/home/me/a.jsonl + org/b", rows=5, used=3)
+    counts.skipped["tie"] = 2
+    card = render(Card("m", None, [("sft", {}, 1.0)], "none", accounts=[counts], data_hash="abc"))
+    assert "| rows of a.jsonl + org/b | 5 read, 3 used, 2 skipped; 2 skipped: tie |" in card
+    assert "@misc" not in card, "likelihood has no paper of its own"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_paper_of_a_loss_is_cited_with_title_and_author(name: str) -> None:
+    number = paper_of(OBJECTIVES[name].source)
+    if number is None:
+        assert name in ("sft", "repo")
+        return
+    text = entry(number)
+    assert "title = {" in text
+    assert "author = {" in text
+    assert number in text
 
 
 def test_secrets_and_paths_stay_at_home() -> None:

@@ -16,6 +16,7 @@ from infopo.commands import (
     convert_recipe,
     demo,
     evaluate,
+    export,
     objectives,
     pairs,
     recipes,
@@ -41,6 +42,7 @@ COMMANDS = (
     winrate,
     pairs,
     rounds,
+    export,
     objectives,
 )
 """Modules of commands, in the order of `infopo --help`."""

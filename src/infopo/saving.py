@@ -24,7 +24,7 @@ from infopo.evaluation.results import DURING, FOLDER
 from infopo.loading import LoadingTrainer
 from infopo.losses.catalog import with_defaults
 from infopo.losses.coupling import Averages
-from infopo.model_card import Card, render
+from infopo.model_card import card_of, render
 from infopo.output import get_logger
 from infopo.runs import ENVIRONMENT, FORECAST, GENERATIONS, PROBE
 from infopo.secrets import masked
@@ -229,31 +229,7 @@ class SavingTrainer(LoadingTrainer):
                 folder = Path(output_dir if output_dir is not None else self.args.output_dir)
                 (folder / "training_args.bin").unlink(missing_ok=True)
                 # That of peft is a blank form.
-                (folder / "README.md").write_text(masked(render(self.card())), encoding="utf-8")
-
-    def card(
-        self, model_name: str | None = None, datasets: Sequence[str] = (), tags: Sequence[str] = ()
-    ) -> Card:
-        """What the model card says of this run."""
-        args = self.args
-        hub = (args.hub_model_id or "").split("/")[-1]
-        return Card(
-            name=model_name or hub or Path(args.output_dir).resolve().name,
-            base=self.base_name,
-            mixture=self.mixture,
-            reference=self.reference_in_words,
-            datasets=datasets or self.dataset_names,
-            rows=len(data) if isinstance(data := self.train_dataset, ExampleDataset) else None,
-            settings={
-                "learning rate": args.learning_rate,
-                "steps": self.state.global_step,
-                "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "longest row": f"{args.max_length} tokens",
-                "seed": args.seed,
-            },
-            is_adapter=models.is_peft_model(self.model),
-            tags=tags,
-        )
+                (folder / "README.md").write_text(masked(render(card_of(self))), encoding="utf-8")
 
     def create_model_card(
         self,
@@ -268,7 +244,9 @@ class SavingTrainer(LoadingTrainer):
         """
         if self.is_world_process_zero():
             data = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
-            text = render(self.card(model_name, data, [tags] if isinstance(tags, str) else list(tags or ())))
+            text = render(
+                card_of(self, model_name, data, [tags] if isinstance(tags, str) else list(tags or ()))
+            )
             durable.write(Path(self.args.output_dir) / "README.md", [masked(text).encode()])
 
     def _set_optimizer(self, mode: Literal["train", "eval"]) -> None:

@@ -17,6 +17,7 @@ from infopo.evaluation.law import Law
 from infopo.evaluation.marking import Loaded, loaded_tasks, marked, task_record
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.results import (
+    FOLDER,
     Response,
     default_folder,
     refuse_other_subject,
@@ -28,6 +29,7 @@ from infopo.evaluation.server import ServerSettings
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
 from infopo.evaluation.tasks import TASKS
+from infopo.model_card import refresh
 from infopo.models import load_for_use, load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable
@@ -71,7 +73,15 @@ def evaluate(
     loaded = loaded_tasks(settings, own)
     if responses is not None:
         return _of_responses(Path(responses), loaded, settings, folder)
-    return _of_model(model, loaded, standard, settings, folder)
+    found = _of_model(model, loaded, standard, settings, folder)
+    if (
+        model is not None
+        and settings.shard is None
+        and folder == Path(model) / FOLDER
+        and refresh(Path(model))
+    ):
+        say(f"{Path(model) / 'README.md'}: results are in the model card")
+    return found
 
 
 def _of_model(
@@ -259,5 +269,5 @@ def model_in(name: str) -> str:
     checkpoint = last(folder)
     if checkpoint is None:
         raise ConfigError(f"{name}: holds no model, adapter or checkpoint")
-    say(f"{name} has no final model yet: {checkpoint} is evaluated")
+    say(f"{name} has no final model yet: {checkpoint} is taken")
     return checkpoint

@@ -12,6 +12,7 @@ from infopo.build import build_trainer, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.ending import ClosingSummary
 from infopo.errors import ConfigError
+from infopo.model_card import refresh
 from infopo.output import say
 from infopo.preflight import preflight
 from infopo.report.closing import closing_lines
@@ -92,6 +93,7 @@ def _train(recipe: Recipe) -> None:
         if is_main:
             writer.write_evaluation(metrics)
     if is_main:
+        refresh(run_dir)
         say(*closing_lines(run_dir, recipe.model.name_or_path))
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()
