@@ -17,6 +17,7 @@ from infopo.commands import (
     demo,
     evaluate,
     export,
+    init,
     objectives,
     pairs,
     recipes,
@@ -32,6 +33,7 @@ from infopo.secrets import masked_argument
 
 COMMANDS = (
     demo,
+    init,
     recipes,
     convert_recipe,
     train,
