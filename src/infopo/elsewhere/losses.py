@@ -48,6 +48,7 @@ def put_loss(made: Conversion, given: Mapping[str, Any], origins: Mapping[str, s
     for parameter, value in parameters.items():
         made.put(f"objective.{parameter}", value, origins.get(parameter, origins["name"]))
     if name == "kto":
+        made.put("train.train_sampling_strategy", "sequential", "KTO reads rows in their order there")
         made.differences.append(
             "KTO's reference point is that of a whole step here, and that of a batch there."
         )

@@ -139,7 +139,7 @@ def _objective(made: Conversion) -> None:
             "The file does not say which command reads it: DPO is taken. If it was `trl kto`, write objective: kto."
         )
     given["loss_type"] = listed(losses)
-    settings = {"gamma": "simpo_gamma", "nll_weight": "cpo_alpha; loss_weights", "tau": "discopop_tau",
+    settings = {"gamma": "simpo_gamma", "nll_weight": "loss_weights" if "loss_weights" in given else "cpo_alpha", "tau": "discopop_tau",
                 "divergence": "f_divergence_type"}  # fmt: skip
     origins |= {name: settings.get(name, name) for name in (*names, *settings) if name not in ("name",)}
     origins["name"] += "".join(f"; {name}" for name in ("loss_weights", "use_weighting", "f_divergence_type",
