@@ -139,8 +139,13 @@ def _objective(made: Conversion) -> None:
             "The file does not say which command reads it: DPO is taken. If it was `trl kto`, write objective: kto."
         )
     given["loss_type"] = listed(losses)
-    settings = {"gamma": "simpo_gamma", "nll_weight": "loss_weights" if "loss_weights" in given else "cpo_alpha", "tau": "discopop_tau",
-                "divergence": "f_divergence_type"}  # fmt: skip
+    weight = "loss_weights" if "loss_weights" in given else "cpo_alpha"
+    settings = {
+        "gamma": "simpo_gamma",
+        "nll_weight": weight,
+        "tau": "discopop_tau",
+        "divergence": "f_divergence_type",
+    }
     origins |= {name: settings.get(name, name) for name in (*names, *settings) if name not in ("name",)}
     origins["name"] += "".join(f"; {name}" for name in ("loss_weights", "use_weighting", "f_divergence_type",
                                "f_alpha_divergence_coef") if name in given)  # fmt: skip
