@@ -5,15 +5,19 @@ import re
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from infopo.build import build_trainer
 from infopo.cli import main
+from infopo.config import parse_recipe
 from infopo.data.counts import DataCounts
 from infopo.data.sources import read_rows
 from infopo.lab.problems import solve, verify
 from infopo.models import load_tokenizer
+from infopo.trainer import InfoPOTrainer
 from servers import Answer, completion, serving
 
 LAB = ["--prompts", "lab", "--verifier", "lab", "--limit", "24"]
@@ -256,3 +260,39 @@ def test_samples_of_other_prompts_are_refused(
     assert main(["pairs", "--samples", str(other), *LAB, "--output", str(tmp_path / "p.jsonl")]) == 2
     assert "name the prompts that were sampled" in capsys.readouterr().err
     assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_log_probs_of_samples_are_those_of_the_reference_if_a_few_agree(
+    sampled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = sampled / "pairs.samples" / "samples.jsonl"
+    shifted = tmp_path / "shifted.jsonl"
+    records = [{**record, "logp": record["logp"] - 0.1} for record in lines(samples)]
+    shifted.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+    def reference(model: str, file: Path | None) -> tuple[InfoPOTrainer, np.ndarray]:
+        text = f"""
+            model: {model}
+            data: {{path: {sampled / "pairs.jsonl"}, cache: off}}
+            reference: {{store: off, sides: both, samples: {file or "null"}}}
+            train: {{probe_size: 0, anchor_size: 0}}
+            output_dir: {tmp_path / "run"}
+            """
+        trainer = build_trainer(parse_recipe(text, source="test"))
+        return trainer, trainer.train_dataset.reference
+
+    _, computed = reference("lab:policy", None)
+    trainer, taken = reference("lab:policy", samples)
+    stored = {record["logp"] for record in lines(samples)}
+    assert set(taken) <= stored
+    assert not set(computed) <= stored
+    np.testing.assert_allclose(taken, computed, atol=1e-4)
+    said = "\n".join(trainer.description())
+    assert f"whose log-probs of {len(taken)} responses are those of its samples" in said
+
+    # Values that are another function's are not taken, and samples of other weights neither.
+    _, again = reference("lab:policy", shifted)
+    np.testing.assert_array_equal(again, computed)
+    assert "differ by up to 0.1 nats" in caplog.text
+    trainer, _ = reference("{name_or_path: lab:policy, dtype: bfloat16}", samples)
+    assert "no response is a sample of it" in "\n".join(trainer.description())

@@ -184,15 +184,16 @@ def test_a_round_without_pairs_ends_rounds_and_loses_nothing(
 ) -> None:
     Path("marks.py").write_text(
         "def marks(prompts, completions, **columns):\n"
-        "    # Right and wrong at random for the first prompt, all right for the second.\n"
-        "    first = '12+11=?' in str(prompts[0])\n"
-        "    return [bool(len(str(c)) % 2) if first else True for c in completions]\n",
+        "    # Everything is right but for other answers to the first prompt.\n"
+        "    first = '78+97-59=?' in str(prompts[0])\n"
+        "    return ['Answer: 116' in str(c) or not first for c in completions]\n",
         encoding="utf-8",
     )
-    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("12+11=?", "3+3=?")]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("78+97-59=?", "3+3=?")]
     Path("two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = ["rounds.prompts=two.jsonl", "rounds.verifier=marks:marks", "rounds.prompts_per_round=1",
-             "rounds.num_generations=12", "rounds.max_new_tokens=40", "train.max_steps=2"]  # fmt: skip
+             "rounds.num_generations=12", "rounds.max_new_tokens=40", "rounds.temperature=1.5",
+             "train.max_steps=2"]  # fmt: skip
     assert main(["rounds", str(recipe), *given]) == 0
     out = capsys.readouterr().out
     assert "round 2 has no pairs" in out

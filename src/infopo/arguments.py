@@ -118,6 +118,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     reference: str = argument(ReferenceSettings, "source")
     reference_store: str | None = argument(ReferenceSettings, "store")
     reference_sides: str = argument(ReferenceSettings, "sides")
+    reference_samples: str | None = argument(ReferenceSettings, "samples")
     precompute_ref_log_probs: bool = setting(False, "Same as reference=precompute.")
     dataset_num_proc: int | None = argument(SourceSettings, "num_proc")
     dataset_cache: str | None = argument(SourceSettings, "cache")
@@ -177,7 +178,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
             TrainingArguments.__post_init__(self)
         except REFUSALS as error:
             raise ConfigError(f"transformers refuses these settings: {error}") from error
-        for name in ("reference", "reference_store"):
+        for name in ("reference", "reference_store", "reference_samples"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
         # TRL takes one name as well as a list of names.

@@ -394,6 +394,8 @@ def _round_contradictions(sections: Mapping[str, Tree], train: Tree) -> Iterator
             "reference.source",
             f"{source} takes the policy that a round begins with, but rounds.reference is first; remove one of them",
         )
+    if sections["reference"]["samples"] is not None:
+        yield "reference.samples", "rounds take the samples that they draw; remove it"
     if sections["data"]["streaming"] is True:
         yield "data.streaming", "the pairs of a round are a file that is read whole; remove it"
     if isinstance(train.get("resume_from_checkpoint"), str):

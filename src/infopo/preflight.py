@@ -65,6 +65,10 @@ def preflight(
         raise ConfigError(
             [f"{recipe.located(key)}: {problem}" for key, problem in problems], str(recipe_path)
         )
+    if (samples := recipe.reference.samples) and not Path(samples).is_file():
+        raise ConfigError(
+            f"{recipe.located('reference.samples')}: there is no file {samples}", str(recipe_path)
+        )
     check_store(recipe)
     if makes_a_run:
         check_run_directory(recipe)

@@ -47,6 +47,7 @@ def precompute(
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
     store: ReferenceStore | None = None,
+    known: "Values | None" = None,
     rank: int = 0,
     world_size: int = 1,
     is_sharded: bool = False,
@@ -66,6 +67,7 @@ def precompute(
         device: Device of `model`.
         context: Context of each forward pass, e.g. autocast.
         store: Store in which values are looked up and kept, for all ranks and processes. None for memory only.
+        known: (responses,) values that need not be computed, NaN for all others. None if there are none.
         rank: Index of this process.
         world_size: Number of processes.
         is_sharded: Whether each process holds a part of the model, so that all take part in each forward pass. The
@@ -79,7 +81,8 @@ def precompute(
         ReferenceStoreError: The store cannot be read or written.
         LogpsError: A value is not finite, and would be stored.
     """
-    work = _plan(dataset, sides, batch_size)
+    is_known = np.zeros(dataset.num_responses, dtype=bool) if known is None else np.isfinite(known)
+    work = _plan(dataset, _wanted(dataset, sides) & ~is_known, batch_size)
     passes = Lockstep(partial(_token_logps, dataset, model, device=device), rank, world_size)
     width = world_size if is_sharded else 1
 
@@ -103,7 +106,8 @@ def precompute(
         found = add_over_ranks(torch.from_numpy(found).to(device, sum_dtype(device))).double().cpu().numpy()
     if (broken := work.is_wanted & ~np.isfinite(found)).any():
         raise LogpsError(_not_finite(dataset, int(broken.argmax())))
-    return dataset.with_reference(np.where(work.is_wanted, found, np.nan))
+    found = np.where(work.is_wanted, found, np.nan)
+    return dataset.with_reference(found if known is None else np.where(is_known, known, found))
 
 
 Values: TypeAlias = npt.NDArray[np.float64]
@@ -138,8 +142,8 @@ Score = Callable[[Sequence[Sequence[int]]], list[list[Tokens]]]
 """Batches of responses -> log-probs of the tokens of each response of each batch."""
 
 
-def _plan(dataset: ExampleDataset, sides: frozenset[str], batch_size: int) -> _Work:
-    offsets, is_wanted = dataset.response_offsets, _wanted(dataset, sides)
+def _plan(dataset: ExampleDataset, is_wanted: npt.NDArray[np.bool_], batch_size: int) -> _Work:
+    offsets = dataset.response_offsets
     keys: list[bytes | None] = [None] * dataset.num_responses
     first, batches, examples = dict[bytes, int](), list[list[int]](), batch_size
     for i in np.argsort(-dataset.lengths, kind="stable").tolist():
@@ -159,9 +163,9 @@ def _plan(dataset: ExampleDataset, sides: frozenset[str], batch_size: int) -> _W
     return _Work(keys, first, batches)
 
 
-def _wanted(dataset: ExampleDataset, sides: frozenset[str]) -> np.ndarray:
+def _wanted(dataset: ExampleDataset, sides: frozenset[str]) -> npt.NDArray[np.bool_]:
     """Returns which responses of the dataset belong to these sides, (responses,) bool."""
-    return np.isin(dataset.roles, [int(ROLE_OF[side]) for side in sides])
+    return np.asarray(np.isin(dataset.roles, [int(ROLE_OF[side]) for side in sides]))
 
 
 def _token_logps(

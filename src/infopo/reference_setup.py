@@ -7,8 +7,10 @@ There are four cases: no objective needs a reference, `adapter-off` (the policy 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -19,6 +21,7 @@ from infopo.arguments import InfoPOConfig, init_kwargs
 from infopo.catalog import REFERENCE_MODES
 from infopo.data.examples import ExampleDataset
 from infopo.errors import ConfigError, ReferenceStoreError
+from infopo.evaluation.sampled_logps import sampled_logps, spot_check, subject_hash
 from infopo.late_reference import Context, LateReference, lend
 from infopo.logps import attention
 from infopo.noise import evaluating
@@ -32,8 +35,9 @@ from infopo.reference import (
     is_exact,
     reference_sides,
     resolve,
+    tolerance,
 )
-from infopo.reference_pass import precompute
+from infopo.reference_pass import Values, precompute
 from infopo.reference_store import ReferenceStore, check_folder, folder_of
 
 logger = get_logger(__name__)
@@ -182,10 +186,12 @@ class ReferenceBuilder:
             return ReferenceSetup(**common, **live, model=model), train_data, eval_data
         late = self._late(choice, model)
         store = self._open_store(model, choice.weights)
-        setup = ReferenceSetup(**common, **stored, store=store, late=late)
         # A stream has a live reference.
         if isinstance(train_data, ExampleDataset):
-            train_data = self.with_values(train_data, model, self.sides("train"), store)
+            known, said = self._sampled(train_data, model, choice.weights)
+            common["description"] += said
+            train_data = self.with_values(train_data, model, self.sides("train"), store, known)
+        setup = ReferenceSetup(**common, **stored, store=store, late=late)
         if isinstance(eval_data, dict):
             eval_data = {
                 name: self.with_values(dataset, model, self.sides("eval"), store)
@@ -194,6 +200,36 @@ class ReferenceBuilder:
         elif eval_data is not None:
             eval_data = self.with_values(eval_data, model, self.sides("eval"), store)
         return setup, train_data, eval_data
+
+    def _sampled(
+        self, dataset: ExampleDataset, model: nn.Module, weights: hashing.WeightsHash
+    ) -> tuple[Values | None, str]:
+        """Returns the log-probs of stored samples if some that are computed agree, and what to say of them.
+
+        Raises:
+            DataError: The file of samples cannot be read.
+        """
+        if self.args.reference_samples is None:
+            return None, ""
+        path, sides = Path(self.args.reference_samples), self.sides("train")
+        values = sampled_logps(path, dataset, sides, subject_hash(model, weights))
+        if not np.isfinite(values).any():
+            return None, f" (no response is a sample of it in {path})"
+        check = spot_check(dataset, values)
+        computed = self.with_values(check.examples, model, sides, None).reference
+        assert computed is not None
+        theirs, tokens = values[check.places], check.examples.response_lengths
+        exact = is_exact(model, self.args.device, self.accelerator.autocast)
+        allowed = np.array([tolerance(int(count), is_exact=exact) for count in tokens])
+        difference = np.abs(computed - theirs)
+        if (difference > allowed).any():
+            logger.warning(
+                "%s: its log-probs differ by up to %.2g nats from those that the reference gives here, and are not "
+                "taken; all are computed", path, np.nanmax(difference),
+            )  # fmt: skip
+            return None, ""
+        count = int(np.isfinite(values).sum())
+        return values, f", whose log-probs of {count} responses are those of its samples ({path})"
 
     def _check_adapter_off(self, example: PreferenceExample, off: Context) -> None:
         is_fsdp = sharding.is_fsdp(self.accelerator)
@@ -281,9 +317,17 @@ class ReferenceBuilder:
         return ReferenceStore(folder, identity, name, self.args.device.type)
 
     def with_values(
-        self, dataset: ExampleDataset, model: nn.Module, sides: frozenset[str], store: ReferenceStore | None
+        self,
+        dataset: ExampleDataset,
+        model: nn.Module,
+        sides: frozenset[str],
+        store: ReferenceStore | None,
+        known: Values | None = None,
     ) -> ExampleDataset:
-        """Returns the dataset with the log-probs of `sides` under `model`, which is back on its device afterwards."""
+        """Returns the dataset with the log-probs of `sides` under `model`, which is back on its device afterwards.
+
+        Those that are `known`, (responses,) and not NaN, are not computed.
+        """
         home = next(model.parameters()).device
         is_sharded = sharding.is_fsdp(self.accelerator)
         is_fixed = is_sharded or getattr(model, "quantization_method", None) is not None
@@ -297,6 +341,7 @@ class ReferenceBuilder:
             device=self.args.device,
             context=self.accelerator.autocast,
             store=store,
+            known=known,
             rank=self.args.process_index,
             world_size=self.args.world_size,
             is_sharded=is_sharded,

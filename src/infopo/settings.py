@@ -271,6 +271,14 @@ class ReferenceSettings(Settings):
         see="metrics.md",
     )
 
+    samples: Text | None = setting(
+        None,
+        "A file of samples (`samples.jsonl` of `infopo pairs`), whose log-probs are taken for responses that the "
+        "reference itself has drawn, if a few that are computed agree.",
+        argument="reference_samples",
+        see="reference.md#log-probs-of-samples",
+    )
+
     @property
     def is_path(self) -> bool:
         """Whether `source` names a model, not a mode."""

@@ -210,6 +210,11 @@ class ExampleDataset(Dataset[PreferenceExample]):
         ends = self._token_offsets[self.response_offsets]
         return np.asarray(np.diff(self._prompt_offsets) + np.diff(ends), dtype=np.int64)
 
+    @property
+    def response_lengths(self) -> npt.NDArray[np.int64]:
+        """Number of tokens of each response, (responses,)."""
+        return np.asarray(np.diff(self._token_offsets), dtype=np.int64)
+
     @cached_property
     def longest_row(self) -> int:
         """Largest number of tokens of a prompt together with one of its responses."""

@@ -136,4 +136,5 @@ def _sample(subject: Subject, task: str, asked: Wanted, law: Law, response: Draw
         tokens=response.tokens,
         finished=response.finished,
         logp=response.logp,
+        prompt_sha256=asked.prompt_sha256,
     )

@@ -45,6 +45,7 @@ class Sample:
         tokens: Number of tokens, or None if a server did not say.
         finished: Whether the model ended the response itself.
         logp: Σ log π(token) at temperature 1 (nats), or None if a server did not say.
+        prompt_sha256: `prompt_hash` of the prompt as the model got it. Empty in files of earlier versions.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Sample:
     tokens: int | None
     finished: bool
     logp: float | None
+    prompt_sha256: str = ""
 
 
 def prompt_hash(prompt: Sequence[Any]) -> str:
@@ -253,4 +255,5 @@ def to_sample(record: Mapping[str, Any]) -> Sample:
         tokens=record["tokens"],
         finished=record["finished"],
         logp=None if logp is None else float(logp),
+        prompt_sha256=record.get("prompt_sha256") or "",
     )

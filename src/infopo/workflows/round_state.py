@@ -12,6 +12,7 @@ from pathlib import Path
 from infopo.config import Recipe, to_yaml
 from infopo.errors import ConfigError
 from infopo.evaluation.results import FOLDER
+from infopo.evaluation.samples import SAMPLES
 from infopo.runs import EVALUATION, Record, read_object, write_json_atomic, write_text_atomic
 
 ROUNDS = "rounds.yaml"
@@ -48,6 +49,11 @@ class Round:
     def pairs(self) -> Path:
         """The file of its pairs."""
         return self.folder / PAIRS
+
+    @property
+    def samples(self) -> Path:
+        """The file of its samples."""
+        return self.pairs.with_suffix(".samples") / SAMPLES
 
     @property
     def trained(self) -> str:

@@ -240,9 +240,12 @@ def _train(recipe: Recipe, this: Round) -> None:
 def recipe_of(recipe: Recipe, this: Round) -> Recipe:
     """Returns the recipe of one round, an ordinary one."""
     assert recipe.rounds is not None
-    reference, train = recipe.reference, dict(recipe.train)
+    train = dict(recipe.train)
     if recipe.rounds.reference == "first" and this.number > 1:
-        reference = replace(reference, source=recipe.model.name_or_path)
+        reference = replace(recipe.reference, source=recipe.model.name_or_path)
+    else:
+        # The policy that has drawn the samples is the reference.
+        reference = replace(recipe.reference, samples=str(this.samples))
     train.pop("resume_from_checkpoint", None)
     if run_state.holds_run(this.folder):
         train["resume_from_checkpoint"] = True
