@@ -238,7 +238,7 @@ def test_killed_pairs_continue_to_the_same_files(tmp_path: Path) -> None:
         "--verifier",
         "lab",
         "--limit",
-        "300",
+        "160",
         "--num-generations",
         "4",
     ]
@@ -249,7 +249,7 @@ def test_killed_pairs_continue_to_the_same_files(tmp_path: Path) -> None:
     assert killed_and_continued(command, whole, (), whole / "pairs.jsonl") == 0
     length = time.monotonic() - begin
     draw = random.Random(0)
-    moments = [length * share for share in (0.5, 0.7, draw.uniform(0.3, 1.0), draw.uniform(0.3, 1.0))]
+    moments = [length * share for share in (0.6, 0.8, draw.uniform(0.4, 1.0))]
     assert killed_and_continued(command, killed, moments, killed / "pairs.jsonl") > 0
     files = ("pairs.jsonl", "pairs.pass-rates.jsonl", "pairs.samples/samples.jsonl")
     assert contents(killed, files) == contents(whole, files)
@@ -266,9 +266,9 @@ def test_killed_rounds_continue_to_the_same_files(tmp_path: Path) -> None:
     assert killed_and_continued(["rounds", "recipe.yaml"], whole, (), whole / "out" / "rounds.json") == 0
     length = time.monotonic() - begin
     draw = random.Random(1)
-    moments = [length * draw.uniform(0.35, 0.9) for _ in range(5)]
+    moments = [length * draw.uniform(0.35, 0.9) for _ in range(3)]
     assert (
-        killed_and_continued(["rounds", "recipe.yaml"], killed, moments, killed / "out" / "rounds.json") >= 2
+        killed_and_continued(["rounds", "recipe.yaml"], killed, moments, killed / "out" / "rounds.json") > 0
     )
     ours, theirs = contents(killed / "out"), contents(whole / "out")
     assert len(theirs) >= 18
