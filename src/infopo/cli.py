@@ -13,8 +13,10 @@ from typing import NoReturn
 from infopo import __version__
 from infopo.commands import (
     compare,
+    completion,
     convert_recipe,
     demo,
+    doctor,
     evaluate,
     export,
     init,
@@ -46,6 +48,8 @@ COMMANDS = (
     rounds,
     export,
     objectives,
+    doctor,
+    completion,
 )
 """Modules of commands, in the order of `infopo --help`."""
 
@@ -127,4 +131,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", parser_class=_Parser)
     for module in COMMANDS:
         module.add(commands)
+    parser.set_defaults(root=parser)
     return parser

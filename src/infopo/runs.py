@@ -432,7 +432,7 @@ def environment(
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "git": _git_state(Path.cwd()),
-        "infopo_git": _own_git_state(),
+        "infopo_git": own_git_state(),
         "platform": platform.platform(),
         "hardware": {
             "cpu": _cpu_model(),
@@ -466,7 +466,7 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _own_git_state() -> dict[str, Any] | None:
+def own_git_state() -> dict[str, Any] | None:
     """Returns the state of the checkout that infopo itself runs from, or None if it is installed elsewhere."""
     package = Path(__file__).parent
     # A virtual environment may be inside some repository that does not track its files.
