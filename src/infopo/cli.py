@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from infopo import __version__
 from infopo.commands import (
+    chat,
     compare,
     completion,
     convert_recipe,
@@ -19,6 +20,7 @@ from infopo.commands import (
     doctor,
     evaluate,
     export,
+    generate,
     init,
     objectives,
     pairs,
@@ -41,12 +43,14 @@ COMMANDS = (
     train,
     reference,
     report,
+    generate,
+    chat,
+    export,
     evaluate,
     compare,
     winrate,
     pairs,
     rounds,
-    export,
     objectives,
     doctor,
     completion,

@@ -5,6 +5,7 @@ A name is a local folder, a hub name, or `lab:policy`, the small model that ship
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,10 @@ def load_adapter(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> Any:
             base.get_input_embeddings().weight.shape[0],
         ):
             base.resize_token_embeddings(rows)
-        return PeftModel.from_pretrained(base, name_or_path, config=config)
+        with warnings.catch_warnings():
+            # peft asks transformers for what has another name now.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            return PeftModel.from_pretrained(base, name_or_path, config=config)
     except Exception as error:  # its base may be anything
         raise _cannot_load(f"adapter {name_or_path!r} or its base", name_or_path, error) from error
 

@@ -97,16 +97,40 @@ def draw(
             found = _draw_batch(model, tokenizer, [requests[index] for index in batch], law, ends)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
-                raise ModelError(
-                    f"a prompt of {len(requests[batch[0]].prompt_ids)} tokens with {law.max_new_tokens} new ones does "
-                    "not fit into the accelerator's memory; lower max_new_tokens, or load the model in bfloat16"
-                ) from error
+                raise _too_large(requests[batch[0]], law) from error
             batch_size = len(batch) // 2
             torch.cuda.empty_cache()
             logger.warning("out of memory: batch_size is halved to %d", batch_size)
             continue
         yield from zip(batch, found, strict=True)
         waiting = waiting[len(batch) :]
+
+
+def draw_one(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    law: Law,
+    *,
+    ends: Sequence[int],
+    streamer: Any = None,
+) -> Drawn:
+    """Returns one response, and hands its tokens to a streamer of transformers while they are drawn.
+
+    Raises:
+        ModelError: The prompt does not fit into the accelerator's memory.
+    """
+    try:
+        return _draw_batch(model, tokenizer, [request], law, ends, streamer)[0]
+    except torch.OutOfMemoryError as error:
+        raise _too_large(request, law) from error
+
+
+def _too_large(request: Request, law: Law) -> ModelError:
+    return ModelError(
+        f"a prompt of {len(request.prompt_ids)} tokens with {law.max_new_tokens} new ones does not fit into the "
+        "accelerator's memory; lower max_new_tokens, or load the model in bfloat16"
+    )
 
 
 def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -128,6 +152,7 @@ def _draw_batch(
     requests: Sequence[Request],
     law: Law,
     ends: Sequence[int],
+    streamer: Any = None,
 ) -> list[Drawn]:
     input_ids, mask = left_pad([list(request.prompt_ids) for request in requests], pad_id(tokenizer))
     chooser = _Chooser([request.seed for request in requests], law)
@@ -146,6 +171,7 @@ def _draw_batch(
             generation_config=settings,
             logits_processor=LogitsProcessorList([chooser]),
             tokenizer=tokenizer if law.stop else None,
+            streamer=streamer,
         )
     rows = output[:, input_ids.shape[1] :].tolist()
     logps = torch.stack(chooser.logps, dim=1).double().cpu()

@@ -120,7 +120,7 @@ def _places(
     by_prompt = {_bare(shown_text(item.prompt)): place for place, item in enumerate(items)}
     by_prompt |= {_bare(_last_content(item)): place for place, item in enumerate(items)}
     if prompt_field is not None:
-        keys = [_bare(shown_text(row[prompt_field])) for _, row in rows]
+        keys = [_question(row[prompt_field], by_prompt) for _, row in rows]
         return [
             _found(by_prompt, key, prompt_field, row_id) for key, (row_id, _) in zip(keys, rows)
         ], "prompt"
@@ -134,6 +134,14 @@ def _places(
             "cannot be matched",
         )
     return list(range(len(items))), "order"
+
+
+def _question(prompt: Any, known: Mapping[str, int]) -> str:
+    """Returns what a row asks, as it is compared: of a conversation all of it, or else its last message."""
+    whole = _bare(shown_text(prompt))
+    if whole not in known and isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping):
+        return _bare(str(prompt[-1].get("content")))
+    return whole
 
 
 def _found(known: Mapping[str, int], key: str, field: str, row_id: str) -> int:

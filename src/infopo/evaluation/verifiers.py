@@ -4,26 +4,24 @@ Imports no torch but for reward models.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from infopo.errors import ConfigError, DataError
+from infopo.errors import ConfigError
 from infopo.evaluation import sandbox
 from infopo.evaluation.items import Answered, Item, Task
 from infopo.evaluation.lab_task import lab_item
+from infopo.evaluation.questions import prompt_of
 from infopo.evaluation.task_rows import task_rows
 from infopo.evaluation.tasks import TASKS
 from infopo.evaluation.tasks import task as task_named
 from infopo.lab.problems import make_problems
 from infopo.losses.foreign import load_module
 from infopo.output import say
-from infopo.records import Text
 
 Score: TypeAlias = bool | float | None
 """Right or wrong, or any number, or none."""
-
-_PROMPTS = ("prompt", "messages", "question", "instruction", "problem")
 
 _LAB_PROBLEMS = 1000
 
@@ -165,32 +163,8 @@ def _load_rows(prompts: str | None) -> list[Item]:
         raise ConfigError("--prompts: expected a file")
     rows = task_rows("pairs", prompts, ("", None, "train"))
     return [
-        Item(f"row/{number}", _prompt(row, row_id), dict(row)) for number, (row_id, row) in enumerate(rows)
+        Item(f"row/{number}", prompt_of(row, row_id), dict(row)) for number, (row_id, row) in enumerate(rows)
     ]
-
-
-def _prompt(row: Mapping[str, Any], row_id: str) -> Text:
-    column = next((column for column in _PROMPTS if row.get(column)), None)
-    if column is None:
-        raise DataError(
-            f"expected a column {' or '.join(_PROMPTS)}, got {', '.join(row):.200}", row_id, "no prompt"
-        )
-    prompt = row[column]
-    if isinstance(prompt, str) and prompt.strip():
-        return prompt
-    is_conversation = isinstance(prompt, list) and all(
-        isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in prompt
-    )
-    if not is_conversation:
-        raise DataError(
-            f"column {column!r}: expected text or messages, got {prompt!r:.80}", row_id, "wrong type"
-        )
-    turns = [dict(turn) for turn in prompt]
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    if not turns:
-        raise DataError(f"column {column!r}: expected a turn before the assistant's", row_id, "no prompt")
-    return turns
 
 
 def _of_reward(name: str, model: str) -> Verifier:
