@@ -14,12 +14,13 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long browser test-gpu soak tried lint format docs clean
+.PHONY: help demo test test-long interpreters browser test-gpu soak tried lint format docs clean
 
 help:
 	@echo "make demo       train on the embedded world and write a report"
 	@echo "make test       format, lint, types, import contract, tests, docs"
 	@echo "make test-long  tests that take minutes: kills, ranks, fuzzing, parity"
+	@echo "make interpreters  the short tests on each of Python 3.11, 3.12 and 3.13 that is there"
 	@echo "make test-gpu   tests of what runs on a GPU only"
 	@echo "make soak       streaming in flat memory, fuzzing, and every architecture and adapter of docs/tried.md (an hour or more)"
 	@echo "make tried      write docs/tried.md: what comes of every architecture, adapter and shape of data (minutes)"
@@ -37,6 +38,19 @@ test: lint
 
 test-long: $(VENV)/dev.stamp browser
 	$(PYTEST) -m "long and not gpu and not soak" -n $(WORKERS)
+
+# An environment for each interpreter that is found, by name or among pyenv's. What is not there is said and passed over.
+interpreters:
+	@for version in 3.11 3.12 3.13; do \
+		python=$$(command -v python$$version || ls -d $$HOME/.pyenv/versions/$$version.*/bin/python 2>/dev/null | tail -1); \
+		"$$python" -c 'import sys' 2>/dev/null || { echo "Python $$version is not here"; continue; }; \
+		venv=.venv-$$version; \
+		echo "== Python $$version"; \
+		test -f $$venv/dev.stamp || { "$$python" -m venv $$venv && \
+			$$venv/bin/python -m pip install --quiet -c constraints.txt torch && \
+			$$venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' && touch $$venv/dev.stamp; } || exit 1; \
+		$(OFFLINE) OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -m "not long and not gpu and not soak" -n $(WORKERS) || exit 1; \
+	done
 
 # The report is tested in a browser. Where none can be installed, its tests are skipped and say so.
 browser:
@@ -71,7 +85,7 @@ docs: $(VENV)/dev.stamp
 	$(MKDOCS)
 
 clean:
-	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site
+	rm -rf $(VENV) .venv-3.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that an index chosen for it (CPU, CUDA) is not asked for anything else.
