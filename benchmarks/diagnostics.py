@@ -21,7 +21,7 @@ from infopo.arguments import InfoPOConfig
 from infopo.build import build_examples
 from infopo.lab import policy_path
 from infopo.models import LAB_POLICY, load_tokenizer
-from infopo.runs import environment
+from infopo.provenance import environment
 from infopo.settings import DataSettings
 from infopo.trainer import InfoPOTrainer
 

@@ -31,8 +31,8 @@ from infopo.build import build_examples
 from infopo.data.counts import DataCounts
 from infopo.data.encode import Encoder, encode_rows
 from infopo.data.sources import read_rows
+from infopo.provenance import environment
 from infopo.records import PreferenceRow
-from infopo.runs import environment
 from infopo.settings import DataSettings
 
 ROOT = Path(__file__).resolve().parents[1]

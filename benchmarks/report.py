@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from infopo.runs import RunWriter, environment, to_json, write_json_atomic
+from infopo.provenance import environment
+from infopo.runs import RunWriter, to_json, write_json_atomic
 
 NAMES = (
     "probe/change/chosen", "probe/change/rejected", "probe/logps/chosen", "probe/logps/rejected", "probe/margin",

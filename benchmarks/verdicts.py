@@ -22,8 +22,9 @@ from infopo.arguments import InfoPOConfig
 from infopo.build import build_examples
 from infopo.data.examples import ExampleDataset
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
+from infopo.provenance import environment
 from infopo.records import PreferenceExample
-from infopo.runs import environment, write_json_atomic
+from infopo.runs import write_json_atomic
 from infopo.settings import DataSettings
 from infopo.trainer import InfoPOTrainer
 

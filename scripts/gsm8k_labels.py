@@ -12,7 +12,8 @@ from pathlib import Path
 
 from infopo.evaluation.answers import NUMBER_RULES
 from infopo.evaluation.items import Answered, Item
-from infopo.runs import environment, write_json_atomic
+from infopo.provenance import environment
+from infopo.runs import write_json_atomic
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there. Kills and full disks are in test_runs, test_full_disk and test_resume."""
+"""Files and folders are whole or not there. Kills and full disks: test_runs, test_full_disk, test_checkpoint_files."""
 
 import os
 import time

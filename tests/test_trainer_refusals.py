@@ -17,7 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from infopo.arguments import InfoPOConfig, refuse_arguments
+from infopo.arguments import InfoPOConfig
+from infopo.constructor import refuse_arguments
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.errors import (

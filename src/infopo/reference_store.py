@@ -37,7 +37,8 @@ from safetensors import SafetensorError
 from infopo import caches, durable
 from infopo.errors import ReferenceStoreError
 from infopo.output import get_logger
-from infopo.runs import environment, write_json_atomic
+from infopo.provenance import environment
+from infopo.runs import write_json_atomic
 
 logger = get_logger(__name__)
 

@@ -22,7 +22,8 @@ from infopo.data.examples import ExampleDataset
 from infopo.errors import SaveError
 from infopo.losses import foreign
 from infopo.output import get_logger
-from infopo.runs import Dispensable, Record, RunDirectoryError, RunWriter, environment
+from infopo.provenance import environment
+from infopo.runs import Dispensable, Record, RunDirectoryError, RunWriter
 
 logger = get_logger(__name__)
 

@@ -7,7 +7,6 @@ Methods that override `Trainer`'s say what they replace. Those that do not call 
 """
 
 import contextlib
-import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,38 +30,35 @@ from infopo import (
     sharding,
     startup,
 )
-from infopo.arguments import InfoPOConfig, refuse_arguments
-from infopo.data.counts import DataCounts
+from infopo.arguments import InfoPOConfig
+from infopo.constructor import refuse_arguments
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator
 from infopo.data.streaming import ExampleStream
+from infopo.describing import DescribedTrainer
 from infopo.ending import ClosingSummary
 from infopo.errors import UnsupportedArgumentError
 from infopo.intake import Intake, RawDataset
 from infopo.judging import Judge
 from infopo.logps import attention
 from infopo.losses import foreign
-from infopo.losses.catalog import mixture_in_words
 from infopo.losses.coupling import Averages
 from infopo.measuring import Instruments
-from infopo.metrics import absent_in_training
 from infopo.model_card import tags_of
 from infopo.observing import Observer, Subject
-from infopo.output import get_logger, shown
+from infopo.output import get_logger
 from infopo.policy_setup import name_of, set_up_policy, short_name
 from infopo.records import PackedBatch
-from infopo.reference import StoredReference, is_exact, reference_sides, tolerance
+from infopo.reference import StoredReference, is_exact, tolerance
 from infopo.reference_setup import ReferenceBuilder, ReferenceSetup
-from infopo.reference_store import ReferenceStore
 from infopo.refusals import RefusingTrainer
 from infopo.run_files import RunFiles
-from infopo.saving import SavingTrainer
 from infopo.step_loss import EvaluationLoss, RunLoss, StepLoss
 
 logger = get_logger(__name__)
 
 
-class InfoPOTrainer(RefusingTrainer, SavingTrainer):
+class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
     """Aligns a causal language model with preference data.
 
     The interface is that of TRL's `DPOTrainer`. The loss is InfoPO with β = 1, unless `args` name another.
@@ -212,81 +208,6 @@ class InfoPOTrainer(RefusingTrainer, SavingTrainer):
         learning.check_gradients(
             self.model, startup.first(dataset), self.args, self.accelerator.autocast, self._quiet, over_ranks
         )
-
-    def description(self) -> list[str]:
-        """Returns what was set up, in lines: objective, reference, store, path of log-probs, dropout, absent metrics.
-
-        The constructor logs them, and the command line prints them.
-        """
-        sides = " and ".join(sorted(self.reference_sides)) or "no"
-        lines = [
-            f"objective: {self.objective_in_words()}",
-            f"reference: {self.reference_in_words}, for {sides} responses",
-        ]
-        if self.reference_store is not None:
-            lines.append(f"reference store: {self.reference_store.in_words()}")
-        lines.append(f"log-probs: {self.logps_in_words}")
-        lines.append(self._dropout_in_words())
-        lines.append(absent_in_training(self._loss.metric_rule, self.reference_sides) or "")
-        return [shown(line) for line in lines if line]
-
-    def _dropout_in_words(self) -> str:
-        if not self.args.disable_dropout:
-            return ""
-        return late_failures.dropout_in_words(self.model, is_fresh=self._references.adapter_is_fresh)
-
-    def _log_description(self) -> None:
-        if self.is_world_process_zero():
-            is_changed = not self._references.adapter_is_fresh
-            for line in self.description():
-                is_warning = is_changed and line.startswith("dropout: ")
-                logger.log(logging.WARNING if is_warning else logging.INFO, line)
-
-    @property
-    def data_counts(self) -> dict[str, DataCounts]:
-        """What happened to the rows of each dataset: `train`, and `eval` or the name of the evaluation set."""
-        return self._intake.counts
-
-    # ---- objective and reference -------------------------------------------------------------------------------
-
-    def objective_in_words(self) -> str:
-        """Returns name and parameters of the loss, e.g. `InfoPO (beta=1.0, length_normalized=False, cap=5.0)`."""
-        return mixture_in_words(self.mixture)
-
-    @property
-    def reference_sides(self) -> frozenset[str]:
-        """Sides whose reference log-probs are computed for training."""
-        return reference_sides(self.mixture, self.args.reference_sides, "train")
-
-    @property
-    def eval_reference_sides(self) -> frozenset[str]:
-        """Sides whose reference log-probs are computed for evaluation."""
-        return reference_sides(self.mixture, self.args.reference_sides, "eval")
-
-    @property
-    def policy_hash(self) -> str:
-        """Hash of the policy's weights before training."""
-        return self._setup.policy_hash
-
-    @property
-    def reference_hash(self) -> str | None:
-        """Hash of the reference's weights, or None if nothing needs a reference."""
-        return self._setup.hash
-
-    @property
-    def reference_in_words(self) -> str:
-        """Description of the reference."""
-        return self._setup.description
-
-    @property
-    def reference_store(self) -> ReferenceStore | None:
-        """The store of precomputed reference log-probs, or None if there is none."""
-        return self._setup.store
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The model that runs beside the policy as its reference, or None."""
-        return self._setup.model
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from readme import publish, table
 
 from infopo import estimators
-from infopo.runs import environment
+from infopo.provenance import environment
 
 DIMENSIONS = 20
 INFORMATION = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from readme import publish, table
 
 from infopo.losses.registry import loss_function
+from infopo.provenance import environment
 from infopo.records import ResponseLogps, Role
-from infopo.runs import environment
 
 Law = NDArray[np.float64]
 Loss = Callable[[Law], float]

@@ -42,9 +42,10 @@ from infopo.lab import Problem, make_problems, verify
 from infopo.lab.evaluation import MAX_NEW_TOKENS, accuracy, as_prompt
 from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
+from infopo.provenance import environment
 from infopo.records import PreferenceExample, Role
 from infopo.reference_pass import precompute
-from infopo.runs import environment, write_json_atomic
+from infopo.runs import write_json_atomic
 from infopo.trainer import InfoPOTrainer
 from infopo.workers import WorkerPool
 from published_data import mbpp_rows

@@ -23,7 +23,7 @@ from lab_runs import TRACE, Run, finish, options_of
 from lab_world import start
 from readme import publish, table
 
-from infopo.runs import environment
+from infopo.provenance import environment
 
 Record = dict[str, Any]
 

@@ -24,7 +24,7 @@ from lab_world import start
 from readme import publish, table
 from watched_runs import LEAST_SEEDS, METHODS, cells_of, grid, method_of, train_and_watch
 
-from infopo.runs import environment
+from infopo.provenance import environment
 
 Record = dict[str, Any]
 

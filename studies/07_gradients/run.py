@@ -25,7 +25,7 @@ from readme import publish, table
 from watched_runs import AHEAD, LEAST_SEEDS, METHODS, cells_of, grid, method_of, train_and_watch
 
 from infopo.diagnostics import Balance
-from infopo.runs import environment
+from infopo.provenance import environment
 
 Record = dict[str, Any]
 

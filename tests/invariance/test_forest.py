@@ -1,11 +1,8 @@
 """Shared prefixes: log-probs and gradients of the naive path, on every family; a model that cannot share says why."""
 
-import functools
 import itertools
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +13,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BloomConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
     GPT2Config,
-    GPTNeoXConfig,
-    GptOssConfig,
     Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MixtralConfig,
     NemotronConfig,
     NemotronForCausalLM,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from families import (
+    EXAMPLES,
+    FAMILIES,
+    NO_GROUPS,
+    SMALL,
+    assert_agree,
+    assert_same_gradients,
+    prepared,
+    results,
+)
 from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
@@ -46,72 +43,9 @@ from infopo.logps.forward import path_of, prepare, response_logps, self_test
 from infopo.logps.layout import ForestLayout
 from infopo.logps.registration import forest_attention, replacement_name
 from infopo.models import disable_dropout
-from infopo.records import PackedBatch, PreferenceExample
+from infopo.records import PreferenceExample
 from infopo.trainer import InfoPOTrainer
-from worlds import PLAIN_SGD, quick, random_dataset, random_examples, tiny_llama, tiny_of
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-WINDOW = {"sliding_window": 4}
-NO_GROUPS = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL),
-    "mistral, sliding window": MistralConfig(**SMALL, **WINDOW),
-    "qwen2, sliding window": Qwen2Config(**SMALL, **WINDOW, use_sliding_window=True, max_window_layers=1),
-    "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "gemma2, soft cap": Gemma2Config(**SMALL, **WINDOW, head_dim=8, attn_logit_softcapping=2.0,
-                                     final_logit_softcapping=5.0),
-    "gemma3": Gemma3TextConfig(**SMALL, **WINDOW, head_dim=8),
-    "gpt-neox": GPTNeoXConfig(**NO_GROUPS),
-    "gpt-oss, sinks": GptOssConfig(**SMALL, **WINDOW, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
-    "phi3": Phi3Config(**SMALL, **WINDOW),
-    "olmo2": Olmo2Config(**SMALL),
-    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
-}  # fmt: skip
-
-BEGINNING = [7, 9, 11, 8, 12]
-EXAMPLES = [
-    *random_examples(5, chosen=(1, 0, 2), rejected=(1, 2)),
-    PreferenceExample(
-        [5, 6], [[*BEGINNING, 4, 3], [*BEGINNING, 4, 5, 6]], [[9, 9], [*BEGINNING[:3], 3], [*BEGINNING]], "r"
-    ),
-]
-# Relative to the largest value; float32 sums in another order. The design's bound.
-TOLERANCE = 1e-4
-
-
-def results(model: torch.nn.Module, batch: PackedBatch, path: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Log-probs, and gradients of a sum of them with unequal weights."""
-    model.zero_grad()
-    values = response_logps(model, batch, path)
-    (values * torch.linspace(-1, 2, batch.num_responses, dtype=values.dtype)).sum().backward()
-    return values.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def assert_same_gradients(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    largest = max(float(gradient.abs().max()) for gradient in expected)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE * largest)
-
-
-def assert_agree(model: torch.nn.Module, batch: PackedBatch) -> None:
-    values, gradients = results(model, batch, "forest")
-    expected, expected_gradients = results(model, batch, "naive")
-    torch.testing.assert_close(values, expected, rtol=0, atol=TOLERANCE)
-    assert_same_gradients(gradients, expected_gradients)
-
-
-def prepared(family: str) -> torch.nn.Module:
-    model = tiny_of(FAMILIES[family])
-    for name, parameter in model.named_parameters():
-        if "sinks" in name:
-            torch.nn.init.normal_(parameter)  # at zero a sink that is left out could pass
-    disable_dropout(model)
-    assert attention.enable(model) is None
-    return model
+from worlds import PLAIN_SGD, random_dataset, random_examples, tiny_llama, tiny_of
 
 
 @pytest.fixture(params=FAMILIES)
@@ -121,279 +55,6 @@ def model(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 def test_values_and_gradients_are_those_of_the_naive_path(model: torch.nn.Module) -> None:
     assert_agree(model, pack(EXAMPLES))
-
-
-def varlen_attn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
-    max_q: int, max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
-) -> torch.Tensor:  # fmt: skip
-    """What torch's kernel is documented to do, (tokens, heads, width): the last query of a sequence sees its last key,
-    and each as many keys further back as the window says. There is no kernel for CPUs."""
-    outputs = []
-    ends = zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True)
-    for (q0, q1), (k0, k1) in ends:
-        assert q1 - q0 <= max_q
-        assert k1 - k0 <= max_k
-        q, k, v = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
-        back, ahead = window_size
-        seen = (distance >= -ahead) & ((distance <= back) if back >= 0 else True)
-        outputs.append(
-            F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa).transpose(0, 1)
-        )
-    return torch.cat(outputs)
-
-
-def varlen_attn_of_torch_2_11(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
-    max_q: int, max_k: int, *, return_aux: Any = None, scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-) -> torch.Tensor:  # fmt: skip
-    """The signature of torch 2.11, which takes groups without being told."""
-    return varlen_attn(
-        query,
-        key,
-        value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        scale=scale,
-        window_size=window_size,
-        enable_gqa=True,
-    )
-
-
-@pytest.fixture
-def only_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes the kernel of a name take every call on this CPU, without a trial."""
-
-    def choose(name: str) -> None:
-        (kernel,) = (k for k in kernels.KERNELS if k.name == name)
-        table = (replace(kernel, obstacle=lambda call: None, is_tried=False),)
-        monkeypatch.setattr(kernels, "KERNELS", table)
-        monkeypatch.setattr(kernels, "_chosen", {})
-
-    return choose
-
-
-@pytest.mark.parametrize("kernel", [varlen_attn, varlen_attn_of_torch_2_11], ids=["2.12", "2.11"])
-@pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "qwen2, sliding window", "gpt2"])
-def test_one_call_for_all_runs_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None], family: str, kernel: Any
-) -> None:
-    """The call that a GPU gets, with a kernel's documentation in the kernel's place."""
-    calls = []
-    model = tiny_of(FAMILIES[family])
-    disable_dropout(model)
-    assert attention.enable(model) is None
-    only_kernel("varlen")
-
-    @functools.wraps(kernel)
-    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        return kernel(*args, **kwargs)
-
-    monkeypatch.setattr(kernels, "varlen_attn", noted)
-    assert_agree(model, pack(EXAMPLES))
-    assert len(calls) == model.config.num_hidden_layers
-    assert_agree(model, pack([PreferenceExample([5, 6, 7], [[3]], [[4, 5, 6]], "most keys, fewest queries")]))
-
-
-def named(name: str) -> kernels.Kernel:
-    (kernel,) = (k for k in kernels.KERNELS if k.name == name)
-    return kernel
-
-
-def flash_attn_varlen_func(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
-    alibi_slopes: Any = None, deterministic: bool = False, return_attn_probs: bool = False, block_table: Any = None,
-) -> torch.Tensor:  # fmt: skip
-    """The signature of FlashAttention 2, and what it is documented to do with the arguments that are used."""
-    assert causal
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert softcap == 0.0
-    return varlen_attn(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=softmax_scale,
-        window_size=(window_size[0], 0), enable_gqa=True,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2, sliding window"])
-def test_one_call_of_flash_attention_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None], family: str
-) -> None:
-    monkeypatch.setattr(kernels, "flash_varlen", flash_attn_varlen_func)
-    model = prepared(family)
-    only_kernel("flash")
-    assert_agree(model, pack(EXAMPLES))
-
-
-ON_A_GPU = kernels.Call(torch.device("cuda", 0), (9, 0), torch.bfloat16, 4, 2, 64, 64)
-
-
-@pytest.mark.parametrize(
-    ("call", "refused", "taken"),
-    [
-        (ON_A_GPU, "", "varlen"),
-        (replace(ON_A_GPU, has_window=True, dtype=torch.float16), "", "varlen"),
-        (replace(ON_A_GPU, dtype=torch.float32), "half precision", "sdpa"),
-        (replace(ON_A_GPU, capability=(7, 5)), "Ampere", "sdpa"),
-        (replace(ON_A_GPU, width=512, value_width=512), "up to 256", "sdpa"),
-        (replace(ON_A_GPU, width=100, value_width=100), "multiple of 8", "sdpa"),
-        (replace(ON_A_GPU, value_width=128), "one width", "sdpa"),
-        (replace(ON_A_GPU, device=torch.device("cpu"), capability=None), "GPU", "sdpa"),
-        (replace(ON_A_GPU, has_softcap=True), "soft caps", "flex"),
-        (replace(ON_A_GPU, has_sinks=True), "sinks", "flex"),
-        (
-            replace(ON_A_GPU, device=torch.device("cpu"), capability=None, has_sinks=True),
-            "sinks",
-            "written out",
-        ),
-    ],
-)
-def test_a_call_gets_the_first_kernel_that_takes_it(
-    monkeypatch: pytest.MonkeyPatch, call: kernels.Call, refused: str, taken: str
-) -> None:
-    monkeypatch.setattr(kernels, "_chosen", {})
-    monkeypatch.setattr(kernels, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(kernels, "failure", lambda kernel, call: None)  # what a trial says needs the machine
-    assert refused in (named("varlen").obstacle(call) or "")
-    assert kernels.choose(call).name == taken
-    monkeypatch.setattr(kernels, "_chosen", {})
-    monkeypatch.setattr(kernels, "flash_varlen", flash_attn_varlen_func)
-    takes_caps = call == replace(ON_A_GPU, has_softcap=True)
-    assert kernels.choose(call).name == ("flash" if taken == "varlen" or takes_caps else taken)
-    without_caps = lambda q, k, v, softmax_scale, causal, window_size: q  # noqa: E731 - an old version
-    monkeypatch.setattr(kernels, "_chosen", {})
-    monkeypatch.setattr(kernels, "flash_varlen", without_caps)
-    assert kernels.choose(call).name == ("flash" if taken == "varlen" else taken)
-
-
-def test_a_torch_without_the_kernels_windows_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in (None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: query):
-        monkeypatch.setattr(kernels, "varlen_attn", kernel)
-        assert "this torch has none" in (named("varlen").obstacle(ON_A_GPU) or "")
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2, sliding window", "olmo2"])
-def test_under_autocast_a_kernel_gets_one_type(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """Rotary embeddings leave queries and keys in float32 there, which would hide the half precision of the rest."""
-    seen = set()
-
-    def noted(query: Any, key: Any, value: Any, options: Any) -> kernels.Call:
-        seen.add((query.dtype, key.dtype, value.dtype))
-        return described(query, key, value, options)
-
-    described = kernels.Call.of
-    monkeypatch.setattr(kernels.Call, "of", noted)
-    model = prepared(family)
-    with torch.autocast("cpu", torch.bfloat16):
-        response_logps(model, pack(EXAMPLES)).sum().backward()
-    assert seen == {(torch.bfloat16,) * 3}
-
-
-NON_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf"
-"""A compiler looks at it."""
-
-
-def compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, ...]]:
-    """The kernel for soft caps and sinks, compiled as far as a CPU can: products and a softmax, whose backward pass is
-    right there, too, though torch refuses it. Each call adds the types of queries, keys and values to the list."""
-    calls: list[tuple[torch.dtype, ...]] = []
-    kernel = kernels._flex_kernel("aot_eager")
-
-    def noted(*tensors: torch.Tensor, **options: Any) -> Any:
-        calls.append(tuple(t.dtype for t in tensors))
-        return kernel(*tensors, **options)
-
-    monkeypatch.setattr(kernels, "_flex_kernel", lambda: noted)
-    monkeypatch.setattr(kernels.flex, "_validate_device", lambda *tensors: None)
-    return calls
-
-
-@pytest.mark.filterwarnings(NON_LEAF)
-@pytest.mark.parametrize("family", quick(["gemma2, soft cap", "gpt-oss, sinks"], "gpt-oss, sinks"))
-def test_one_compiled_call_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None], family: str
-) -> None:
-    """The call that a GPU gets, for more kinds of layers and passes than a compiler keeps graphs by default."""
-    calls, model = compiled_on_a_cpu(monkeypatch), prepared(family)
-    only_kernel("flex")
-    assert_agree(model, pack(EXAMPLES))
-    assert len(calls) == model.config.num_hidden_layers
-    assert_agree(
-        model, pack([PreferenceExample([5, 6, 7], [[3], [3, 4, 5], [3, 4, 6]], [[4, 5, 6]], "a tree")])
-    )
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(
-        target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    adapted = peft.get_peft_model(prepared(family), lora)
-    for number in (3, 5, 7):
-        assert_agree(adapted, pack(random_examples(number)))
-        with torch.no_grad():
-            response_logps(adapted, pack(random_examples(number)))
-
-
-@pytest.mark.filterwarnings(NON_LEAF)
-def test_under_autocast_a_compiled_call_gets_halves(
-    monkeypatch: pytest.MonkeyPatch, only_kernel: Callable[[str], None]
-) -> None:
-    """Rotary embeddings leave queries and keys in float32 there, and values are halves."""
-    calls, model, batch = compiled_on_a_cpu(monkeypatch), prepared("gemma2, soft cap"), pack(EXAMPLES)
-    only_kernel("flex")
-    with torch.autocast("cpu", torch.bfloat16):
-        values = response_logps(model, batch)
-        expected = response_logps(model, batch, "naive")
-    assert set(calls) == {(torch.bfloat16,) * 3}
-    torch.testing.assert_close(values, expected, rtol=0, atol=0.5)
-
-
-@pytest.mark.filterwarnings(NON_LEAF)
-def test_a_kernel_that_cannot_be_made_is_said_once_and_done_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The trial has a forward and a backward pass of its own, also where it is asked for without gradients."""
-
-    flex, sdpa = (k for k in kernels.KERNELS if k.name in ("flex", "sdpa"))
-    call = kernels.Call(torch.device("cpu"), None, torch.float32, 4, 2, 8, 8, True, True, True)
-
-    def chosen() -> str:
-        with torch.no_grad():
-            return kernels.choose(call).name
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("out of shared memory")
-
-    table = (replace(flex, obstacle=lambda call: None), replace(sdpa, obstacle=lambda call: None))
-    monkeypatch.setattr(kernels, "KERNELS", table)
-    monkeypatch.setattr(kernels, "_chosen", {})
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_flex_kernel", lambda: broken)
-        assert chosen() == chosen() == "sdpa"
-    assert [record.getMessage() for record in caplog.records] == [
-        "the attention kernel 'flex' does not work here, so a slower one runs: out of shared memory"
-    ]
-    monkeypatch.setattr(kernels, "_chosen", {})
-    calls = compiled_on_a_cpu(monkeypatch)
-    assert chosen() == "flex"
-    assert len(calls) == 2  # a long row and a short one
-
-
-def test_a_kernel_that_is_wrong_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
-    """A trial compares: a kernel that runs and forgets the window would train on wrong numbers."""
-    sdpa = next(k for k in kernels.KERNELS if k.name == "sdpa")
-    call = kernels.Call(torch.device("cpu"), None, torch.float32, 4, 2, 8, 8, has_window=True)
-    assert kernels.failure(sdpa, call) is None
-    forgetful = replace(sdpa, run=lambda *args: sdpa.run(*args[:-1], replace(args[-1], window=None)))
-    assert "off by" in (kernels.failure(forgetful, call) or "")
-    halves = replace(call, dtype=torch.bfloat16)
-    assert kernels.failure(sdpa, halves) is None
-    assert "off by" in (kernels.failure(forgetful, halves) or "")
 
 
 class NothingIsRead(TorchDispatchMode):

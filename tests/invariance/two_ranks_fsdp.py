@@ -14,11 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import peft
 import torch
 import torch.distributed
-from test_forest import EXAMPLES, assert_same_gradients, pack, prepared, results
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from families import EXAMPLES, assert_same_gradients, prepared, results
+from infopo.data.packing import pack
 from infopo.logps import attention, lm_head
 from infopo.logps.forward import path_of
 from infopo.logps.wrappers import base_of

@@ -23,7 +23,8 @@ from infopo.evaluation.results import DURING, Response, write_evaluation
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import LoadedModel
 from infopo.output import get_logger
-from infopo.runs import Record, environment
+from infopo.provenance import environment
+from infopo.runs import Record
 
 logger = get_logger(__name__)
 

@@ -3,7 +3,8 @@
 | file | contents |
 |---|---|
 | `family.py` | InfoPO and its family, one bound each: every equation of the paper that trains a model |
-| `pairwise.py` | losses that compare a chosen with a rejected response of one prompt: DPO, IPO, SimPO, ... |
+| `pairwise.py` | losses that compare a chosen with a rejected response of one prompt: DPO, IPO, f-DPO, ... |
+| `reference_free.py` | those without a reference: SimPO, CPO, SLiC-HF, ORPO |
 | `margins.py` | later losses of a pair's margin: BPO, RePO, DiscoPOP, WPO |
 | `transport.py` | AOT: scores of one rank in the step are matched |
 | `moving.py` | β-DPO, α-DPO, BCO: strength or threshold follow moving statistics of the steps so far |

@@ -12,7 +12,8 @@ from infopo.evaluation.judge import Judgements
 from infopo.evaluation.winrate import Duel, calibration
 from infopo.output import say
 from infopo.preflight import check_writable
-from infopo.runs import environment, to_json, write_json_atomic
+from infopo.provenance import environment
+from infopo.runs import to_json, write_json_atomic
 from infopo.workflows.ask_judge import JudgeSettings, refuse_without_verdicts, run_judge
 
 

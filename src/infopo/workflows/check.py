@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from transformers import PreTrainedTokenizerBase
+
 from infopo.build import (
     build_arguments,
     build_examples,
@@ -70,21 +72,7 @@ def check(
         limit = min(recipe.data.limit or ROWS_OF_A_STREAM, ROWS_OF_A_STREAM)
         recipe = replace(recipe, data=replace(recipe.data, limit=limit))
         say(f"the data are streamed: the first {limit} usable rows are looked at")
-    with settings_named(recipe):
-        train, counts = build_examples(recipe.data, tokenizer)
-    say(*counts.lines())
-    report = report_lines(train, tokenizer, recipe.train.get("per_device_train_batch_size", 8))
-    say(*report)
-    evaluation = None
-    if recipe.data.has_eval:
-        with settings_named(recipe):
-            evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
-        say(*eval_counts.lines())
-    color = has_color(sys.stdout)
-    masked = "dim" if color else "in ⟪brackets⟫ within a response"
-    say(f"the first examples; the prompt and what is masked ({masked}) are read and not scored")
-    for index in range(min(RENDERED_EXAMPLES, len(train))):
-        print(display(train[index], tokenizer, color=color))
+    train, evaluation = _look_at_data(recipe, tokenizer)
     _say_verdicts(train)
     say_overlap(recipe.data, items)
     few, few_to_evaluate = _first_step(recipe, train), evaluation and _first_step(recipe, evaluation)
@@ -109,6 +97,27 @@ def check(
     if holds_run(Path(recipe.output_dir)) and not recipe.train.get("resume_from_checkpoint"):
         say(f"note: {recipe.output_dir} already holds a run; `infopo train` will ask for another output_dir")
     say("check passed")
+
+
+def _look_at_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ExampleDataset, ExampleDataset | None]:
+    """Prints what the rows are and what became of them, and returns those to train and to evaluate on."""
+    with settings_named(recipe):
+        train, counts = build_examples(recipe.data, tokenizer)
+    say(*counts.lines())
+    say(*report_lines(train, tokenizer, recipe.train.get("per_device_train_batch_size", 8)))
+    evaluation = None
+    if recipe.data.has_eval:
+        with settings_named(recipe):
+            evaluation, eval_counts = build_examples(recipe.data, tokenizer, evaluation=True)
+        say(*eval_counts.lines())
+    color = has_color(sys.stdout)
+    masked = "dim" if color else "in ⟪brackets⟫ within a response"
+    say(f"the first examples; the prompt and what is masked ({masked}) are read and not scored")
+    for index in range(min(RENDERED_EXAMPLES, len(train))):
+        print(display(train[index], tokenizer, color=color))
+    return train, evaluation
 
 
 def _say_verdicts(dataset: ExampleDataset) -> None:

@@ -35,13 +35,13 @@ from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_demo
+from infopo.provenance import environment
 from infopo.records import PreferenceExample, Role
 from infopo.reference_pass import precompute
 from infopo.report.figures import draw_demo
 from infopo.runs import (
     RunDirectoryError,
     RunWriter,
-    environment,
     read_run,
     write_json_atomic,
     write_text_atomic,

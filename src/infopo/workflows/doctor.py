@@ -17,7 +17,8 @@ from infopo import __version__
 from infopo.caches import default_folder
 from infopo.machine import accelerators
 from infopo.output import say
-from infopo.runs import own_git_state, to_json
+from infopo.provenance import own_git_state
+from infopo.runs import to_json
 from infopo.secrets import is_secret, masked_tree
 
 LIBRARIES = (

@@ -33,8 +33,9 @@ from infopo.model_card import refresh
 from infopo.models import load_for_use, load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable
+from infopo.provenance import environment
 from infopo.run_state import MODELS, last
-from infopo.runs import Record, environment
+from infopo.runs import Record
 from infopo.workflows.overlap import overlap_of_run
 
 

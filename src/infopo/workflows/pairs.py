@@ -23,8 +23,9 @@ from infopo.evaluation.subjects import Subject
 from infopo.evaluation.verifiers import Verifier, verifier_named
 from infopo.output import say
 from infopo.preflight import check_writable
+from infopo.provenance import environment
 from infopo.records import Text
-from infopo.runs import Record, environment, os_errors_named, to_json, write_json_atomic
+from infopo.runs import Record, os_errors_named, to_json, write_json_atomic
 from infopo.workflows.ask_judge import JudgeSettings
 from infopo.workflows.evaluate import subject_of
 from infopo.workflows.judged_pairs import judge_verifier

@@ -25,7 +25,8 @@ from infopo.evaluation.server import ServerSettings
 from infopo.evaluation.winrate import Duel, Outcome, win_rate
 from infopo.output import say
 from infopo.preflight import check_writable
-from infopo.runs import environment, to_json, write_json_atomic, write_text_atomic
+from infopo.provenance import environment
+from infopo.runs import to_json, write_json_atomic, write_text_atomic
 from infopo.workflows.ask_judge import JudgeSettings, refuse_without_verdicts, run_judge
 
 FORMATS = ("markdown", "json", "alpaca_eval")
@@ -97,23 +98,11 @@ def winrate(
     store = Judgements(folder)
     outcomes = run_judge(duels, store, judge, settings)
     refuse_without_verdicts(duels, outcomes, store, judge, settings)
-    result = win_rate(duels, outcomes, sampling.seed)
+    who = {"name": judge.name, "version": judge.version, "template": settings.template, "url": settings.judge}
     record = {
-        "schema_version": 1,
-        "a": a,
-        "b": b,
-        "prompts": prompts,
-        "only_a": only_a,
-        "only_b": only_b,
-        "judge": {
-            "name": judge.name,
-            "version": judge.version,
-            "template": settings.template,
-            "url": settings.judge,
-        },
-        "result": result,
-        "environment": environment(seed=sampling.seed),
-    }
+        "schema_version": 1, "a": a, "b": b, "prompts": prompts, "only_a": only_a, "only_b": only_b, "judge": who,
+        "result": win_rate(duels, outcomes, sampling.seed), "environment": environment(seed=sampling.seed),
+    }  # fmt: skip
     write_text_atomic(folder / DUELS, "".join(f"{to_json(_line(*each))}\n" for each in zip(duels, outcomes)))
     write_json_atomic(folder / WINRATE, record)
     if format == "alpaca_eval":
