@@ -8,7 +8,7 @@ is not counted.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -43,6 +43,9 @@ Record = dict[str, Any]
 
 FOREIGN = "foreign"
 """Labels of verified pairs that the policy has not sampled: their sides begin with the same unlikely line."""
+
+WORDY = "wordy"
+"""Labels of verified pairs with sides that state each line twice: three chosen ones of four, one rejected of four."""
 
 FORWARD = 48
 """Number of rows of a forward pass without gradient."""
@@ -242,10 +245,11 @@ def _pairs(work: Path, lab: str, labels: str, seed: int, n: int) -> list[Prefere
     policy, tokenizer = start_policy(work, lab)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": [], "reference": []}
     if len(found["rows"]) < n:
-        if labels == FOREIGN:
+        if labels in CHANGED:
             _pairs(work, lab, "verified", seed, n)
             kept = work / "pairs" / f"{lab}-{LABS[lab].tuning_steps}-verified-{seed}.json"
-            rows = [_foreign(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"][:n]]
+            verified = json.loads(kept.read_text(encoding="utf-8"))["rows"][:n]
+            rows = [CHANGED[labels](row, index) for index, row in enumerate(verified)]
         else:
             rows = make_pairs(
                 policy, tokenizer, labels=labels, n=n, seed=seed, operations=LABS[lab].operations
@@ -260,15 +264,32 @@ def _pairs(work: Path, lab: str, labels: str, seed: int, n: int) -> list[Prefere
     return [replace(e, reference=r) for e, r in zip(examples, found["reference"], strict=False)]
 
 
-def _foreign(row: Record) -> Record:
+def _foreign(row: Record, index: int) -> Record:
     """Returns a pair whose sides both begin with a line that the policy would not write."""
-    return {
-        **row,
-        **{
-            side: [{**row[side][0], "content": f"0+0=0\n{row[side][0]['content']}"}]
-            for side in ("chosen", "rejected")
-        },
+    return _with(row, lambda side, text: f"0+0=0\n{text}")
+
+
+def _wordy(row: Record, index: int) -> Record:
+    """Returns a pair whose chosen side states its lines twice in three rows of four, and its rejected side in one."""
+
+    def changed(side: str, text: str) -> str:
+        is_wordy = index % 4 > 0 if side == "chosen" else index % 4 == 1
+        return "\n".join(f"{line}\n{line}" for line in text.split("\n")) if is_wordy else text
+
+    return _with(row, changed)
+
+
+def _with(row: Record, change: Callable[[str, str], str]) -> Record:
+    """Returns a row whose responses are changed."""
+    sides = {
+        side: [{**row[side][0], "content": change(side, row[side][0]["content"])}]
+        for side in ("chosen", "rejected")
     }
+    return {**row, **sides}
+
+
+CHANGED = {FOREIGN: _foreign, WORDY: _wordy}
+"""Labels whose pairs are verified ones that are changed."""
 
 
 def encoded(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[PreferenceExample]:

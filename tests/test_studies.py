@@ -179,3 +179,40 @@ def test_a_mean_with_beta_times_the_length_pulls_like_the_sum() -> None:
         loss = sum(term.values.sum() for term in loss_function(objective, dict(parameters))(logps))
         (pull[name],) = torch.autograd.grad(loss, logps.policy)
     assert pull["InfoPO mean, β 0.5 L"].tolist() == pytest.approx(pull["InfoPO sum, β 0.5"].tolist())
+
+
+def test_the_policy_of_the_study_of_diversity_learns_right_answers_and_several_to_a_question() -> None:
+    from infopo.lab.expressions import is_right, parse
+
+    script("08_diversity")
+    rows = sys.modules["expression_runs"].answered(300)
+    assert all(is_right(parse(row.question), row.solution) for row in rows)
+    assert len({row.question for row in rows}) < len(set(rows))
+
+
+def test_the_probability_that_two_right_answers_differ_is_that_of_drawing_two() -> None:
+    from collections import Counter
+    from itertools import combinations
+
+    script("08_diversity")
+    differing = sys.modules["expression_runs"].differing
+    for drawn in ("aabbc", "aaaa", "abcd", "ab"):
+        couples = [a != b for a, b in combinations(drawn, 2)]
+        assert differing(Counter(drawn)) == pytest.approx(sum(couples) / len(couples))
+    assert differing(Counter("a")) is None
+
+
+def test_a_method_is_compared_with_sft_on_the_line_between_two_rates_question_by_question() -> None:
+    study = script("08_diversity")
+    shape = study.Shape(1, 2, 1, 1, 2, 2, (1e-4, 1e-3), 2)
+
+    def run(method: str | None, rate: float, kl: float, *scores: float | None) -> dict[str, object]:
+        questions = {name: list(scores) for name in study.COMPARED}
+        return {"seed": 1, "method": method, "rate": rate, "points": [{"kl": kl}], "questions": questions}
+
+    runs = [
+        run(None, 0.0, 0.0, 0.5, 0.5),
+        run("DPO, β 1", 1e-3, 0.3, 1.0, None),
+        run("DPO, β 1", 1e-4, 0.05, 0.6, 0.5),
+    ]
+    assert study.by_question(runs, shape, 1, "DPO, β 1", "share", 0.1) == {(1, 0): pytest.approx(0.68)}
