@@ -159,6 +159,7 @@ def test_what_keeps_the_recipe_from_running_is_said_and_the_recipe_written(
     assert "there is no folder ./not/there here" in out
     assert "to mend: data.path (line" in out
     assert "nothing.jsonl: no file here, so its rows are not looked at" in out
+    assert "note: the rows could not be looked at: the data are taken for paired" in out
     assert "note: deepspeed shares a model out over several accelerators; there are 0 here" in out
     assert (
         "Next: infopo check mine.yaml train.deepspeed=, then torchrun --nproc-per-node 2 -m infopo train"

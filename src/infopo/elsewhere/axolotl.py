@@ -285,15 +285,18 @@ def _trackers(made: Conversion) -> None:
 
 
 def _sharding(made: Conversion) -> None:
-    """FSDP: a list of switches in version 1, a mapping in version 2."""
+    """FSDP: a list of switches in version 1, a mapping in version 2. Recipes have version 2, whose runs are resumed."""
     config = made.get("fsdp_config")
     if not isinstance(config, dict) and not made.has("fsdp"):
         made.need_not("fsdp_version", "there is no FSDP")
         return
-    version = made.get("fsdp_version") or (config or {}).get("fsdp_version") or (1 if made.has("fsdp") else 2)
     read = ["fsdp_config", *(["fsdp_version"] if made.has("fsdp_version") else [])]
     made.take("fsdp_version"), made.take("fsdp_config")
-    settings: dict[str, Any] = {"version": version}
+    settings: dict[str, Any] = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    if made.has("fsdp"):
+        made.differences.append(
+            "fsdp: version 2 shares out the same tensors as version 1, each along its first side."
+        )
     for key, value in (config or {}).items():
         name = key.removeprefix("fsdp_")
         if name in FSDP:

@@ -64,7 +64,7 @@ def init(path: str | Path, given: Mapping[str, Any], ask: Callable[[str], str] |
     write_new(path, recipe_for(case, path.name))
     say(f"{path} is written: {case.objective}, {case.method}, {case.kind} data, {_described(machine)}")
     for line in (
-        *(f"note: {note}" for note in _notes(case, machine)),
+        *(f"note: {note}" for note in _notes(case, machine, seen.settings)),
         *(f"to mend: {p}" for p in _problems(path)),
     ):
         say(line)
@@ -100,12 +100,12 @@ class _Seen:
 
 
 def _look_at(source: str) -> _Seen:
-    if not source.startswith("lab:") and not Path(source).expanduser().exists() and "*" not in source:
-        return _Seen({}, f"{source}: no file here, so its rows are not looked at (a name on the hub?)")
-    if source.startswith("lab:"):
+    if source in ("lab:verified", "lab:graded"):
         return _Seen(
             {"kind": "paired", "is_text": True, "eval_split": "test"}, f"{source}: paired data of the lab"
         )
+    if not Path(source).expanduser().exists() and "*" not in source:
+        return _Seen({}, f"{source}: no file here, so its rows are not looked at (a name on the hub?)")
     counts = DataCounts(on_bad_row="skip")
     try:
         rows = list(islice(read_rows(source, counts), ROWS_READ))
@@ -126,7 +126,7 @@ def _described(machine: Accelerators) -> str:
     return f"{machine.count} x {machine.names[0]}{'' if machine.bf16 else ', without bfloat16'}"
 
 
-def _notes(case: Case, machine: Accelerators) -> list[str]:
+def _notes(case: Case, machine: Accelerators, seen: Mapping[str, Any]) -> list[str]:
     """Returns what of this machine does not suit the recipe, which may be meant for another one."""
     notes = []
     if case.method == "qlora" and not machine.count:
@@ -137,7 +137,9 @@ def _notes(case: Case, machine: Accelerators) -> list[str]:
         )
     if case.parallel == "deepspeed" and not is_installed("deepspeed"):
         notes.append("deepspeed is not installed: pip install deepspeed")
-    if case.is_text:
+    if not seen:
+        notes.append(f"the rows could not be looked at: the data are taken for {case.kind} (--data-kind)")
+    elif case.is_text:
         notes.append("prompts are plain text: set data.as_chat to true if the model is a chat model")
     parameters = number_of_parameters(Path(case.model).expanduser()) if Path(case.model).is_dir() else None
     if parameters:
