@@ -26,7 +26,7 @@ from readme import publish, table
 
 from infopo.evaluation.comparison import p_text
 from infopo.paired import compare_scores, holm
-from infopo.runs import environment
+from infopo.provenance import environment
 
 Record = dict[str, Any]
 
