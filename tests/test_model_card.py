@@ -14,6 +14,7 @@ import infopo
 from infopo.arguments import InfoPOConfig
 from infopo.citations import entry, paper_of
 from infopo.data.counts import DataCounts
+from infopo.hashing import hash_weights
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.losses.catalog import OBJECTIVES
 from infopo.model_card import Card, refresh, render
@@ -64,7 +65,7 @@ def test_every_saved_model_has_a_card_and_tags(tmp_path: Path) -> None:
         ):
             assert part in card, part
         assert "2505.08507" not in card, "DPO is not InfoPO's"
-        assert f"| weights at the start | hash {trainer.policy_hash} |" in card
+        assert f"| weights of the base | hash {trainer.policy_hash} |" in card
         assert f"| tokens trained on | SHA-256 {trainer.data_hash()} |" in card
     assert {"infopo", "dpo"} <= set(trainer.model.model_tags)
 
@@ -82,6 +83,8 @@ def test_an_adapters_card_takes_the_place_of_pefts_blank_form_and_its_base_is_fo
     assert "More Information Needed" not in card
     assert header(card)["library_name"] == "peft"
     assert "An adapter of `sft`" in card
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "sft", dtype="float32")
+    assert f"| weights of the base | hash {hash_weights(base).whole} |" in card
     assert str(tmp_path) not in card
     monkeypatch.chdir(tmp_path)
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -163,8 +166,8 @@ def test_a_card_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 def test_rows_that_were_skipped_are_told_with_their_reason(tmp_path: Path) -> None:
     counts = DataCounts(source="/home/me/a.jsonl + org/b", rows=5, used=3)
     counts.skipped["tie"] = 2
-    card = render(Card("m", None, [("sft", {}, 1.0)], "none", accounts=[counts], data_hash="abc"))
-    assert "| rows of a.jsonl + org/b | 5 read, 3 used, 2 skipped; 2 skipped: tie |" in card
+    card = render(Card("m", None, [("sft", {}, 1.0)], "none", accounts={"train": counts}, data_hash="abc"))
+    assert "| rows, train | a.jsonl + org/b: 5 read, 3 used, 2 skipped; 2 skipped: tie |" in card
     assert "@misc" not in card, "likelihood has no paper of its own"
 
 

@@ -91,6 +91,11 @@ class DescribedTrainer(SavingTrainer):
         return self._setup.policy_hash
 
     @property
+    def base_hash(self) -> str:
+        """Hash of the weights beneath the policy's adapter before training, or of all if it has none."""
+        return self._setup.base_hash
+
+    @property
     def reference_hash(self) -> str | None:
         """Hash of the reference's weights, or None if nothing needs a reference."""
         return self._setup.hash

@@ -2,9 +2,8 @@
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from infopo.errors import InfoPOError
 from infopo.output import get_logger
-from infopo.report.closing import closing_lines
+from infopo.report.closing import ending
 
 logger = get_logger(__name__)
 
@@ -20,10 +19,5 @@ class ClosingSummary(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not state.global_step:
             return
-        try:
-            lines = closing_lines(str(args.output_dir))
-        except (InfoPOError, OSError) as error:  # files could not be written, which was said then
-            logger.info("no summary of the run: %s", error)
-            return
-        for line in lines:
+        for line in ending(str(args.output_dir)):
             logger.info(line)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Card:
         reference: Where reference log-probs came from, in words.
         datasets: Names of the data, which are empty if they are not known.
         rows: Number of rows trained on, or None for a stream.
-        accounts: What happened to the rows of each dataset.
+        accounts: What happened to the rows of each dataset, by its role, `train` or `eval`.
         data_hash: SHA-256 of the tokens that were trained on, or None.
         settings: What else a reader wants to know of the run: learning rate, steps, ...
         is_adapter: Whether an adapter is saved and not a whole model.
@@ -65,7 +65,7 @@ class Card:
     base_hash: str | None = None
     datasets: Sequence[str] = ()
     rows: int | None = None
-    accounts: Sequence[DataCounts] = ()
+    accounts: Mapping[str, DataCounts] = field(default_factory=dict)
     data_hash: str | None = None
     settings: Mapping[str, Any] | None = None
     is_adapter: bool = False
@@ -136,10 +136,12 @@ def _body(card: Card) -> list[str]:
             lines.append(f"| source of the loss | `{_cell(name)}`, SHA-256 {digest} |")
     lines.append(f"| reference | {_cell(card.reference)} |")
     if card.base_hash:
-        lines.append(f"| weights at the start | hash {_cell(card.base_hash)} |")
+        lines.append(f"| weights of the base | hash {_cell(card.base_hash)} |")
     if names or card.rows is not None:
         lines.append(f"| data | {_cell(names)}{f' ({card.rows} rows)' if card.rows is not None else ''} |")
-    lines += [f"| rows of {_cell(name)} | {_cell(text)} |" for name, text in map(_account, card.accounts)]
+    lines += [
+        f"| rows, {_cell(role)} | {_cell(_account(counts), 600)} |" for role, counts in card.accounts.items()
+    ]
     if card.data_hash:
         lines.append(f"| tokens trained on | SHA-256 {_cell(card.data_hash)} |")
     lines += [f"| {key} | {_cell(str(value))} |" for key, value in (card.settings or {}).items()]
@@ -160,11 +162,11 @@ def _body(card: Card) -> list[str]:
     ]
 
 
-def _account(counts: DataCounts) -> tuple[str, str]:
-    """Returns the name of a dataset, and what happened to its rows."""
-    name = " + ".join(_shown(part) for part in (counts.source or "the data").split(" + "))
-    parts = [f"{counts.rows} read, {counts.used} used, {sum(counts.skipped.values())} skipped"]
-    return name, "; ".join([*parts, *(f"{n} skipped: {why}" for why, n in counts.skipped.most_common())])
+def _account(counts: DataCounts) -> str:
+    """Returns what happened to the rows of a dataset, with its name."""
+    name = " + ".join(_shown(part) for part in counts.source.split(" + ")) if counts.source else "unnamed"
+    parts = [f"{name}: {counts.rows} read, {counts.used} used, {sum(counts.skipped.values())} skipped"]
+    return "; ".join([*parts, *(f"{n} skipped: {why}" for why, n in counts.skipped.most_common())])
 
 
 def _citations(card: Card) -> list[str]:
@@ -225,12 +227,12 @@ def card_of(
     return Card(
         name=name or hub or Path(args.output_dir).resolve().name,
         base=trainer.base_name,
-        base_hash=trainer.policy_hash,
+        base_hash=trainer.base_hash,
         mixture=trainer.mixture,
         reference=trainer.reference_in_words,
         datasets=datasets or trainer.dataset_names,
         rows=len(data) if isinstance(data := trainer.train_dataset, ExampleDataset) else None,
-        accounts=[counts for counts in trainer.data_counts.values() if counts.rows],
+        accounts={role: counts for role, counts in trainer.data_counts.items() if counts.rows},
         data_hash=trainer.data_hash(),
         settings=_settings(trainer),
         is_adapter=is_peft_model(trainer.model),
@@ -369,6 +371,7 @@ def as_merged(text: str, name: str) -> str | None:
     header["tags"] = [tag for tag in header["tags"] if tag not in ("lora", "peft", "adapter")]
     for index in header.get("model-index") or []:
         index["name"] = _plain(name)
+    body = body.replace(f"\n# {header.get('model_name')}\n", f"\n# {_plain(name)}\n", 1)
     return _front({**header, "model_name": _plain(name)}) + body.replace(
         "\nAn adapter of `", "\nAn adapter, merged into its base `", 1
     )

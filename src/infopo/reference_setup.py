@@ -53,6 +53,7 @@ class ReferenceSetup:
         train: Gives the reference log-probs of a batch in training.
         evaluation: Gives those of a batch in evaluation.
         policy_hash: Hash of the policy's weights before training.
+        base_hash: That of the weights beneath its adapter, or the same if it has none.
         hash: Hash of the reference's weights, or None if nothing needs a reference.
         description: What the reference is, in words.
         policy_is_reference: Whether policy and reference are the same function before the first update.
@@ -64,6 +65,7 @@ class ReferenceSetup:
     train: Reference
     evaluation: Reference
     policy_hash: str
+    base_hash: str
     hash: str | None
     description: str
     policy_is_reference: bool
@@ -167,6 +169,7 @@ class ReferenceBuilder:
         # A new adapter changes nothing at first, unless its initialisation rewrites the base (PiSSA, OLoRA).
         common: dict[str, Any] = {
             "policy_hash": choice.policy_weights.whole,
+            "base_hash": choice.policy_weights.base,
             "policy_is_reference": not is_own and (source != "adapter-off" or self.adapter_is_fresh),
             "description": "a model of its own" if is_own else "the policy as it is now",
         }

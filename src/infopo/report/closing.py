@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infopo.errors import InfoPOError
 from infopo.evaluation.results import TaskFigure, folder_of_run, task_figures
 from infopo.report.comparing import model_of, recipe_tree
 from infopo.report.headline import Column, column, metric, metric_at_start
@@ -79,6 +80,14 @@ def _of_column(run: ReportRun, of: Column, name: str) -> Change:
     before = metric_at_start(run, name=name) if is_same else None
     title = of.title[0].lower() + of.title[1:]
     return Change(title, of.unit, before, after, signed=of.sign)
+
+
+def ending(run_dir: str | Path, base: str | None = None) -> list[str]:
+    """Returns `closing_lines`, or one that says why there are none: a run has ended well even if a file is damaged."""
+    try:
+        return closing_lines(run_dir, base)
+    except (InfoPOError, OSError) as error:
+        return [f"no summary of the run: {error}"]
 
 
 def closing_lines(run_dir: str | Path, base: str | None = None) -> list[str]:

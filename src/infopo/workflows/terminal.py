@@ -80,12 +80,12 @@ def cell(value: float | None, *, signed: bool = False) -> str:
 
     Example:
         >>> cell(0.1234), cell(-12.5, signed=True), cell(123456.0), cell(None)
-        ('    0.123', '  -12.500', ' 1.23e+05', '        -')
+        ('    0.123', '  -12.500', '  1.2e+05', '        -')
     """
     if value is None:
         return "-".rjust(CELL)
     sign = "+" if signed else ""
-    text = f"{value:{sign}.3f}" if 0.0005 <= abs(value) < 1000 or value == 0 else f"{value:{sign}.3g}"
+    text = f"{value:{sign}.3f}" if 0.0005 <= abs(value) < 1000 or value == 0 else f"{value:{sign}.2g}"
     return text.rjust(CELL)
 
 

@@ -15,7 +15,7 @@ from infopo.errors import ConfigError
 from infopo.model_card import refresh
 from infopo.output import say
 from infopo.preflight import preflight
-from infopo.report.closing import closing_lines
+from infopo.report.closing import ending
 from infopo.run_files import RunFiles
 from infopo.runs import RunWriter
 from infopo.trainer import InfoPOTrainer
@@ -94,7 +94,7 @@ def _train(recipe: Recipe) -> None:
             writer.write_evaluation(metrics)
     if is_main:
         refresh(run_dir)
-        say(*closing_lines(run_dir, recipe.model.name_or_path))
+        say(*ending(run_dir, recipe.model.name_or_path))
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()
 
