@@ -92,6 +92,26 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
+ODD = [True, False, 0, -1, 0.25, "text", [], [1, "a"], {}, {"a": {"b": [2]}}, "a\nb: #c", "\x1b[31m", 10**30]
+
+
+@pytest.mark.long
+@each_example
+def test_an_odd_value_is_converted_named_or_refused_by_name(path: Path):
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tool = tool_of(given)
+    for index, key in enumerate(given):
+        for value in ODD[index % 3 :: 3]:
+            try:
+                conversion = TOOLS[tool]({**given, key: value}, path)
+                conversion.rest()
+                text = conversion.recipe(path.name)
+            except ConfigError:
+                continue
+            parse_recipe(text, source=f"{key}: {value!r}", train_fields=quick_train_fields())
+            assert unnamed([key], text) == []
+
+
 @pytest.mark.long
 def test_every_setting_of_trls_configurations_is_converted_or_named(tmp_path: Path):
     """Each alone, at its default and at another value: nothing crashes, and the recipe names it."""
@@ -194,6 +214,7 @@ def test_the_loss_is_that_of_the_tool(
     [
         ("llama-factory", {"stage": "sft"}, "the stages dpo and kto are converted"),
         ("llama-factory", {"pref_loss": "bco"}, "pref_loss"),
+        ("llama-factory", {"pref_loss": ["sigmoid"]}, "pref_loss"),
         ("axolotl", {"rl": "grpo"}, "rl: grpo"),
         ("axolotl", {"rl": None}, "rl"),
         ("axolotl", {"rl_beta": -1}, "beta: expected a value > 0, got -1"),

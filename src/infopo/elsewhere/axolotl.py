@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from infopo.elsewhere import axolotl_data
-from infopo.elsewhere.conversion import Conversion, Named, listed
+from infopo.elsewhere.conversion import Conversion, Named, is_number, listed
 from infopo.elsewhere.losses import put_loss
 from infopo.errors import ConfigError
 
@@ -216,7 +216,8 @@ def _training(made: Conversion) -> None:
     for key, strategy in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
         per_epoch = made.get(key)
         has_data = strategy == "save" or made["data.eval_path"] or made["data.eval_split"]
-        if isinstance(per_epoch, int) and per_epoch and has_data and made.get("max_steps") is None:
+        is_known = is_number(per_epoch) and is_number(epochs) and per_epoch > 0 and epochs > 0
+        if is_known and has_data and made.get("max_steps") is None:
             made.take(key)
             # As Axolotl itself computes it: a number below 1 is a share of all steps.
             share = 1 / (per_epoch * epochs) if per_epoch > 1 else 1
@@ -290,6 +291,9 @@ def _sharding(made: Conversion) -> None:
     if not isinstance(config, dict) and not made.has("fsdp"):
         made.need_not("fsdp_version", "there is no FSDP")
         return
+    if not isinstance(config, dict):
+        made.lose("fsdp_config", "expected a mapping")
+        config = {}
     read = ["fsdp_config", *(["fsdp_version"] if made.has("fsdp_version") else [])]
     made.take("fsdp_version"), made.take("fsdp_config")
     settings: dict[str, Any] = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
@@ -297,7 +301,7 @@ def _sharding(made: Conversion) -> None:
         made.differences.append(
             "fsdp: version 2 shares out the same tensors as version 1, each along its first side."
         )
-    for key, value in (config or {}).items():
+    for key, value in config.items():
         name = key.removeprefix("fsdp_")
         if name in FSDP:
             read += [key] if name != key else []

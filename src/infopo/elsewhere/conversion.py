@@ -265,3 +265,8 @@ def listed(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from infopo.elsewhere import llama_factory_data
-from infopo.elsewhere.conversion import Conversion, Named, listed
+from infopo.elsewhere.conversion import Conversion, Named, is_number, listed
 from infopo.errors import ConfigError
 
 LOSSES: Mapping[str, str] = {
@@ -80,7 +80,7 @@ def conversion(given: Mapping[str, Any], path: Path) -> Conversion:
             f"{path}: this is a file of LLaMA-Factory's v1, which names no loss; files of `stage` are converted"
         )
     made = Conversion("LLaMA-Factory", given)
-    stage, loss = made.take("stage", "sft"), made.take("pref_loss", "sigmoid")
+    stage, loss = made.take("stage", "sft"), str(made.take("pref_loss", "sigmoid"))
     if stage not in ("dpo", "kto"):
         raise ConfigError(
             f"{path}: stage: {stage}: infopo trains on preferences; the stages dpo and kto are converted"
@@ -106,7 +106,8 @@ def _model(made: Conversion) -> None:
     kind = made.take("finetuning_type", "lora")
     if kind == "lora":
         made.put("model.adapter.r", made.take("lora_rank", 8), "finetuning_type; lora_rank")
-        alpha = made.take("lora_alpha", 2 * made["model.adapter.r"])
+        rank = made["model.adapter.r"]
+        alpha = made.take("lora_alpha", 2 * rank if is_number(rank) else 16)
         made.put("model.adapter.lora_alpha", alpha, "lora_alpha; twice the rank by default")
         made.move("lora_dropout", "model.adapter.lora_dropout")
         modules = listed(made.take("lora_target", "all"))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from infopo.elsewhere.conversion import Conversion, Named, listed
+from infopo.elsewhere.conversion import Conversion, Named, is_number, listed, number
 
 KNOWN: Mapping[str, str] = {
     "dpo_mix_en": "llamafactory/DPO-En-Zh-20k",
@@ -48,7 +48,7 @@ def data(made: Conversion, path: Path) -> None:
         "dataset_dir", f"its files were looked up in {found}" if found else "no dataset_info.json is there"
     )
     for key, target in (("dataset", "data.path"), ("eval_dataset", "data.eval_path")):
-        names = listed(made.get(key))
+        names = [str(name) for name in listed(made.get(key))]
         if not names:
             continue
         sources = [_source(made, name, described, found, is_main=key == "dataset") for name in names]
@@ -153,15 +153,16 @@ def _strange_tags(tags: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _mixture(made: Conversion) -> None:
-    strategy, shares = made.get("mix_strategy", "concat"), listed(made.get("interleave_probs"))
+    strategy, shares = (
+        made.get("mix_strategy", "concat"),
+        [number(str(share)) for share in listed(made.get("interleave_probs"))],
+    )
     sources = made["data.path"]
     if strategy == "concat":
         made.need_not("mix_strategy", "all rows of a list of sources are taken")
         return
-    if isinstance(sources, list) and len(shares) == len(sources):
-        made.put(
-            "data.path", dict(zip(sources, map(float, shares), strict=True)), "dataset; interleave_probs"
-        )
+    if isinstance(sources, list) and len(shares) == len(sources) and all(map(is_number, shares)):
+        made.put("data.path", dict(zip(sources, shares, strict=True)), "dataset; interleave_probs")
         made.take("interleave_probs")
         made.differences.append(
             "mix_strategy: a mixture ends here where a source runs out, and no row is repeated."

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from infopo.elsewhere.conversion import Conversion, Named, number
+from infopo.elsewhere.conversion import Conversion, Named, is_number, number
 from infopo.errors import ConfigError
 from infopo.trl_names import LossSettings
 from infopo.yaml_tree import in_yaml
@@ -67,15 +67,11 @@ def _typed(name: str, value: Any) -> Any:
     elif name == "use_weighting":
         is_right, expected = isinstance(value, bool), "true or false"
     elif name == "loss_weights":
-        is_right = value is None or (isinstance(value, list) and all(map(_is_number, value)))
+        is_right = value is None or (isinstance(value, list) and all(map(is_number, value)))
         expected = "a list of numbers"
     else:
         value = number(value) if isinstance(value, str) else value
-        is_right, expected = _is_number(value), "a number"
+        is_right, expected = is_number(value), "a number"
     if not is_right:
         raise ConfigError(f"{name}: expected {expected}, got {in_yaml(value)}")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
