@@ -73,7 +73,7 @@ class Task:
     """
 
     name: str
-    load: Callable[[str | None], list[Item]]
+    load: Callable[[str | None], Sequence[Item]]
     rules: Mapping[str, Rule]
     max_new_tokens: int
     examples: Sequence[tuple[str, str]] = ()

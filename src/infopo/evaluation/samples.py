@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.items import Item
+from infopo.evaluation.spooled import Places
 from infopo.runs import JsonLines, os_errors_named
 from infopo.texts import Text
 
@@ -96,7 +97,7 @@ def seed_of(seed: int, prompt: str, sample: int) -> int:
 
 
 class SampleStore:
-    """Samples in a folder. Lines stay on disk, only their keys are in memory.
+    """Samples in a folder. Lines stay on disk, and so do their keys.
 
     A shard writes a file of its own, and everybody reads all of them.
 
@@ -114,7 +115,7 @@ class SampleStore:
         name = SAMPLES if shard is None else f"samples-{shard[0]}-of-{shard[1]}.jsonl"
         self.path = folder / name
         self._lines = JsonLines(self.path)
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._places = Places()
         self._lock = FileLock(folder / f".{name}.lock")
         self._open()
 
@@ -130,9 +131,9 @@ class SampleStore:
                 ) from None
         # An empty append ends half a line that a kill has left. Of a process that is writing, it would end a whole one.
         self._lines.append()
-        for path in sorted(self.path.parent.glob("samples*.jsonl")):
-            for place, record in _records(path):
-                self._places.setdefault(record["key"], (path, place))
+        for number, path in enumerate(sorted(self.path.parent.glob("samples*.jsonl"))):
+            # Of two lines with one key, that of the first file is taken.
+            self._places.add((record["key"], number, path, place) for place, record in _records(path))
 
     def __enter__(self) -> "SampleStore":
         return self
@@ -147,7 +148,7 @@ class SampleStore:
         return len(self._places)
 
     def __getitem__(self, key: str) -> Sample:
-        path, place = self._places[key]
+        path, place = self._places.of(key)[0]
         with path.open("rb") as file:
             file.seek(place)
             return to_sample(json.loads(file.readline()))
@@ -166,9 +167,11 @@ class SampleStore:
         self._lines.append(*records)
         with self.path.open("rb") as file:
             file.seek(place)
+            lines = []
             for sample in samples:
-                self._places[sample.key] = (self.path, file.tell())
+                lines.append((sample.key, 0, self.path, file.tell()))
                 file.readline()
+        self._places.add(lines)
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
@@ -186,21 +189,19 @@ def read_samples(path: Path) -> Iterator[Sample]:
 
 
 def samples_by_item(path: Path, items: Sequence[Item]) -> Iterator[tuple[Item, list[Sample]]]:
-    """Yields each item with its samples in a file, in the order of the items. Only places of lines are in memory.
+    """Yields each item with its samples in a file, in the order of the items. No more than those are in memory.
 
     Raises:
         DataError: The file cannot be read, or a line of it is no sample.
     """
     if not path.is_file():
         raise DataError(f"there is no file {path}", str(path), "no such file")
-    places: dict[str, list[tuple[int, int]]] = {item.id: [] for item in items}
-    for place, record in _records(path):
-        if record["item"] in places:
-            places[record["item"]].append((record["sample"], place))
+    places = Places()
+    places.add((record["item"], record["sample"], path, place) for place, record in _records(path))
     with path.open("rb") as file:
         for item in items:
             found = []
-            for _, place in sorted(places[item.id]):
+            for _, place in places.of(item.id):
                 file.seek(place)
                 found.append(to_sample(json.loads(file.readline())))
             yield item, found

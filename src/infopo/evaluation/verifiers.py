@@ -4,6 +4,7 @@ Imports no torch but for reward models.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from infopo.evaluation import sandbox
 from infopo.evaluation.items import Answered, Item, Task
 from infopo.evaluation.lab_task import lab_item
 from infopo.evaluation.questions import prompt_of
+from infopo.evaluation.spooled import SpooledItems
 from infopo.evaluation.task_rows import task_rows
 from infopo.evaluation.tasks import TASKS
 from infopo.evaluation.tasks import task as task_named
@@ -24,6 +26,9 @@ Score: TypeAlias = bool | float | None
 """Right or wrong, or any number, or none."""
 
 _LAB_PROBLEMS = 1000
+
+_LAB = re.compile(r"lab(?::(\d+))?")
+"""Prompts of the lab, with the seed of its problems."""
 
 _MAX_NEW_TOKENS = 512
 
@@ -41,7 +46,7 @@ class Verifier:
 
     name: str
     task: Task
-    load: Callable[[str | None], list[Item]]
+    load: Callable[[str | None], Sequence[Item]]
     score: Callable[[Sequence[Answered]], Sequence[Score]]
 
 
@@ -93,10 +98,10 @@ def _of_task(name: str, limit: int | None, isolation: str | None) -> Verifier:
         say(f"code runs in: {sandbox.allow(isolation)}")
     rule = task.rules[task.headline]
 
-    def load(prompts: str | None) -> list[Item]:
+    def load(prompts: str | None) -> Sequence[Item]:
         # The task's own problems are held out for evaluation.
-        if name == "lab" and prompts in (None, "lab"):
-            problems = make_problems(limit or _LAB_PROBLEMS, 0, "preference")
+        if name == "lab" and (found := _LAB.fullmatch(prompts or "lab")):
+            problems = make_problems(limit or _LAB_PROBLEMS, int(found[1] or 0), "preference")
             return [lab_item(problem, number) for number, problem in enumerate(problems)]
         if prompts is None:
             raise ConfigError(f"--prompts: expected a file with problems to train on for the verifier {name}")
@@ -157,14 +162,14 @@ def _number(score: Any, problem: str) -> Score:
     return value
 
 
-def _load_rows(prompts: str | None) -> list[Item]:
-    """Returns the rows of a file as items, whose gold is the whole row."""
+def _load_rows(prompts: str | None) -> SpooledItems:
+    """Returns the rows of a file as items, whose gold is the whole row. They are not in memory."""
     if prompts is None:
         raise ConfigError("--prompts: expected a file")
     rows = task_rows("pairs", prompts, ("", None, "train"))
-    return [
+    return SpooledItems(
         Item(f"row/{number}", prompt_of(row, row_id), dict(row)) for number, (row_id, row) in enumerate(rows)
-    ]
+    )
 
 
 def _of_reward(name: str, model: str) -> Verifier:

@@ -30,7 +30,6 @@ from infopo.generate import sample
 from infopo.intervals import Z_95
 from infopo.lab import Problem, make_problems
 from infopo.lab.evaluation import MAX_NEW_TOKENS, AccuracyResult, as_prompt, one_thread
-from infopo.lab.preferences import make_pairs
 from infopo.losses.catalog import OBJECTIVES
 from infopo.models import LAB_POLICY, load_policy, load_tokenizer
 from infopo.output import say
@@ -49,6 +48,7 @@ from infopo.runs import (
 from infopo.settings import DataSettings, ModelSettings, ObjectiveSettings, ReferenceSettings
 from infopo.workers import WorkerPool
 from infopo.workflows.demo_comparison import against_start, comparison_lines, solve
+from infopo.workflows.demo_pairs import lab_pairs
 from infopo.workflows.report import report
 from infopo.workflows.train import write_recipe
 
@@ -232,16 +232,10 @@ def _line(name: str, r: Result) -> str:
 
 def _sample_pairs(setting: Setting) -> str:
     """Writes the pairs, of which the last are held out, and returns an account of them."""
-    reference, tokenizer = load_policy(LAB_POLICY), load_tokenizer(LAB_POLICY)
-    n = TRAIN_PAIRS + HELD_OUT_PAIRS
-    pairs = make_pairs(reference, tokenizer, labels=setting.labels, n=n, seed=setting.seed)
-    for part, rows in (("train", pairs.rows[:TRAIN_PAIRS]), ("held_out", pairs.rows[TRAIN_PAIRS:])):
-        write_text_atomic(setting.pairs_path(part), "".join(json.dumps(row) + "\n" for row in rows))
-    without = ", ".join(f"{count} {reason}" for reason, count in pairs.skipped.items()) or "none"
-    return (
-        f"{n} {setting.labels} pairs from {pairs.samples} samples of the SFT policy ({pairs.right / pairs.samples:.0%} "
-        f"right) on {pairs.problems} problems; problems without a pair: {without}"
-    )
+    rows, said = lab_pairs(setting.labels, TRAIN_PAIRS + HELD_OUT_PAIRS, setting.seed, setting.directory)
+    for part, own in (("train", rows[:TRAIN_PAIRS]), ("held_out", rows[TRAIN_PAIRS:])):
+        write_text_atomic(setting.pairs_path(part), "".join(json.dumps(row) + "\n" for row in own))
+    return said
 
 
 @cache
