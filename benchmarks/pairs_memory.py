@@ -30,12 +30,12 @@ def length(prompts, completions, **columns):
 
 
 def write_prompts(folder: Path, count: int) -> Path:
-    """Writes prompts of about 300 characters, and the function that scores responses to them."""
+    """Writes short prompts, and the function that scores responses to them. The rows have a text of 600 characters."""
     path = folder / f"prompts-{count}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            text = f"{number}+{number}=? " + "1+1=2 " * 50
-            file.write(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n")
+            row = {"prompt": [{"role": "user", "content": f"{number}+{number}=?"}], "about": "1+1=2 " * 100}
+            file.write(json.dumps(row) + "\n")
     (folder / "marks.py").write_text(MARKS, encoding="utf-8")
     return path
 
@@ -90,7 +90,7 @@ def work(kind: str, count: int, folder: Path) -> dict[str, Any]:
 
     def run(prompts: Path, name: str) -> None:
         settings = EvaluationSettings(
-            tasks=["marks:length"], num_samples=SAMPLES, temperature=1.0, max_new_tokens=6, batch_size=128
+            tasks=["marks:length"], num_samples=SAMPLES, temperature=1.0, max_new_tokens=4, batch_size=512
         )
         samples = write_samples(folder / "samples.jsonl", prompts) if kind == "pair" else None
         pairs(

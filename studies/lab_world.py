@@ -4,6 +4,9 @@ All of them are kept in a work folder. Accuracy needs no generation: a problem i
 worked solution is the most likely one after those before it, which one forward pass shows, and e^(log π(solution)) is
 the probability that a sample at temperature 1 is the solution. A right answer behind a slip, which `verify` forgives,
 is not counted.
+
+Pairs of studies 04 to 08 are those of `infopo.lab.make_pairs`, which drew them before there was `infopo pairs`: other
+samples would make their kept results those of other data. Study 09 draws by the workflow behind `infopo pairs`.
 """
 
 import json

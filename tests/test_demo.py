@@ -19,12 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from infopo.lab.evaluation import accuracy
+from infopo.lab.problems import make_problems, solve, verify
 from infopo.report import figures
 from infopo.report.document import read_report
 from infopo.report.figures import draw_demo
 from infopo.runs import read_run
 from infopo.workflows import demo as workflow
 from infopo.workflows.demo import LEARNING_RATES, METHODS, Setting, table, title
+from infopo.workflows.demo_pairs import lab_pairs
 from worlds import interruptible
 
 RESULT = {
@@ -301,3 +303,17 @@ def test_ctrl_c_ends_the_demo_at_once(tmp_path: Path):
             os.killpg(process.pid, signal.SIGKILL)
     assert "Traceback" not in log_of(output).read_text(encoding="utf-8")
     assert finished_runs(output) < 5
+
+
+@pytest.mark.long
+def test_verified_pairs_are_sampled_by_the_workflow_behind_pairs(tmp_path: Path):
+    rows, said = lab_pairs("verified", 8, 3, tmp_path)
+    assert len(rows) == 8
+    assert said.startswith("8 verified pairs")
+    own = {problem.question for problem in make_problems(216, 3, "preference")}
+    for row in rows:
+        problem = solve(row["prompt"][-1]["content"])
+        assert problem.question in own  # the seed draws another world
+        assert verify(problem, row["chosen"][0]["content"])
+        assert not verify(problem, row["rejected"][0]["content"])
+    assert lab_pairs("verified", 8, 3, tmp_path)[0] == rows

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from infopo.errors import ConfigError, DataError
+from infopo.evaluation.items import Item
 from infopo.evaluation.samples import Sample, SampleStore, key_of, read_samples, seed_of
+from infopo.evaluation.spooled import Places, SpooledItems
 
 LAW = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "stop": [], "ends": [2]}
 
@@ -104,3 +106,22 @@ def test_lines_of_later_versions_with_further_fields_are_read(tmp_path: Path) ->
     path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}) + "\n")
     (found,) = read_samples(path)
     assert dataclasses.asdict(found) == dataclasses.asdict(sample(0))
+
+
+def test_places_are_found_by_any_key_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    places = Places()
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    places.add([("\ud800", 2, a, 5), ("\ud800", 0, b, 9), ("'; --", 0, a, 0), ("\ud800", 2, a, 1)])
+    assert places.of("\ud800") == [(b, 9), (a, 1), (a, 5)]
+    assert places.of("'; --") == [(a, 0)]
+    assert ("none" in places, "\ud800" in places, len(places)) == (False, True, 4)
+
+
+def test_items_on_disk_are_those_that_were_given() -> None:
+    given = [Item(f"row/{n}", [{"role": "user", "content": "\ud800" * n}], {"n": n}) for n in range(20)]
+    items = SpooledItems(iter(given))
+    assert list(items) == given
+    assert list(items[5:][:3]) == given[5:8]
+    assert [len(items), len(items[18:]), items[-1]] == [20, 2, given[-1]]
+    both = zip(items[:10], items[10:], strict=True)  # two readers of one file
+    assert [(a.gold["n"], b.gold["n"]) for a, b in both] == [(n, n + 10) for n in range(10)]
