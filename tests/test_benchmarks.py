@@ -288,3 +288,27 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert result["reference_pass"]["largest_difference"] < 1e-2
     assert result["linearity"]["tokens"] == [n * 768 for n in speed.LINEARITY_COUNTS]
     assert set(result["end_to_end"]["seconds"]) == {"infopo", "trl", "trl_precomputed"}
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+def test_both_ways_of_drawing_give_whole_responses_and_the_page_has_the_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import generation
+    from infopo.models import LAB_POLICY, load_tokenizer
+
+    monkeypatch.setattr(generation, "RESPONSE", 3)
+    prompts = [[5] * generation.PROMPT] * 4
+    # Both assert the number and the length of what they drew.
+    found = generation.compared(generation.model_of(0), load_tokenizer(LAB_POLICY), prompts, 2, 1)
+    assert found["rounds"] == 1
+
+    folder = Path(generation.__file__).parent
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    kept = json.loads((folder / "results" / "generation.json").read_text(encoding="utf-8"))
+    for batch, result in kept["batches"].items():
+        ratio, speed_of = result["ratio"], result["tokens_per_second"]
+        row = f"| {batch} | {speed_of['infopo']:,.0f} | {speed_of['transformers']:,.0f} | {ratio['median']:.2f} "
+        assert f"{row}[{ratio['min']:.2f}, {ratio['max']:.2f}] |" in page
