@@ -9,9 +9,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from infopo.adapters import load_adapter, load_for_use
 from infopo.errors import ModelError
 from infopo.merging import merge
-from infopo.models import load_adapter, load_for_use
 from trainers import TOKENIZER
 from worlds import VOCABULARY, quick, tiny_llama
 

@@ -1,11 +1,10 @@
-"""Loads models and tokenizers, and adds adapters. Only this module calls `from_pretrained`.
+"""Loads models and tokenizers, and adds adapters. Only this module calls their `from_pretrained`.
 
 A name is a local folder, a hub name, or `lab:policy`, the small model that ships with this package.
 """
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file
 
-from infopo import merging
 from infopo.errors import ModelError
 
 LAB_POLICY = "lab:policy"
@@ -109,7 +106,7 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     except Exception as error:  # impossible configurations raise whatever their arithmetic does
-        raise _cannot_load(f"model {name_or_path!r}", name_or_path, error) from error
+        raise cannot_load(f"model {name_or_path!r}", name_or_path, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         # Loaded this way the adapter is frozen, and a second one would nest on it.
         raise ModelError(
@@ -122,29 +119,6 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             f"e.g. {missing[0]!r}; expected a complete causal language model"
         )
     return model
-
-
-def load_for_use(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> Any:
-    """Loads a model to ask it things: complete, or an adapter, merged into its base if it can be.
-
-    It is on the accelerator, if there is one, and in evaluation mode.
-
-    Args:
-        name_or_path: Local folder or hub name of a model or an adapter, or `lab:policy`.
-        dtype: Type of the weights. `auto` is that of the files.
-        kwargs: Further arguments of `from_pretrained`.
-
-    Raises:
-        ModelError: It cannot be loaded.
-    """
-    if is_adapter(name_or_path):
-        model = load_adapter(name_or_path, dtype, **kwargs)
-        if merging.obstacle(model) is None:
-            model = merging.merge(model)
-    else:
-        model = load_policy(name_or_path, dtype=dtype, **kwargs)
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return model.to(device or "cpu").eval()
 
 
 def load_reward(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
@@ -161,7 +135,7 @@ def load_reward(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:
-        raise _cannot_load(f"reward model {name_or_path!r}", name_or_path, error) from error
+        raise cannot_load(f"reward model {name_or_path!r}", name_or_path, error) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"reward model {name_or_path!r}: {len(missing)} weights are not in its files and would be random, e.g. "
@@ -171,60 +145,6 @@ def load_reward(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
         raise ModelError(f"reward model {name_or_path!r}: expected one output, got {model.config.num_labels}")
     device = torch.accelerator.current_accelerator(check_available=True)
     return model.to(device or "cpu").eval()
-
-
-def is_adapter(name_or_path: str) -> bool:
-    """Returns whether a name is that of an adapter, which needs its base."""
-    return find_adapter_config_file(resolve_name(name_or_path)) is not None
-
-
-def load_adapter(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> Any:
-    """Loads an adapter on its base, as a `PeftModel`.
-
-    Args:
-        name_or_path: Local folder or hub name of the adapter.
-        dtype: Type of the base's weights. `auto` is that of its files.
-        kwargs: Further arguments of `from_pretrained`.
-
-    Raises:
-        ModelError: peft is missing, or the adapter or its base cannot be loaded.
-    """
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ModelError(f"model {name_or_path!r} is an adapter: pip install 'infopo[peft]'") from error
-    if dtype not in ("auto", *DTYPES):
-        raise ModelError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        config = PeftConfig.from_pretrained(name_or_path)
-        base = load_policy(
-            config.base_model_name_or_path or "", dtype=dtype, revision=config.revision or "main", **kwargs
-        )
-        # AutoPeftModel would add random embeddings for tokens of the tokenizer that neither base nor adapter has.
-        if (rows := _saved_embeddings(name_or_path, base)) not in (
-            None,
-            base.get_input_embeddings().weight.shape[0],
-        ):
-            base.resize_token_embeddings(rows)
-        with warnings.catch_warnings():
-            # peft asks transformers for what has another name now.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            return PeftModel.from_pretrained(base, name_or_path, config=config)
-    except Exception as error:  # its base may be anything
-        raise _cannot_load(f"adapter {name_or_path!r} or its base", name_or_path, error) from error
-
-
-def _saved_embeddings(name_or_path: str, base: Any) -> int | None:
-    """Returns the number of tokens of the embedding or head that an adapter was saved with, or None if it has none."""
-    from peft import load_peft_weights
-
-    tables = [
-        each for each in (base.get_input_embeddings(), base.get_output_embeddings()) if each is not None
-    ]
-    names = [name for name, module in base.named_modules() if any(module is each for each in tables)]
-    ends = tuple(f"{name}.{middle}weight" for name in names for middle in ("", "base_layer."))
-    saved = load_peft_weights(name_or_path, device="cpu").items()
-    return next((int(weight.shape[0]) for name, weight in saved if name.endswith(ends)), None)
 
 
 _EXPECTED = "expected a causal language model (one that AutoModelForCausalLM loads)"
@@ -318,7 +238,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name_or_path), **kwargs)
     except Exception as error:  # it reads the model's configuration
-        raise _cannot_load(f"tokenizer of {name_or_path!r}", name_or_path, error) from error
+        raise cannot_load(f"tokenizer of {name_or_path!r}", name_or_path, error) from error
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -473,7 +393,7 @@ def _num_embeddings(model: nn.Module) -> int | None:
     return getattr(table, "num_embeddings", None)
 
 
-def _cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
+def cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
     """Returns the error for a name that cannot be loaded. For a name that is no folder, it has the hub's answer."""
     if isinstance(error, ModelError):
         return error

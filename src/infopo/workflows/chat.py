@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from infopo import durable
+from infopo.adapters import load_for_use
 from infopo.errors import ConfigError, DataError, InfoPOError, printable
 from infopo.evaluation.drawing import Drawn, Request
 from infopo.evaluation.items import Item, Task
@@ -17,7 +18,7 @@ from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.samples import prompt_hash, seed_of
 from infopo.evaluation.streaming import stream
 from infopo.evaluation.subjects import LoadedModel
-from infopo.models import load_for_use, load_tokenizer
+from infopo.models import load_tokenizer
 from infopo.output import say
 from infopo.runs import to_json
 from infopo.texts import Message

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from infopo.adapters import load_for_use
 from infopo.errors import ConfigError
 from infopo.evaluation.asking import Wanted, answers, ask, wanted
 from infopo.evaluation.given import as_sample, given_responses
@@ -30,7 +31,7 @@ from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
 from infopo.evaluation.tasks import TASKS
 from infopo.model_card import refresh
-from infopo.models import load_for_use, load_tokenizer
+from infopo.models import load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.provenance import environment

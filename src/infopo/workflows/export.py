@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from infopo import __version__, durable, merging
+from infopo.adapters import is_adapter, load_adapter
 from infopo.errors import ConfigError, InfoPOError, ModelError, SaveError
 from infopo.evaluation.items import Task
 from infopo.evaluation.prompting import Prompts
 from infopo.generate import end_token_ids
 from infopo.hashing import hash_weights
 from infopo.model_card import as_merged, plain_card, shown_name
-from infopo.models import DTYPES, first_lines, is_adapter, load_adapter, load_policy, load_tokenizer
+from infopo.models import DTYPES, first_lines, load_policy, load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.runs import RECIPE, read_object, to_json

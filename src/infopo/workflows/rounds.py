@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from infopo import run_state
+from infopo.adapters import load_for_use
 from infopo.build import build_arguments, evaluation_settings, train_fields
 from infopo.config import Recipe, load_recipe
 from infopo.errors import ConfigError, DataError
@@ -26,7 +27,7 @@ from infopo.evaluation.marking import loaded_tasks
 from infopo.evaluation.pairing import PairingSettings
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.tasks import TASKS
-from infopo.models import load_for_use, load_tokenizer
+from infopo.models import load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable, is_installed, preflight
 from infopo.round_settings import RoundsSettings
