@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from infopo.cli import _parser
 from infopo.ending import ClosingSummary
 from infopo.report.closing import changes, closing_lines
 from infopo.report.headline import headline
@@ -70,6 +71,7 @@ def test_commands_are_what_a_shell_hands_to_the_program(
         ["infopo", "report"],
     ]
     for words in commands:
+        assert "run" in _parser().parse_args(words[1:])
         assert Path(words[2]).samefile(run_dir)
         assert not words[2].startswith("-")
     assert commands[0][3:] == ["--against", "models/my sft"]

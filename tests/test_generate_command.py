@@ -15,6 +15,7 @@ from infopo.evaluation.questions import prompts_in
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.lab.problems import make_problems
 from infopo.workflows.generate import generate
+from servers import completion, serving
 
 
 def settings(**changed: Any) -> EvaluationSettings:
@@ -124,6 +125,19 @@ def test_two_models_answer_side_by_side_and_into_files_of_their_own(
     output = tmp_path / "out.jsonl"
     generate("lab:policy", settings(), prompts=["1+1=?"], against="lab:policy", output=output)
     assert len(read(output)) == len(read(tmp_path / "out.against.jsonl")) == 1
+
+
+def test_a_server_answers_and_another_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        serving(lambda body, number: completion("one")) as first,
+        serving(lambda body, number: completion("two")) as second,
+    ):
+        arguments = ["--prompt", "1+1=?", "--system", "Brief.", "--output", str(tmp_path / "out.jsonl")]
+        assert main(["generate", "--server", first.url, *arguments, "--against", second.url]) == 0
+    assert [row["response"] for row in read(tmp_path / "out.jsonl")] == ["one"]
+    [row] = read(tmp_path / "out.against.jsonl")
+    assert (row["prompt"], row["system"], row["response"]) == ("1+1=?", "Brief.", "two")
+    assert [turn["role"] for turn in first.bodies[0]["messages"]] == ["system", "user"]
 
 
 @pytest.mark.parametrize(
