@@ -24,7 +24,8 @@ def test_every_part_is_there_and_is_true(capsys: pytest.CaptureFixture[str]):
     found = json.loads(capsys.readouterr().out)
     assert list(found) == PARTS
     assert found["versions"]["infopo"].startswith(__version__)
-    assert found["versions"]["torch"] == torch.__version__
+    # An index's build of torch may leave the platform out of its metadata.
+    assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert "deepspeed" not in found["versions"]
     plain = found["attention kernels"]["float32, plain"]
     if not torch.cuda.is_available():

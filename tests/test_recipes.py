@@ -87,6 +87,10 @@ def test_every_file_is_shipped_by_a_name_of_its_own_with_a_line_that_says_what_i
             assert shipped_recipe(name) == each
 
 
+def test_a_checkout_has_the_recipes_where_they_were():
+    assert (FOLDER.parents[2] / "recipes" / "lab.yaml").resolve() == FOLDER / "lab.yaml"
+
+
 def test_a_name_that_is_none_is_told_the_nearest():
     with pytest.raises(ConfigError, match=r"no recipe 'loar' \(did you mean 'lora'\?\); there are lab, full"):
         shipped_recipe("loar")
@@ -127,6 +131,9 @@ def test_what_the_command_prints_is_the_file(capsys: pytest.CaptureFixture[str])
     ]
 
 
-def test_a_shipped_recipe_that_is_not_in_the_folder_is_told_how_to_get(capsys: pytest.CaptureFixture[str]):
+def test_a_shipped_recipe_that_is_not_in_the_folder_is_told_how_to_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
     assert main(["check", "recipes/lab.yaml"]) == 2
     assert "`infopo recipes lab > lab.yaml` writes the one that ships" in capsys.readouterr().err
