@@ -52,7 +52,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["rounds.prompts=none.jsonl", "rounds.verifier=gsm8k"], "none.jsonl"),
         (["rounds.limit=20"], "rounds.limit: 2 rounds of 16 prompts take 32, but 20 are used"),
         (["rounds.reference=last"], "rounds.reference: expected one of previous, first"),
-        (["rounds.temperature=0"], "rounds.temperature: greedy"),
+        (["rounds.temperature=0"], "rounds.temperature: expected a finite number above 0"),
+        (["rounds.temperature=.nan"], "rounds.temperature: expected a finite number above 0"),
+        (["rounds.top_p=2"], "rounds.top_p: expected a number in (0, 1]"),
+        (["rounds.seed=4294967295"], "rounds.seed: expected a number below 2**32"),
+        (["output_dir=other"], "other holds a run of its own"),
         (["rounds.rule=best"], "rounds.rule: expected one of random"),
         (["rounds.num_generations=1"], "rounds.num_generations: expected a value >= 2"),
         (["rounds.threshold=x"], "rounds.threshold: expected a number"),
@@ -71,11 +75,14 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_cannot_be_done_in_rounds_is_refused_before_anything_is_written(
     overrides: list[str], problem: str, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    other = recipe.parent / "other"
+    other.mkdir()
+    (other / "model.safetensors").touch()
     assert main(["rounds", str(recipe), *overrides]) == 2
     error = re.sub(r" \((override|line \d+)\)", "", capsys.readouterr().err)
     assert problem in error
     assert "Traceback" not in error
-    assert sorted(path.name for path in recipe.parent.iterdir()) == ["recipe.yaml"]
+    assert sorted(path.name for path in recipe.parent.iterdir()) == ["other", "recipe.yaml"]
 
 
 def test_too_few_prompts_for_all_rounds_are_counted(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +183,7 @@ def test_rounds_leave_runs_that_every_command_reads(recipe: Path, capsys: pytest
     assert contents(Path("out")) == before
     assert main(["rounds", str(recipe), "rounds.seed=3"]) == 2
     assert "seed: 0 was there, now seed: 3" in capsys.readouterr().err
+    assert main(["rounds", str(recipe), "rounds.number=1"]) == 0
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """The settings of `infopo rounds`: what is sampled, how it becomes pairs, and when rounds end. Imports no torch."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -82,6 +83,21 @@ class RoundsSettings(Settings):
 
     @classmethod
     def contradictions(cls, given: Any) -> Iterator[Problem]:
+        numbers = {
+            name: value
+            for name in ("temperature", "top_p", "seed", "number")
+            if isinstance(value := getattr(given, name), int | float)
+        }
+        # The comparisons are written so that NaN fails, too.
+        if not 0 < numbers.get("temperature", 1) < math.inf:
+            yield (
+                "temperature",
+                f"expected a finite number above 0 (greedy decoding has one response), got {given.temperature}",
+            )
+        if not 0 < numbers.get("top_p", 1) <= 1:
+            yield "top_p", f"expected a number in (0, 1], got {given.top_p}"
+        if numbers.get("seed", 0) + numbers.get("number", 1) > 2**32:
+            yield "seed", f"expected a number below 2**32 with one more for each round, got {given.seed}"
         number, slice_, limit = given.number, given.prompts_per_round, given.limit
         if all(isinstance(each, int) for each in (number, slice_, limit)) and number * slice_ > limit:
             yield (

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from infopo import run_state
 from infopo.config import Recipe, to_yaml
 from infopo.errors import ConfigError
 from infopo.evaluation.results import FOLDER
@@ -100,6 +101,18 @@ def first_round(recipe: Recipe) -> Round:
 def is_evaluated(folder: Path) -> bool:
     """Returns whether a folder has an evaluation."""
     return (folder / EVALUATION).is_file()
+
+
+def refuse_another_run(folder: Path) -> None:
+    """Refuses a folder that is the run directory of one training.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if run_state.holds_run(folder):
+        raise ConfigError(
+            f"output_dir: {folder} holds a run of its own, and rounds are folders beneath it; name another one"
+        )
 
 
 def settle_recipe(recipe: Recipe, prompts_sha256: str) -> None:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from infopo.workflows.round_state import (
     first_round,
     is_evaluated,
     record_of,
+    refuse_another_run,
     settle_recipe,
 )
 from infopo.workflows.train import train_recipe
@@ -72,6 +74,7 @@ def rounds(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     check_writable(folder, "output_dir")
     build_arguments(recipe)
     prompts = _judged(recipe)
+    refuse_another_run(folder)
     with run_state.in_use(folder):
         settle_recipe(recipe, prompts)
         try:
@@ -90,10 +93,11 @@ def _judged(recipe: Recipe) -> str:
     """
     settings = recipe.rounds
     assert settings is not None
-    with options_named("rounds"):
-        sampling, pairing, judge = _sampling(settings, 1), _pairing(settings, 1), _judge(settings)
-        del pairing
-        marker = marker_of(settings.verifier, sampling, judge, Path(recipe.output_dir), limit=_most(settings))
+    # A judge would begin a file of answers.
+    with options_named("rounds"), tempfile.TemporaryDirectory() as scratch:
+        _pairing(settings, 1)
+        sampling, judge = _sampling(settings, 1), _judge(settings)
+        marker = marker_of(settings.verifier, sampling, judge, Path(scratch), limit=_most(settings))
         items = marker.load(settings.prompts)[: settings.limit]
     if not items:
         raise DataError("holds no prompts", settings.prompts, "no prompts")
@@ -108,7 +112,8 @@ def _judged(recipe: Recipe) -> str:
         if (held_out := evaluation_settings(recipe.evaluate)) is not None:
             Standard.of([name for name in held_out.tasks if name not in TASKS], held_out, None)
             loaded_tasks(held_out, [name for name in held_out.tasks if name in TASKS])
-    return _hash_of(items[: _most(settings)])
+    # Those of the first round, because more rounds may be asked for later.
+    return _hash_of(items[: settings.prompts_per_round or settings.limit])
 
 
 def _hash_of(items: Sequence[Item]) -> str:
@@ -129,8 +134,6 @@ def _sampling(settings: RoundsSettings, number: int) -> EvaluationSettings:
     """Returns how the samples of a round are drawn. Each round has random numbers of its own."""
     same = ("temperature", "top_p", "max_new_tokens", "prompting", "num_fewshot", "batch_size", "allow_code_execution",
             "isolation")  # fmt: skip
-    if settings.temperature == 0:
-        raise ConfigError("--temperature: greedy decoding has one response; expected a number above 0")
     return EvaluationSettings(
         tasks=[settings.verifier],
         limit=settings.prompts_per_round or settings.limit,
