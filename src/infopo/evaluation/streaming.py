@@ -28,14 +28,15 @@ def stream(
         request: What to draw.
         law: The distribution, without stop texts.
         ends: Tokens that end a response.
-        on_text: Takes each new piece. Together, the pieces are the text of the response.
+        on_text: Takes each new piece. Together, the pieces are the text of the response. If a later token changes how
+            earlier ones are decoded, all of it follows once more, on a new line.
 
     Raises:
         ModelError: The prompt does not fit into the accelerator's memory.
     """
     pieces = _Pieces(tokenizer, ends, on_text)
     drawn = draw_one(model, tokenizer, request, law, ends=ends, streamer=pieces)
-    pieces.rest(drawn.text)
+    pieces.finish(drawn.text)
     return drawn
 
 
@@ -74,3 +75,10 @@ class _Pieces(BaseStreamer):
         if text.startswith(self._said) and len(text) > len(self._said):
             piece, self._said = text[len(self._said) :], text
             self._on_text(piece)
+
+    def finish(self, text: str) -> None:
+        """Hands over the rest of the response, or all of it again if a later token has changed what was said."""
+        if not text.startswith(self._said):
+            self._said = ""
+            self._on_text("\n")
+        self.rest(text)
