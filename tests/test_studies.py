@@ -157,7 +157,9 @@ def test_a_study_that_can_be_continued_says_how_much_is_finished(name: str, seed
 
 def test_responses_of_the_long_lab_are_four_times_as_long_as_those_of_the_short_one() -> None:
     results = json.loads((STUDIES / "04_sum_or_mean" / "results.json").read_text(encoding="utf-8"))
-    length = {each["lab"]: each["chosen_tokens"] for each in results["lengths"]}
+    length = {
+        each["lab"]: each["chosen_tokens"] for each in results["lengths"] if each["labels"] == "verified"
+    }
     assert length["long"] >= 4 * length["short"]
 
 
