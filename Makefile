@@ -42,8 +42,11 @@ test-long: $(VENV)/dev.stamp browser
 # An environment for each interpreter that is found, by name or among pyenv's. What is not there is said and passed over.
 interpreters:
 	@for version in 3.11 3.12 3.13; do \
-		python=$$(command -v python$$version || ls -d $$HOME/.pyenv/versions/$$version.*/bin/python 2>/dev/null | tail -1); \
-		"$$python" -c 'import sys' 2>/dev/null || { echo "Python $$version is not here"; continue; }; \
+		python=; \
+		for found in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python; do \
+			"$$found" -c 'import sys' 2>/dev/null && python=$$found; \
+		done; \
+		test -n "$$python" || { echo "Python $$version is not here"; continue; }; \
 		venv=.venv-$$version; \
 		echo "== Python $$version"; \
 		test -f $$venv/dev.stamp || { "$$python" -m venv $$venv && \
