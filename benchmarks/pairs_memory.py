@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from infopo.runs import environment, write_json_atomic
+from infopo.provenance import environment
+from infopo.runs import write_json_atomic
 
 SAMPLES = 8
 CHARACTERS = 2000
