@@ -425,7 +425,7 @@ def arguments_of(section: type[Settings]) -> dict[str, str]:
 
     Example:
         >>> arguments_of(ReferenceSettings)
-        {'source': 'reference', 'store': 'reference_store', 'sides': 'reference_sides'}
+        {'source': 'reference', 'store': 'reference_store', 'sides': 'reference_sides', 'samples': 'reference_samples'}
     """
     inherited = {f.name: f.name for shared in (RowSettings, TrainSettings) for f in fields(shared)}
     names = {f.name: inherited.get(f.name) or f.metadata["help"].argument for f in fields(section)}
