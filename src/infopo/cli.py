@@ -28,6 +28,7 @@ from infopo.commands import (
     reference,
     report,
     rounds,
+    sweep,
     train,
     winrate,
 )
@@ -51,6 +52,7 @@ COMMANDS = (
     winrate,
     pairs,
     rounds,
+    sweep,
     objectives,
     doctor,
     completion,

@@ -27,6 +27,7 @@ from infopo.settings import (
     ReferenceSettings,
 )
 from infopo.shipped import shipped_recipes
+from infopo.sweep_grid import flattened, grid_problems
 from infopo.validation import YAML, Language, Problem, Settings, not_a_choice
 from infopo.yaml_tree import Problems, Tree, apply_override, dump_tree, in_yaml, join_path, read_tree
 
@@ -46,6 +47,8 @@ class Recipe:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     rounds: RoundsSettings | None = None
     """Settings of `infopo rounds`, or None for one training."""
+    sweep: dict[str, list[Any]] | None = None
+    """Values by dotted key, all combinations of which `infopo sweep` trains, or None for one training."""
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Origin of each dotted key (`line 3`, `override`) for messages. This is not a setting."""
 
@@ -165,8 +168,9 @@ def to_yaml(recipe: Recipe) -> str:
     """
     tree = masked_tree(asdict(replace(recipe, places={})))
     del tree["places"]
-    if recipe.rounds is None:
-        del tree["rounds"]
+    for name in ("rounds", "sweep"):
+        if tree[name] is None:
+            del tree[name]
     objective = tree["objective"]
     tree["objective"] = {"name": objective["name"], **objective["parameters"]}
     return dump_tree(tree)
@@ -221,6 +225,10 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
         problems.add("output_dir", problem)
     elif not tree["output_dir"]:
         problems.add("output_dir", "is empty; expected text")
+    if tree.get("sweep") is not None:
+        tree["sweep"] = flattened(tree["sweep"])
+        for key, problem in grid_problems(tree["sweep"]):
+            problems.add(key, problem)
     objective = _read_objective(tree.get("objective"), problems)
     train = _read_train(tree.get("train"), train_fields, problems, homes)
     for name, values in sections.items():
@@ -242,6 +250,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
         train,
         EvaluateSettings(**sections["evaluate"]),
         RoundsSettings(**sections["rounds"]) if has_rounds else None,
+        tree.get("sweep"),
         dict(problems.places),
     )
 

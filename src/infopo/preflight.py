@@ -35,7 +35,7 @@ def preflight(
     overrides: Sequence[str] = (),
     *,
     makes_a_run: bool = True,
-    in_rounds: bool = False,
+    section: str | None = None,
 ) -> Recipe:
     """Reads a recipe and judges it as far as that takes no torch.
 
@@ -43,23 +43,13 @@ def preflight(
         recipe_path: The file.
         overrides: `key=value`.
         makes_a_run: Whether `output_dir` is to be written to.
-        in_rounds: Whether the recipe is trained in rounds.
+        section: Section that the command is about, `rounds` or `sweep`, or None for one training.
 
     Raises:
         InfoPOError: The recipe is wrong, or something that it names is missing or taken.
     """
     recipe = load_recipe(recipe_path, overrides, quick_train_fields())
-    if in_rounds and recipe.rounds is None:
-        raise ConfigError(
-            "rounds: is required: a section with at least prompts and verifier; see docs/rounds.md",
-            str(recipe_path),
-        )
-    if recipe.rounds is not None and not in_rounds:
-        raise ConfigError(
-            "rounds: this recipe is trained in rounds: infopo rounds RECIPE. Remove the section to train once, on "
-            "data.path",
-            str(recipe_path),
-        )
+    _refuse_other_command(recipe, section, str(recipe_path))
     problems = [*_library_problems(recipe), *_model_problems(recipe), *_data_problems(recipe)]
     if problems:
         raise ConfigError(
@@ -74,6 +64,29 @@ def preflight(
         check_run_directory(recipe)
         refuse_second_run(recipe)
     return recipe
+
+
+_OTHER_COMMANDS = {
+    "rounds": (
+        "is required: a section with at least prompts and verifier; see docs/rounds.md",
+        "this recipe is trained in rounds: infopo rounds RECIPE. Remove the section to train once, on data.path",
+    ),
+    "sweep": (
+        "is required: a section with keys of the recipe and a list of values for each; see docs/sweeps.md",
+        "this recipe is for several runs: infopo sweep RECIPE, which judges each of them before it trains the first. "
+        "Remove the section, or write sweep=null, for one run",
+    ),
+}
+"""Sections of a command of their own -> what to say if they are missing, and if they are there in another command."""
+
+
+def _refuse_other_command(recipe: Recipe, section: str | None, path: str) -> None:
+    for name, (missing, other) in _OTHER_COMMANDS.items():
+        is_there = getattr(recipe, name) is not None
+        if name == section and not is_there:
+            raise ConfigError(f"{name}: {missing}", path)
+        if name != section and is_there:
+            raise ConfigError(f"{recipe.located(name)}: {other}", path)
 
 
 def check_run_directory(recipe: Recipe) -> None:

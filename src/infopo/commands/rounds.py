@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    checked(arguments.recipe, arguments.overrides, makes_a_run=False, in_rounds=True)
+    checked(arguments.recipe, arguments.overrides, makes_a_run=False, section="rounds")
     from infopo.workflows.rounds import rounds
 
     rounds(arguments.recipe, arguments.overrides)

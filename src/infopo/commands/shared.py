@@ -6,12 +6,12 @@ from typing import Any
 
 
 def checked(
-    recipe: str, overrides: Sequence[str], *, makes_a_run: bool = True, in_rounds: bool = False
+    recipe: str, overrides: Sequence[str], *, makes_a_run: bool = True, section: str | None = None
 ) -> None:
     """Reports what is wrong with a recipe before torch is loaded, which takes seconds."""
     from infopo import preflight
 
-    preflight.preflight(recipe, overrides, makes_a_run=makes_a_run, in_rounds=in_rounds)
+    preflight.preflight(recipe, overrides, makes_a_run=makes_a_run, section=section)
 
 
 def tasks_and_data(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:

@@ -34,23 +34,23 @@ def to_json_text(report: Report) -> str:
 def to_markdown(report: Report) -> str:
     """Returns results, verdicts, the last values of all curves, and the settings that differ, as Markdown."""
     names = [run.name for run in report.runs]
-    lines = [f"## {_cell(', '.join(names))}", "", *_headline(report), ""]
+    lines = [f"## {cell(', '.join(names))}", "", *_headline(report), ""]
     lines += [*_evaluations(report, names), *_verdicts(report), ""]
     lines += ["### Curves", ""]
     lines += [
-        f"- {plot.panel.title} ({plot.panel.unit}). {_cell(in_words(plot, names))}" for plot in report.plots
+        f"- {plot.panel.title} ({plot.panel.unit}). {cell(in_words(plot, names))}" for plot in report.plots
     ]
     if report.left_out:
         lines += ["", f"No run has data for: {'; '.join(report.left_out)}."]
     if len(names) > 1:
         lines += ["", "### Settings that differ", "", *_differences(report.settings, names)]
     facts = [
-        f"- {_cell(run.name)}: {_cell(words)}: {_cell(value)}"
+        f"- {cell(run.name)}: {cell(words)}: {cell(value)}"
         for run in report.runs
         for words, value in (*run.rows, *run.data_facts)
     ]
     lines += ["", "### Data", "", *facts] if facts else []
-    notes = [f"- {_cell(run.name)}: {_cell(note)}" for run in report.runs for note in run.notes]
+    notes = [f"- {cell(run.name)}: {cell(note)}" for run in report.runs for note in run.notes]
     lines += ["", "### Notes", "", *notes] if notes else []
     return "\n".join(lines).rstrip() + "\n"
 
@@ -75,7 +75,7 @@ def _evaluations(report: Report, names: list[str]) -> list[str]:
         for task, rule, estimates in found.rows
     ]
     lines = ["### Evaluation", "", *_table(["task", "rule", *names], rows), ""]
-    lines += [f"- {_cell(text)}" for text in (*found.comparisons, *found.notes)]
+    lines += [f"- {cell(text)}" for text in (*found.comparisons, *found.notes)]
     return [*lines, ""]
 
 
@@ -85,15 +85,15 @@ def _verdicts(report: Report) -> list[str]:
         for verdict in run.verdicts:
             size = verdict_size(verdict)
             parts = [
-                f"**{_cell(run.name)}: {_cell(str(verdict.get('name')))}**",
+                f"**{cell(run.name)}: {cell(str(verdict.get('name')))}**",
                 str(verdict.get("text") or ""),
             ]
             parts += [f"({size})" if size else "", str(verdict.get("advice") or "")]
-            lines.append(f"- {' '.join([parts[0], *(_cell(part) for part in parts[1:] if part)])}")
+            lines.append(f"- {' '.join([parts[0], *(cell(part) for part in parts[1:] if part)])}")
         if not run.verdicts:
             found = "nothing was found" if run.has_verdicts else "no verdicts were recorded"
             missing = f" ({len(run.unchecked)} checks could not be made)" if run.unchecked else ""
-            lines.append(f"- {_cell(run.name)}: {found}{missing}")
+            lines.append(f"- {cell(run.name)}: {found}{missing}")
     return lines
 
 
@@ -108,10 +108,10 @@ def _differences(table: Comparison, names: list[str]) -> list[str]:
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(_cell(text) for text in line)} |" for line in lines]
+    return [f"| {' | '.join(cell(text) for text in line)} |" for line in lines]
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Returns a text that stays in its cell, and that a renderer of Markdown shows as it is."""
     text = " ".join(printable(text).split())
     for character in "\\`*_[]|":

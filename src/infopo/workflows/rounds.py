@@ -68,7 +68,7 @@ def rounds(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         raise ConfigError(
             "infopo rounds runs in one process; with several, take `infopo pairs` and `infopo train` in turns"
         )
-    preflight(recipe_path, overrides, makes_a_run=False, in_rounds=True)
+    preflight(recipe_path, overrides, makes_a_run=False, section="rounds")
     recipe = load_recipe(recipe_path, overrides, train_fields())
     folder = Path(recipe.output_dir)
     check_writable(folder, "output_dir")

@@ -1,0 +1,114 @@
+"""The runs of `infopo sweep`: one per combination of the values under `sweep`. Imports no torch."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infopo.errors import ConfigError
+from infopo.validation import Problem
+from infopo.yaml_tree import in_yaml
+
+SEEDS = ("train.seed", "train.data_seed")
+"""Settings over which a sweep's table takes means."""
+
+_NOT_SWEPT = ("output_dir", "sweep", "rounds", "train.resume_from_checkpoint")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        name: Its folder's name, made of the values that differ.
+        values: Value by dotted key.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+    @property
+    def overrides(self) -> list[str]:
+        """The values as `key=value`."""
+        return [f"{key}={in_yaml(value)}" for key, value in self.values.items()]
+
+    @property
+    def group(self) -> str:
+        """The values but for seeds, in words. Runs of one group differ in their seeds only."""
+        words = [_words(key, value) for key, value in self.values.items() if key not in SEEDS]
+        return ", ".join(words) or "all runs"
+
+
+def flattened(sweep: Any) -> Any:
+    """Returns the section with dotted keys, because the override `sweep.train.seed=[1, 2]` opens sections.
+
+    Example:
+        >>> flattened({"objective": ["dpo"], "train": {"seed": [1, 2]}})
+        {'objective': ['dpo'], 'train.seed': [1, 2]}
+    """
+    if not isinstance(sweep, dict):
+        return sweep
+    flat: dict[Any, Any] = {}
+    for key, value in sweep.items():
+        inner = flattened(value) if isinstance(value, dict) and value else None
+        flat |= {key: value} if inner is None else {f"{key}.{name}": each for name, each in inner.items()}
+    return flat
+
+
+def grid_problems(sweep: Any) -> Iterator[Problem]:
+    """Yields what is wrong with the section `sweep` of a recipe: (key, problem)."""
+    if not isinstance(sweep, dict) or not sweep:
+        yield (
+            "sweep",
+            "expected keys of the recipe, each with a list of values, e.g. train.learning_rate: [1e-6, 5e-6]",
+        )
+        return
+    for key, values in sweep.items():
+        if not isinstance(key, str) or key in _NOT_SWEPT or key.startswith(("sweep.", "rounds.")):
+            yield f"sweep.{key}", f"cannot be swept; {', '.join(_NOT_SWEPT)} are the same for all runs"
+        elif not isinstance(values, list) or not values:
+            yield f"sweep.{key}", f"expected a list of values, got {in_yaml(values)}"
+        elif len({in_yaml(value) for value in values}) < len(values):
+            yield f"sweep.{key}", f"has a value twice: {in_yaml(values)}"
+
+
+def cells(sweep: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Returns all combinations. The last key varies fastest.
+
+    Raises:
+        ConfigError: Two combinations have the same name.
+
+    Example:
+        >>> [cell.name for cell in cells({"objective": ["infopo", {"name": "dpo", "beta": 0.1}], "train.seed": [1, 2]})]
+        ['infopo-seed-1', 'infopo-seed-2', 'dpo-beta-0.1-seed-1', 'dpo-beta-0.1-seed-2']
+    """
+    found = [
+        Cell(_name(values), values)
+        for combination in itertools.product(*sweep.values())
+        if (values := dict(zip(sweep, combination, strict=True)))
+    ]
+    by_name: dict[str, Cell] = {}
+    for cell in found:
+        if (other := by_name.setdefault(cell.name, cell)) is not cell:
+            raise ConfigError(
+                f"sweep: {other.overrides} and {cell.overrides} would both be written to {cell.name}; "
+                "choose values that differ in letters, digits, points or signs"
+            )
+    return found
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    words = " ".join(_words(key, value) for key, value in values.items())
+    return re.sub(r"[^\w.+-]+", "-", words).strip("-.") or "run"
+
+
+def _words(key: str, value: Any) -> str:
+    """Returns a setting in a few words: `dpo beta 0.1`, `learning_rate 1e-06`."""
+    key = key.removesuffix(".name")
+    if isinstance(value, dict):
+        name = [str(value["name"])] if "name" in value else []
+        return " ".join(name + [f"{k} {in_yaml(v)}" for k, v in value.items() if k != "name"])
+    if key == "objective":
+        return str(value)
+    return f"{key.rpartition('.')[2]} {value if isinstance(value, str) else in_yaml(value)}"

@@ -1,0 +1,234 @@
+"""`infopo sweep` trains a recipe with every combination of some values, and puts the runs side by side.
+
+Each run is an ordinary run directory. One that is finished has a file which says so and with which settings, so that a
+killed command goes on where it stood.
+"""
+
+import gc
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from infopo import run_state
+from infopo.build import build_arguments, train_fields
+from infopo.config import Recipe, load_recipe, to_yaml
+from infopo.errors import ConfigError, InfoPOError, TrainingError
+from infopo.evaluation.results import folder_of_run
+from infopo.output import say
+from infopo.preflight import check_writable, is_installed, preflight
+from infopo.report.grouped import grouped_table
+from infopo.report.reading import read_runs
+from infopo.runs import EVALUATION, read_object, write_json_atomic, write_text_atomic
+from infopo.sweep_grid import Cell, cells
+from infopo.workflows.compare import compare
+from infopo.workflows.report import report
+from infopo.workflows.train import train_recipe
+
+MARKER = "sweep.json"
+"""File of a finished run: its values, and a hash of its whole recipe."""
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a sweep.
+
+    Attributes:
+        cell: Its values.
+        recipe: Its whole recipe.
+        command: Arguments of `infopo train` that mean the same.
+    """
+
+    cell: Cell
+    recipe: Recipe
+    command: Sequence[str]
+
+    @property
+    def folder(self) -> Path:
+        """Its run directory."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def digest(self) -> str:
+        """Hash of its recipe, wherever it is written."""
+        return hashlib.sha256(to_yaml(replace(self.recipe, output_dir="run")).encode()).hexdigest()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end.
+
+        Raises:
+            ConfigError: It was, with other settings.
+        """
+        done = read_object(self.folder / MARKER)
+        if done is not None and done.get("recipe_sha256") != self.digest:
+            raise ConfigError(
+                f"{self.folder}: was trained with other settings; name another output_dir, or remove the folder"
+            )
+        return done is not None
+
+    def note_finished(self) -> None:
+        """Writes down that it was trained to its end."""
+        values = {key: str(value) for key, value in self.cell.values.items()}
+        write_json_atomic(
+            self.folder / MARKER,
+            {"schema_version": SCHEMA_VERSION, "values": values, "recipe_sha256": self.digest},
+        )
+
+
+def sweep(recipe_path: str | Path, overrides: Sequence[str] = (), *, workers: int | None = None) -> Path:
+    """Trains the runs that the section `sweep` of a recipe names, or goes on where a killed command stood.
+
+    Args:
+        recipe_path: The recipe.
+        overrides: See `parse_recipe`.
+        workers: Number of runs at a time, each on an accelerator of its own. By default there are as many as
+            accelerators; without one, runs follow each other in this process.
+
+    Returns:
+        `output_dir`, with a run directory per combination, `sweep.md` (a table, means over seeds), `report.html`, and
+        `comparison.md` if the runs evaluate tasks.
+
+    Raises:
+        ConfigError: A combination is no valid recipe. Nothing is trained then.
+        TrainingError: Some runs failed. The others are trained, and the same command tries those again.
+        KeyboardInterrupt: The user pressed Ctrl-C. The same command continues.
+    """
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+        raise ConfigError("infopo sweep starts its own processes; start it once, without torchrun")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers: expected at least 1, got {workers}")
+    base = preflight(recipe_path, overrides, makes_a_run=False, section="sweep")
+    folder = Path(base.output_dir)
+    check_writable(folder, "output_dir")
+    planned = _planned(base, str(recipe_path), overrides)
+    missing = [each for each in planned if not each.is_finished]
+    say(f"{folder}: {len(planned)} runs, {len(planned) - len(missing)} of which are finished")
+    count = min(workers or max(torch.cuda.device_count(), 1), max(len(missing), 1))
+    with run_state.in_use(folder):
+        try:
+            failed = _one_by_one(missing) if count == 1 else _side_by_side(missing, count)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on where this one stood") from None
+        _show(folder, [each for each in planned if each.is_finished])
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(planned)} runs failed, and the same command tries them again: "
+            + "; ".join(f"{name}: {why}" for name, why in failed.items())[:2000]
+        )
+    return folder
+
+
+def _planned(base: Recipe, path: str, overrides: Sequence[str]) -> list[Planned]:
+    """Returns the runs, each of which is judged as `infopo train` would judge it."""
+    assert base.sweep is not None
+    found, problems = [], []
+    for cell in cells(base.sweep):
+        output = Path(base.output_dir) / cell.name
+        own = [*overrides, *cell.overrides, "sweep=null", f"output_dir={output}"]
+        try:
+            preflight(path, own, makes_a_run=False)
+            recipe = load_recipe(path, own, train_fields())
+            build_arguments(recipe)
+        except InfoPOError as error:
+            problems.append(f"{cell.name}: {error}")
+            continue
+        found.append(Planned(cell, recipe, [path, *own]))
+    if problems:
+        raise ConfigError(problems[:10], path)
+    return found
+
+
+def _one_by_one(missing: Sequence[Planned]) -> dict[str, str]:
+    """Trains in this process. Returns why runs failed, by name."""
+    failed = {}
+    for number, each in enumerate(missing, 1):
+        say(f"run {number} of {len(missing)}: {each.cell.name}")
+        recipe = each.recipe
+        if run_state.holds_run(each.folder):
+            recipe = replace(recipe, train={**recipe.train, "resume_from_checkpoint": True})
+        try:
+            train_recipe(recipe)
+            each.note_finished()
+        except InfoPOError as error:
+            say(f"{each.cell.name}: {error}", file=sys.stderr)
+            failed[each.cell.name] = str(error)
+        gc.collect()
+    return failed
+
+
+def _side_by_side(missing: Sequence[Planned], count: int) -> dict[str, str]:
+    """Trains in processes, each with one accelerator. Returns why runs failed, by name."""
+    devices: SimpleQueue[int] = SimpleQueue()
+    for device in range(count):
+        devices.put(device)
+
+    def run(each: Planned) -> str | None:
+        device = devices.get()
+        try:
+            return _in_a_process(each, device)
+        finally:
+            devices.put(device)
+
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            results = dict(zip((each.cell.name for each in missing), pool.map(run, missing), strict=True))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {name: why for name, why in results.items() if why is not None}
+
+
+def _in_a_process(each: Planned, device: int) -> str | None:
+    """Runs `infopo train`, whose output goes to a file. Returns why it failed, or None."""
+    each.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = each.folder.with_suffix(each.folder.suffix + ".log")
+    say(f"{each.cell.name}: begins, its output is in {log}")
+    command = [sys.executable, "-m", "infopo", "train", *each.command]
+    if run_state.holds_run(each.folder):
+        command.append("train.resume_from_checkpoint=true")
+    environment = dict(os.environ)
+    if torch.cuda.device_count():
+        environment["CUDA_VISIBLE_DEVICES"] = _visible(device, environment)
+    with log.open("ab") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode == 0:
+        each.note_finished()
+        say(f"{each.cell.name}: is trained")
+        return None
+    return f"exit status {done.returncode}, see {log}"
+
+
+def _visible(device: int, environment: dict[str, str]) -> str:
+    """Returns the name of a device among those that this process may use."""
+    names = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return names[device] if len(names) > device and names[device] else str(device)
+
+
+def _show(folder: Path, finished: Sequence[Planned]) -> None:
+    """Writes table, report and comparison of the runs that are finished."""
+    if not finished:
+        return
+    directories = [str(each.folder) for each in finished]
+    table = grouped_table(read_runs(directories), [each.cell.group for each in finished])
+    write_text_atomic(folder / "sweep.md", table)
+    say(table.rstrip(), f"written: {folder / 'sweep.md'}")
+    if len(finished) > 1 and all(_is_evaluated(each.folder) for each in finished):
+        compare(directories, format="markdown", output=folder / "comparison.md")
+    if is_installed("bokeh"):
+        report(directories, folder / "report.html")
+    else:
+        say("no report is written: it needs Bokeh (pip install 'infopo[demo]')")
+
+
+def _is_evaluated(run_directory: Path) -> bool:
+    return (folder_of_run(run_directory) / EVALUATION).is_file()
