@@ -205,7 +205,7 @@ def test_a_round_without_pairs_ends_rounds_and_loses_nothing(
     assert main(["rounds", str(recipe), *given]) == 0
     out = capsys.readouterr().out
     assert "round 2 has no pairs" in out
-    assert "1 rounds; the best is" in out
+    assert "1 round; the best is" in out
     assert (Path("out") / "round-1" / "model.safetensors").is_file()
 
     # In the first round it is an error.
