@@ -188,9 +188,8 @@ def _all_rounds(recipe: Recipe, folder: Path) -> None:
             )
             break
         this = this.next()
-    say(
-        f"{folder}: {len(finished)} round{'s' * (len(finished) != 1)}; {'the best' if held_out is not None else 'the last'} is {best}"
-    )
+    plural, which = "s" * (len(finished) != 1), "the best" if held_out is not None else "the last"
+    say(f"{folder}: {len(finished)} round{plural}; {which} is {best}")
 
 
 def _evaluate_start(model: str, held_out: EvaluationSettings, folder: Path) -> None:
