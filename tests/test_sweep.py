@@ -188,14 +188,15 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 def test_runs_side_by_side_are_those_that_follow_each_other_and_a_failure_stops_no_other(
     tmp_path: Path,
 ) -> None:
-    path = write(tmp_path, sweep={"objective": ["infopo", "sft", "dpo"]})
-    (tmp_path / "runs" / "sft" / "metrics.jsonl").mkdir(parents=True)
+    path = write(tmp_path, sweep={"train.learning_rate": [1e-5, 1e30, 1e-4]})
     found = finished(path, "--workers", "2")
     assert found.code == 2
     assert "1 of 3 runs failed" in found.output
-    assert "sft" in found.output
-    assert sorted(weights(tmp_path / "runs")) == ["dpo", "infopo"]
+    assert "learning_rate-1e+30" in found.output
+    assert "is NaN or infinite" in (tmp_path / "runs" / "learning_rate-1e+30.log").read_text()
+    assert len(list((tmp_path / "runs").glob("*/sweep.json"))) == 2
     alone = tmp_path / "alone"
     alone.mkdir()
-    assert finished(write(alone, sweep={"objective": ["dpo"]})).code == 0
-    assert weights(alone / "runs")["dpo"] == weights(tmp_path / "runs")["dpo"]
+    assert finished(write(alone, sweep={"train.learning_rate": [1e-4]})).code == 0
+    (name, expected), *_ = weights(alone / "runs").items()
+    assert weights(tmp_path / "runs")[name] == expected
