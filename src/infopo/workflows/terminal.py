@@ -53,9 +53,10 @@ class Figure:
 
 FIGURES: Sequence[Figure] = (
     Figure("loss", ("loss",)),
-    Figure("margin", ("probe/margin", "logratios/margins", "rewards/margins", "logps/margins"), signed=True),
+    # Of one kind only: a margin of rewards has the factor β, and one of log-probs has another zero.
+    Figure("margin", ("probe/margin", "logratios/margins"), signed=True),
     Figure("chosen", ("probe/change/chosen", "logratios/chosen"), signed=True),
-    Figure("accuracy", ("probe/accuracy", "rewards/accuracies", "logps/accuracies")),
+    Figure("accuracy", ("probe/accuracy", "rewards/accuracies")),
     Figure("KL", ("kl/forward",)),
     Figure("grad", ("grad_norm",)),
 )
