@@ -50,6 +50,21 @@ def test_what_was_not_measured_is_named_and_not_zero(tmp_path: Path) -> None:
     assert not any("→" in line for line in lines)
 
 
+def test_a_run_that_was_measured_at_its_start_only_says_nothing_of_a_change(tmp_path: Path) -> None:
+    """As one that was killed between measurements, or the card of its checkpoint."""
+    run_dir = write_run(tmp_path / "run")
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [
+        line for line in lines
+        if json.loads(line)["step"] == 0 or not any(n.startswith(("probe/", "kl/")) for n in json.loads(line))
+    ]  # fmt: skip
+    assert 0 < len(kept) < len(lines)
+    (run_dir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    [run] = read_runs([run_dir])
+    assert run.step > 0
+    assert not any(row.is_measured for row in changes(run))
+
+
 def test_verdicts_stand_with_their_meaning(tmp_path: Path) -> None:
     lines = closing_lines(write_run(tmp_path / "run", verdicts=(FALLING,)))
     place = next(i for i, line in enumerate(lines) if line.startswith("verdicts: chosen falling ("))

@@ -219,7 +219,7 @@ def test_the_loss_is_that_of_the_tool(
         ("axolotl", {"rl": None}, "rl"),
         ("axolotl", {"rl_beta": -1}, "beta: expected a value > 0, got -1"),
         ("trl", {"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
-        ("trl", {"dataset_name": None}, "data.path (line"),
+        ("trl", {"dataset_name": None}, "data.path: is required"),
     ],
 )
 def test_what_cannot_be_a_recipe_is_refused(tool: str, given: dict[str, Any], told: str, tmp_path: Path):
@@ -474,3 +474,11 @@ def test_the_tools_of_the_command_line_are_the_converters(capsys: pytest.Capture
         main(["convert-recipe", "x.yaml", "--from", "nobody"])
     told = capsys.readouterr().err
     assert [tool for tool in TOOLS if tool not in told] == []
+
+
+def test_a_refusal_speaks_of_the_file_and_not_of_the_recipe_that_nobody_sees(tmp_path: Path):
+    given = {"base_model": 3, "rl": "dpo", "datasets": [{"path": "a.jsonl", "type": "chat_template.default"}]}
+    with pytest.raises(ConfigError) as refused:
+        converted(tmp_path, given, "axolotl")
+    assert "(line" not in str(refused.value)
+    assert "base_model (model.name_or_path): expected text, got 3" in str(refused.value)

@@ -175,3 +175,13 @@ def test_a_row_with_a_system_message_of_its_own_is_not_given_another(tmp_path: P
         generate("lab:policy", settings(), file=path, system="c")
     with pytest.raises(ConfigError, match="expected"):
         generate("lab:policy", settings())
+
+
+def test_a_file_of_the_users_is_not_written_over(tmp_path: Path) -> None:
+    mine = written(tmp_path / "mine.jsonl", {"prompt": "1+1=?"})
+    before = Path(mine).read_bytes()
+    with pytest.raises(ConfigError, match="is what is read"):
+        generate("lab:policy", settings(), file=mine, output=mine)
+    with pytest.raises(ConfigError, match="was not written by this command"):
+        generate("lab:policy", settings(), prompts=["1+1=?"], output=mine)
+    assert Path(mine).read_bytes() == before

@@ -296,3 +296,16 @@ def test_log_probs_of_samples_are_those_of_the_reference_if_a_few_agree(
     assert "differ by up to 0.1 nats" in caplog.text
     trainer, _ = reference("{name_or_path: lab:policy, dtype: bfloat16}", samples)
     assert "no response is a sample of it" in "\n".join(trainer.description())
+
+
+@pytest.mark.parametrize("reads_it", [True, False])
+def test_a_file_of_the_users_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reads_it: bool
+) -> None:
+    mine = tmp_path / "pairs.jsonl"
+    mine.write_text('{"prompt": "1+1=?"}\n')
+    prompts = str(mine) if reads_it else "lab"
+    command = ["pairs", "lab:policy", "--prompts", prompts, "--verifier", "lab", "--output", str(mine)]
+    assert main(command) == 2
+    assert ("is what is read" if reads_it else "was not written by this command") in capsys.readouterr().err
+    assert mine.read_text() == '{"prompt": "1+1=?"}\n'

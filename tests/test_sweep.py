@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infopo.cli import main
 from infopo.config import parse_recipe, to_yaml
@@ -19,7 +21,8 @@ from infopo.errors import ConfigError
 from infopo.report.grouped import grouped_table
 from infopo.report.reading import ReportRun
 from infopo.runs import Run
-from infopo.sweep_grid import cells
+from infopo.sweep_grid import Cell, cells, grid_problems
+from infopo.yaml_tree import Problems, apply_override
 
 RECIPE: dict[str, Any] = {
     "model": "lab:policy",
@@ -81,6 +84,33 @@ def test_a_wrong_section_is_refused_by_its_key(tmp_path: Path, sweep: Any, messa
     text = yaml.safe_dump({**RECIPE, "output_dir": str(tmp_path / "runs"), "sweep": sweep})
     with pytest.raises(ConfigError, match=message):
         parse_recipe(text, source="sweep.yaml")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=90),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(value=VALUES)
+def test_a_value_reaches_its_run_whole(value: Any) -> None:
+    tree: dict[str, Any] = {}
+    problems = Problems("sweep.yaml")
+    for override in Cell("run", {"train.note": value}).overrides:
+        apply_override(tree, override, problems)
+    assert not problems
+    assert tree == {"train": {"note": value}}
+
+
+def test_long_values_that_differ_at_their_ends_are_two_runs() -> None:
+    paths = [f"/data/{'x' * 200}/{end}.jsonl" for end in "ab"]
+    assert list(grid_problems({"data.path": paths})) == []
+    names = [cell.name for cell in cells({"data.path": paths})]
+    assert len(set(names)) == 2
+    assert all(len(name.encode()) <= 120 for name in names)
 
 
 def test_two_values_of_one_name_are_refused() -> None:

@@ -279,7 +279,7 @@ def results_of(run_dir: Path, figures: Sequence[TaskFigure] | None = None) -> li
     lines = (
         ["| | before | after | change [95 %] | unit |", "|---|---|---|---|---|", *map(_row, rows)]
         if rows
-        else []
+        else ["Training's effect has not been measured since its start."]
     )
     figures = _figures(run_dir) if figures is None else figures
     if figures:

@@ -202,7 +202,7 @@ def _train(case: Case) -> Iterator[str]:
     per_device, accumulated = batch_of(case)
     rate = "1.0e-6" if case.method == "full" else "1.0e-5"
     yield "train:"
-    yield f"  learning_rate: {rate:<17}# peak; `infopo check` shows how much a step of it changes"
+    yield f"  learning_rate: {rate:<17}# peak"
     yield "  lr_scheduler_type: cosine"
     yield "  warmup_steps: 0.1               # share of all steps"
     yield "  num_train_epochs: 1"

@@ -1,5 +1,6 @@
 """The runs of `infopo sweep`: one per combination of the values under `sweep`. Imports no torch."""
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,10 +9,13 @@ from typing import Any
 
 from infopo.errors import ConfigError
 from infopo.validation import Problem
-from infopo.yaml_tree import in_yaml
+from infopo.yaml_tree import as_override, in_yaml
 
 SEEDS = ("train.seed", "train.data_seed")
 """Settings over which a sweep's table takes means."""
+
+_LONGEST_NAME = 120
+"""Bytes of a run's name. What is longer is cut, and ends with a hash of the whole."""
 
 _NOT_SWEPT = ("output_dir", "sweep", "rounds", "train.resume_from_checkpoint")
 
@@ -31,7 +35,7 @@ class Cell:
     @property
     def overrides(self) -> list[str]:
         """The values as `key=value`."""
-        return [f"{key}={in_yaml(value)}" for key, value in self.values.items()]
+        return [f"{key}={as_override(value)}" for key, value in self.values.items()]
 
     @property
     def group(self) -> str:
@@ -69,7 +73,7 @@ def grid_problems(sweep: Any) -> Iterator[Problem]:
             yield f"sweep.{key}", f"cannot be swept; {', '.join(_NOT_SWEPT)} are the same for all runs"
         elif not isinstance(values, list) or not values:
             yield f"sweep.{key}", f"expected a list of values, got {in_yaml(values)}"
-        elif len({in_yaml(value) for value in values}) < len(values):
+        elif len({as_override(value) for value in values}) < len(values):
             yield f"sweep.{key}", f"has a value twice: {in_yaml(values)}"
 
 
@@ -100,7 +104,12 @@ def cells(sweep: Mapping[str, Sequence[Any]]) -> list[Cell]:
 
 def _name(values: Mapping[str, Any]) -> str:
     words = " ".join(_words(key, value) for key, value in values.items())
-    return re.sub(r"[^\w.+-]+", "-", words).strip("-.") or "run"
+    name = re.sub(r"[^\w.+-]+", "-", words).strip("-.") or "run"
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    # File systems take 255 bytes, of which a log file and a staging folder need some.
+    start = name.encode()[: _LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 def _words(key: str, value: Any) -> str:
@@ -108,7 +117,13 @@ def _words(key: str, value: Any) -> str:
     key = key.removesuffix(".name")
     if isinstance(value, dict):
         name = [str(value["name"])] if "name" in value else []
-        return " ".join(name + [f"{k} {in_yaml(v)}" for k, v in value.items() if k != "name"])
+        return " ".join(name + [f"{k} {_plain(v)}" for k, v in value.items() if k != "name"])
     if key == "objective":
         return str(value)
-    return f"{key.rpartition('.')[2]} {value if isinstance(value, str) else in_yaml(value)}"
+    return f"{key.rpartition('.')[2]} {_plain(value)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return as_override(value) if isinstance(value, dict | list) else in_yaml(value)

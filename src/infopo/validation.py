@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import CoreSchema, core_schema
 
 from infopo.catalog import suggestion
-from infopo.errors import ConfigError
+from infopo.errors import ConfigError, DataError
 from infopo.yaml_tree import in_yaml, shorten
 
 Problem = tuple[str, str]
@@ -206,6 +206,13 @@ def options_named(section: str) -> Iterator[None]:
             for problem in error.problems
         ]
         raise ConfigError(problems, error.source) from error
+    except DataError as error:
+        problem = re.sub(
+            r"--([a-z-]+)", lambda option: f"{section}.{option[1].replace('-', '_')}", error.problem
+        )
+        if problem == error.problem:
+            raise
+        raise DataError(problem, error.row_id, error.reason) from error
 
 
 def _domain(constraints: list[Any]) -> str:

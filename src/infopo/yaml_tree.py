@@ -274,3 +274,21 @@ def shorten(text: str) -> str:
 def dump_tree(tree: Tree) -> str:
     """Returns YAML that `read_tree`, and YAML 1.1 readers too, read back as an equal tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def as_override(value: Any) -> str:
+    """Returns a value, whole, as YAML on one line, which `apply_override` reads back as an equal one.
+
+    Example:
+        >>> as_override({"name": "dpo", "cap": None}), as_override(1e-7)
+        ('{name: dpo, cap: null}', '1.0e-07')
+    """
+    text = yaml.dump(
+        [value],
+        Dumper=_Dumper,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=True,
+        width=float("inf"),
+    )
+    return text.strip()[1:-1]

@@ -161,9 +161,20 @@ class Conversion:
                 parse_recipe(text, source=source, train_fields=quick_train_fields())
             except ConfigError as error:
                 if not self._give_up(error.problems):
-                    raise
+                    raise ConfigError([self._there(each) for each in error.problems], source) from error
             else:
                 return text
+
+    def _there(self, problem: str) -> str:
+        """Returns a problem of the recipe in words of the file: its setting, and no line, which is the recipe's."""
+        problem = re.sub(r" \(line \d+\)", "", problem, count=1)
+        path = problem.partition(": ")[0]
+        if path in self._origins:
+            return f"{self._origins[path]} ({path}){problem.removeprefix(path)}"
+        read = "".join(
+            f"; not understood: {each}" for each in self.lost if "data" in path and "data" in each.key
+        )
+        return f"{problem}{read}"
 
     def _give_up(self, problems: Sequence[str]) -> bool:
         """Names settings that the recipe cannot have. Returns whether there was one."""

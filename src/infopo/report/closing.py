@@ -5,7 +5,7 @@ Its figures are those of the report's headline, read from the same files.
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,14 @@ def changes(run: ReportRun) -> list[Change]:
         ("Forward KL", "kl/forward"),
     ):
         found.append(_of_column(run, column(title), name))
-    return found
+    return [_without_start(each) for each in found] if run.step else found
+
+
+def _without_start(row: Change) -> Change:
+    """Returns a row that is not measured if its last value is the one before training, as in a killed run."""
+    last = row.after or row.change
+    is_start = last is not None and ", step 0: " in last.source
+    return replace(row, after=None, change=None) if is_start else row
 
 
 def _of_column(run: ReportRun, of: Column, name: str) -> Change:
@@ -201,7 +208,9 @@ def _tasks(recipe: Mapping[str, Any]) -> list[str]:
     if not tasks:
         data = recipe.get("data")
         path = str(data.get("path") if isinstance(data, dict) else "")
-        return ["--tasks", "lab" if path.startswith("lab:") else "gsm8k"]
+        model = recipe.get("model")
+        name = str(model.get("name_or_path") if isinstance(model, dict) else model)
+        return ["--tasks", "lab" if path.startswith("lab:") or name.startswith("lab:") else "gsm8k"]
     given = evaluate.get("data") or {}
     files = [part for name in tasks if name in given for part in ("--data", f"{name}={given[name]}")]
     return [

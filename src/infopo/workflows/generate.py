@@ -24,6 +24,7 @@ from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.runs import Record, os_errors_named, to_json
 from infopo.workflows.evaluate import subject_of
+from infopo.workflows.new_file import refuse_foreign
 
 TASK = "generate"
 """Name of what is asked, in settings and in the sample store."""
@@ -66,6 +67,8 @@ def generate(
     if model is None and settings.server is None:
         raise ConfigError("MODEL: expected a model, or --server URL")
     path = _output_file(output)
+    if path is not None:
+        refuse_foreign(path, (".samples",), (file,))
     items = _items(prompts, file, system, settings.limit)
     own = replace(settings, server=None)
     if against is not None and against.startswith(("http://", "https://")):

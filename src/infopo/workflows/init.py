@@ -1,5 +1,6 @@
 """`infopo init`: a commented recipe for the user's case, written after a look at the data and at the machine."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -44,7 +45,9 @@ def init(path: str | Path, given: Mapping[str, Any], ask: Callable[[str], str] |
         raise ConfigError(f"{path} is there already, and is not overwritten; name another file")
     settings = {name: value for name, value in given.items() if value is not None}
     if ask is None and (missing := [f"--{name}" for name in ("model", "data") if name not in settings]):
-        raise ConfigError(f"{' and '.join(missing)}: is required where nobody can be asked")
+        raise ConfigError(
+            f"{' and '.join(missing)}: {'is' if len(missing) == 1 else 'are'} required where nobody can be asked"
+        )
     questions = _Questions(settings, ask)
     questions.text("model", "Model to train (folder or hub name of an SFT model)", "lab:policy")
     questions.text("data", "Preference data (file, folder, glob or hub name)", "lab:verified")
@@ -68,7 +71,8 @@ def init(path: str | Path, given: Mapping[str, Any], ask: Callable[[str], str] |
         *(f"to mend: {p}" for p in _problems(path)),
     ):
         say(line)
-    say(f"Next: infopo check {path}{without_sharding(case)}, then {launcher(case)} train {path}")
+    name = shlex.quote(str(path))
+    say(f"Next: infopo check {name}{without_sharding(case)}, then {launcher(case)} train {name}")
 
 
 class _Questions:

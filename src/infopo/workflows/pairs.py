@@ -29,6 +29,7 @@ from infopo.runs import Record, os_errors_named, to_json, write_json_atomic
 from infopo.workflows.ask_judge import JudgeSettings
 from infopo.workflows.evaluate import subject_of
 from infopo.workflows.judged_pairs import judge_verifier
+from infopo.workflows.new_file import refuse_foreign
 
 _PROMPTS_AT_A_TIME = 256
 """Prompts whose samples are drawn, marked and paired at a time."""
@@ -145,6 +146,7 @@ def pairs(
     if skip < 0:
         raise ConfigError(f"--skip: expected a number of prompts of at least 0, got {skip}")
     output = Path(output)
+    refuse_foreign(output, (".samples", ".provenance.json", ".pass-rates.jsonl"), (prompts, samples))
     check_writable(output.parent, "--output")
     folder = output.with_name(f"{output.stem}.samples")
     most = None if settings.limit is None else skip + settings.limit

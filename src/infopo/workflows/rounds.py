@@ -300,7 +300,7 @@ def _show(folder: Path, finished: Sequence[Round], best: Path, *, has_marks: boo
     if is_installed("bokeh"):
         report(directories, folder / "report.html")
     else:
-        say("no report is written: it needs Bokeh (pip install 'infopo[demo]')")
+        say("no report is written: it needs Bokeh (pip install 'infopo[report]')")
     write_json_atomic(folder / "rounds.json", record_of(finished, best.name))
 
 

@@ -6,6 +6,7 @@ killed command goes on where it stood.
 
 import gc
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -110,6 +111,8 @@ def sweep(recipe_path: str | Path, overrides: Sequence[str] = (), *, workers: in
     base = preflight(recipe_path, overrides, makes_a_run=False, section="sweep")
     folder = Path(base.output_dir)
     check_writable(folder, "output_dir")
+    assert base.sweep is not None
+    say(f"{folder}: {math.prod(map(len, base.sweep.values()))} combinations, each of which is judged first")
     planned = _planned(base, str(recipe_path), overrides)
     missing = [each for each in planned if not each.is_finished]
     say(f"{folder}: {len(planned)} runs, {len(planned) - len(missing)} of which are finished")
@@ -123,7 +126,7 @@ def sweep(recipe_path: str | Path, overrides: Sequence[str] = (), *, workers: in
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(planned)} runs failed, and the same command tries them again: "
-            + "; ".join(f"{name}: {why}" for name, why in failed.items())[:2000]
+            + ", ".join(failed)[:1000]
         )
     return folder
 
@@ -140,7 +143,8 @@ def _planned(base: Recipe, path: str, overrides: Sequence[str]) -> list[Planned]
             recipe = load_recipe(path, own, train_fields())
             build_arguments(recipe)
         except InfoPOError as error:
-            problems.append(f"{cell.name}: {error}")
+            told = error.problems if isinstance(error, ConfigError) else [str(error)]
+            problems += [f"{cell.name}: {problem}" for problem in told]
             continue
         found.append(Planned(cell, recipe, [path, *own]))
     if problems:
@@ -148,9 +152,9 @@ def _planned(base: Recipe, path: str, overrides: Sequence[str]) -> list[Planned]
     return found
 
 
-def _one_by_one(missing: Sequence[Planned]) -> dict[str, str]:
-    """Trains in this process. Returns why runs failed, by name."""
-    failed = {}
+def _one_by_one(missing: Sequence[Planned]) -> list[str]:
+    """Trains in this process. Returns the names of runs that failed, which it says why."""
+    failed = []
     for number, each in enumerate(missing, 1):
         say(f"run {number} of {len(missing)}: {each.cell.name}")
         recipe = each.recipe
@@ -161,18 +165,18 @@ def _one_by_one(missing: Sequence[Planned]) -> dict[str, str]:
             each.note_finished()
         except InfoPOError as error:
             say(f"{each.cell.name}: {error}", file=sys.stderr)
-            failed[each.cell.name] = str(error)
+            failed.append(each.cell.name)
         gc.collect()
     return failed
 
 
-def _side_by_side(missing: Sequence[Planned], count: int) -> dict[str, str]:
-    """Trains in processes, each with one accelerator. Returns why runs failed, by name."""
+def _side_by_side(missing: Sequence[Planned], count: int) -> list[str]:
+    """Trains in processes, each with one accelerator. Returns the names of runs that failed, which it says why."""
     devices: SimpleQueue[int] = SimpleQueue()
     for device in range(count):
         devices.put(device)
 
-    def run(each: Planned) -> str | None:
+    def run(each: Planned) -> bool:
         device = devices.get()
         try:
             return _in_a_process(each, device)
@@ -181,15 +185,15 @@ def _side_by_side(missing: Sequence[Planned], count: int) -> dict[str, str]:
 
     with ThreadPoolExecutor(count) as pool:
         try:
-            results = dict(zip((each.cell.name for each in missing), pool.map(run, missing), strict=True))
+            succeeded = list(pool.map(run, missing))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    return {name: why for name, why in results.items() if why is not None}
+    return [each.cell.name for each, well in zip(missing, succeeded, strict=True) if not well]
 
 
-def _in_a_process(each: Planned, device: int) -> str | None:
-    """Runs `infopo train`, whose output goes to a file. Returns why it failed, or None."""
+def _in_a_process(each: Planned, device: int) -> bool:
+    """Runs `infopo train`, whose output goes to a file. Returns whether it went well."""
     each.folder.parent.mkdir(parents=True, exist_ok=True)
     log = each.folder.with_suffix(each.folder.suffix + ".log")
     say(f"{each.cell.name}: begins, its output is in {log}")
@@ -204,8 +208,9 @@ def _in_a_process(each: Planned, device: int) -> str | None:
     if done.returncode == 0:
         each.note_finished()
         say(f"{each.cell.name}: is trained")
-        return None
-    return f"exit status {done.returncode}, see {log}"
+        return True
+    say(f"{each.cell.name}: exit status {done.returncode}, see {log}", file=sys.stderr)
+    return False
 
 
 def _visible(device: int, environment: dict[str, str]) -> str:
@@ -227,7 +232,7 @@ def _show(folder: Path, finished: Sequence[Planned]) -> None:
     if is_installed("bokeh"):
         report(directories, folder / "report.html")
     else:
-        say("no report is written: it needs Bokeh (pip install 'infopo[demo]')")
+        say("no report is written: it needs Bokeh (pip install 'infopo[report]')")
 
 
 def _is_evaluated(run_directory: Path) -> bool:
