@@ -71,6 +71,12 @@ def test_the_commands_of_the_page_train_and_compare(here: Path, capsys: pytest.C
             if words[1] == "train"
             else []
         )
+        command, _, target = " ".join(words[1:]).partition(" > ")
+        if target:  # what the shell would do
+            capsys.readouterr()
+            assert main(command.split()) == 0
+            Path(target).write_text(capsys.readouterr().out, encoding="utf-8")
+            continue
         assert main([*words[1:], *small]) == 0, capsys.readouterr().err
     assert row_of("my_losses:soft_infopo").location == str(here / "my_losses.py")
     done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, check=True)
