@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -443,3 +444,14 @@ def test_text_of_strangers_cannot_break_the_table(tmp_path, capsys):
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
     assert not any(line.startswith("z") for line in text.splitlines())
+
+
+def test_a_file_that_is_compared_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in files:
+        path.write_text('{"id": 1, "score": 1}\n')
+    assert main(["compare", *map(str, files), "--output", str(files[1])]) == 2
+    assert "is what is read" in capsys.readouterr().err
+    assert files[1].read_text() == '{"id": 1, "score": 1}\n'

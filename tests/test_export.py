@@ -1,6 +1,10 @@
 """An export loads with transformers alone, holds nothing private, and is whole or not there."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +203,24 @@ def test_the_hub_is_asked_before_anything_is_computed_and_gets_the_export_alone(
     export(str(runs / "full"), output=tmp_path / "out", push_to_hub="mine", private=True)
     assert calls[0] == ("mine", {"private": True, "exist_ok": True})
     assert (calls[1][1]["repo_id"], calls[1][1]["folder_path"]) == ("me/mine", tmp_path / "out")
+
+
+@pytest.mark.long
+def test_a_killed_export_leaves_no_folder_that_looks_whole_and_the_same_command_begins_anew(
+    runs: Path, tmp_path: Path
+) -> None:
+    folder, staging = tmp_path / "out", tmp_path / ".out.staging"
+    command = [sys.executable, "-m", "infopo", "export", str(runs / "full"), "--output", str(folder)]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not staging.exists():
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.0005)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not folder.exists()
+    assert staging.exists()
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    assert not staging.exists()
+    AutoModelForCausalLM.from_pretrained(folder)

@@ -1,10 +1,12 @@
 """Models that are no causal language models, or none at all, end in one line that says so."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -102,3 +104,9 @@ def test_the_folder_of_an_adapter_is_no_policy_and_is_told_what_to_do(tmp_path: 
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ModelError, match="is an adapter, not a complete model"):
         load_policy(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_is_added_and_loaded_without_a_warning_that_users_cannot_heed(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_adapter(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)

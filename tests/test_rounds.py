@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from infopo.adapters import load_for_use
 from infopo.cli import main
 from infopo.config import load_recipe, parse_recipe, to_yaml
 from infopo.evaluation.contenders import read_contender
+from infopo.hashing import hash_weights
+from infopo.models import load_policy
 from infopo.runs import read_run
 from infopo.workflows.round_state import first_round, settle_recipe
 from infopo.workflows.rounds import recipe_of
@@ -184,6 +187,21 @@ def test_rounds_leave_runs_that_every_command_reads(recipe: Path, capsys: pytest
     assert main(["rounds", str(recipe), "rounds.seed=3"]) == 2
     assert "seed: 0 was there, now seed: 3" in capsys.readouterr().err
     assert main(["rounds", str(recipe), "rounds.number=1"]) == 0
+
+
+@pytest.mark.long
+def test_rounds_of_adapters_train_a_new_one_on_what_the_last_became(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base and adapter of a round, merged, are the base of the next one's adapter."""
+    assert main(["rounds", str(recipe), "model.adapter.r=4", "train.learning_rate=1e-2"]) == 0, (
+        capsys.readouterr().err
+    )
+    merged = load_policy("out/round-1/merged")
+    assert hash_weights(merged) == hash_weights(load_for_use("out/round-1"))
+    assert hash_weights(merged) != hash_weights(load_policy("lab:policy"))
+    settings = json.loads(Path("out/round-2/adapter_config.json").read_text(encoding="utf-8"))
+    assert Path(settings["base_model_name_or_path"]) == Path("out/round-1/merged").resolve()
 
 
 @pytest.mark.long

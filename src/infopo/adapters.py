@@ -1,6 +1,5 @@
 """Loads adapters on their bases, and models for use: complete ones, and those that an adapter was trained on."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from transformers.utils import find_adapter_config_file
 
 from infopo import merging
 from infopo.errors import ModelError
-from infopo.models import DTYPES, cannot_load, load_policy, resolve_name
+from infopo.models import DTYPES, cannot_load, load_policy, renamed_quietly, resolve_name
 
 
 def load_for_use(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> Any:
@@ -67,9 +66,7 @@ def load_adapter(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> Any:
             base.get_input_embeddings().weight.shape[0],
         ):
             base.resize_token_embeddings(rows)
-        with warnings.catch_warnings():
-            # peft asks transformers for what has another name now.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        with renamed_quietly():
             return PeftModel.from_pretrained(base, name_or_path, config=config)
     except Exception as error:  # its base may be anything
         raise cannot_load(f"adapter {name_or_path!r} or its base", name_or_path, error) from error

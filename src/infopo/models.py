@@ -5,6 +5,7 @@ A name is a local folder, a hub name, or `lab:policy`, the small model that ship
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,14 @@ def is_peft_model(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
+@contextlib.contextmanager
+def renamed_quietly() -> Iterator[None]:
+    """Within it, transformers does not warn that peft asks for something by its former name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
+
+
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     """Returns the model with a new adapter, which alone is trained.
 
@@ -270,7 +279,8 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             "or pass the model without peft_config to go on training the adapter it has."
         )
     try:
-        adapted = get_peft_model(model, peft_config)
+        with renamed_quietly():
+            adapted = get_peft_model(model, peft_config)
     except (
         _LOADING_ERRORS
     ) as error:  # peft judges some settings by using them: a dict without a key, a missing library

@@ -124,10 +124,7 @@ def conversion(given: Mapping[str, Any], path: Path) -> Conversion:
         made.need_not("chat_template", "the tokenizer's own chat template is applied")
     if made.get("sample_packing"):
         made.lose("sample_packing", "nothing is padded where the model's attention allows it")
-    for key, why in LOST.items():
-        made.lose(key, why)
-    for key, why in NEEDLESS.items():
-        made.need_not(key, why)
+    made.account(LOST, NEEDLESS)
     return made
 
 
@@ -138,17 +135,11 @@ def _model(made: Conversion) -> None:
     adapter = made.get("adapter")
     if adapter not in ("lora", "qlora"):
         made.lose("adapter", "`lora` and `qlora` are converted; all weights are trained here")
-        for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"):
-            made.lose(key, "there is no adapter in the recipe")
-        for key in ("load_in_4bit", "load_in_8bit"):
-            if made.get(key):
-                made.lose(key, "quantized weights are trained beneath an adapter only")
+        settings = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear")
+        made.without_adapter(settings, "there is no adapter in the recipe")
         return
     made.take("adapter")
-    for bits in ("4bit", "8bit"):
-        if made.get(f"load_in_{bits}"):
-            made.take(f"load_in_{bits}")
-            made.put("model.quantization", bits, f"load_in_{bits}")
+    made.quantization()
     if adapter == "qlora" and made["model.quantization"] is None:
         made.put("model.quantization", "4bit", "adapter")
     made.put("model.adapter.r", made.take("lora_r", 8), "adapter; lora_r")
@@ -226,10 +217,8 @@ def _training(made: Conversion) -> None:
                 made.put(f"train.{strategy}_steps", round(share, 6), f"{key}; num_epochs")
         elif per_epoch:
             made.lose(key, f"set train.{strategy}_strategy and train.{strategy}_steps")
-    if made.get("gradient_checkpointing") is False:
-        made.take("gradient_checkpointing")
-        made.put("train.activation_checkpointing", False, "gradient_checkpointing")
-    elif made.get("gradient_checkpointing") not in (None, True):
+    made.checkpointing()
+    if made.get("gradient_checkpointing") not in (None, True):
         made.lose("gradient_checkpointing", "activations are recomputed, and not offloaded")
     if made.get("group_by_length"):
         made.take("group_by_length")

@@ -78,7 +78,7 @@ class Conversion:
         self._origins[path] = origin
 
     @property
-    def number(self) -> int:
+    def written(self) -> int:
         """How many settings the recipe has."""
         return len(self._settings)
 
@@ -99,6 +99,34 @@ class Conversion:
         """Names a setting as one that changes nothing here, if the file has it."""
         if self.has(key):
             self.needless.append(Named(key, self.take(key), why))
+
+    def account(self, lost: Mapping[str, str], needless: Mapping[str, str]) -> None:
+        """Names what nobody took and the tool's tables know: what has no counterpart, and what needs none."""
+        for key, why in lost.items():
+            self.lose(key, why)
+        for key, why in needless.items():
+            self.need_not(key, why)
+
+    def quantization(self) -> None:
+        """Sets the bits of the base's weights from `load_in_4bit` and `load_in_8bit`."""
+        for bits in ("4bit", "8bit"):
+            if self.get(f"load_in_{bits}"):
+                self.take(f"load_in_{bits}")
+                self.put("model.quantization", bits, f"load_in_{bits}")
+
+    def without_adapter(self, keys: Sequence[str], why: str) -> None:
+        """Names the settings of an adapter, and of the weights beneath it, as lost where there is none."""
+        for key in keys:
+            self.lose(key, why)
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if self.get(key):
+                self.lose(key, "quantized weights are trained beneath an adapter only")
+
+    def checkpointing(self) -> None:
+        """Switches checkpointing of activations off if the file does. It is on by default, here and there."""
+        if self.get("gradient_checkpointing") is False:
+            self.take("gradient_checkpointing")
+            self.put("train.activation_checkpointing", False, "gradient_checkpointing")
 
     def train(self, name: str, key: str) -> None:
         """Sets an argument of training to the value of a setting, if the file has it and transformers takes it."""

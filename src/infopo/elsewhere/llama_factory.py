@@ -91,10 +91,7 @@ def conversion(given: Mapping[str, Any], path: Path) -> Conversion:
     llama_factory_data.data(made, path)
     _objective(made, "kto" if stage == "kto" else LOSSES[loss])
     _training(made)
-    for key, why in LOST.items():
-        made.lose(key, why)
-    for key, why in NEEDLESS.items():
-        made.need_not(key, why)
+    made.account(LOST, NEEDLESS)
     return made
 
 

@@ -44,19 +44,14 @@ def conversion(given: Mapping[str, Any], path: Path) -> Conversion:
     _objective(made)
     made.put("output_dir", made.take("output_dir", "runs/converted"), "output_dir")
     _reference(made)
-    if made.get("gradient_checkpointing") is False:
-        made.take("gradient_checkpointing")
-        made.put("train.activation_checkpointing", False, "gradient_checkpointing")
+    made.checkpointing()
     if made.get("warmup_ratio"):
         made.train("warmup_steps", "warmup_ratio")
     made.evaluation()
     for key in ("use_dora", "use_rslora"):
         if made.get(key) is False:
             made.need_not(key, NEEDLESS[key])
-    for key, why in LOST.items():
-        made.lose(key, why)
-    for key, why in NEEDLESS.items():
-        made.need_not(key, why)
+    made.account(LOST, NEEDLESS)
     return made
 
 
@@ -69,11 +64,8 @@ def _model(made: Conversion) -> None:
     for key in ("torch_dtype", "dtype"):
         made.move(key, "model.dtype")
     if not made.get("use_peft"):
-        for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-            made.lose(key, "without use_peft there is no adapter, as in TRL")
-        for key in ("load_in_4bit", "load_in_8bit"):
-            if made.get(key):
-                made.lose(key, "quantized weights are trained beneath an adapter only")
+        settings = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        made.without_adapter(settings, "without use_peft there is no adapter, as in TRL")
         return
     made.take("use_peft")
     made.put("model.adapter.r", made.take("lora_r", 16), "use_peft; lora_r")
@@ -87,10 +79,7 @@ def _model(made: Conversion) -> None:
         modules = listed(made.take("lora_target_modules"))
         target = modules[0] if modules == ["all-linear"] else modules
         made.put("model.adapter.target_modules", target, "lora_target_modules")
-    for bits in ("4bit", "8bit"):
-        if made.get(f"load_in_{bits}"):
-            made.take(f"load_in_{bits}")
-            made.put("model.quantization", bits, f"load_in_{bits}")
+    made.quantization()
 
 
 def _data(made: Conversion) -> None:

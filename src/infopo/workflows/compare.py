@@ -11,6 +11,7 @@ from infopo.evaluation.comparison import Row, comparisons, left_out, p_text, sen
 from infopo.evaluation.contenders import Scored, read_contender
 from infopo.output import say, shown
 from infopo.runs import to_json, write_text_atomic
+from infopo.workflows.new_file import refuse_what_is_read
 from infopo.workflows.report import check_output
 
 FORMATS = ("markdown", "json")
@@ -52,6 +53,7 @@ def compare(
         raise ConfigError(f"--format: expected {' or '.join(FORMATS)}, got {format!r}")
     if output is not None:
         check_output(Path(output))
+        refuse_what_is_read(Path(output), sources)
 
     def grade(path: Path, task: str, by: str | None) -> Scored:
         # Tasks load torch, which comparisons of what is marked already do not need.

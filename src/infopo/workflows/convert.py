@@ -26,7 +26,7 @@ def convert_recipe(path: str | Path, tool: str | None = None, output: str | Path
     else:
         write_new(Path(output), recipe)
     say(
-        f"{path}: {conversion.tool}'s settings: {conversion.number} written, {len(conversion.lost)} without a "
+        f"{path}: {conversion.tool}'s settings: {conversion.written} written, {len(conversion.lost)} without a "
         f"counterpart, {len(conversion.needless)} that need none",
         *(f"  without a counterpart: {each}" for each in conversion.lost),
         *(f"  note: {each}" for each in conversion.differences),

@@ -68,7 +68,8 @@ def generate(
         raise ConfigError("MODEL: expected a model, or --server URL")
     path = _output_file(output)
     if path is not None:
-        refuse_foreign(path, (".samples",), (file,))
+        for each in (path, *([_second(path)] if against is not None else [])):
+            refuse_foreign(each, (_store(path),), (file,))
     items = _items(prompts, file, system, settings.limit)
     own = replace(settings, server=None)
     if against is not None and against.startswith(("http://", "https://")):
@@ -77,7 +78,7 @@ def generate(
     sides += [(None if own.server else against, own)] if against is not None else []
     found: list[tuple[str, list[Answer]]] = []
     with tempfile.TemporaryDirectory(prefix="infopo-") as forgotten:
-        folder = Path(forgotten) if path is None else path.with_name(f"{path.stem}.samples")
+        folder = Path(forgotten) if path is None else _store(path)
         for name, how in sides:
             found.append(_answered(name, items, how, folder, has_bar=path is not None))
     if path is None:
@@ -85,6 +86,16 @@ def generate(
     else:
         _write(found, path, system)
     return [[sample for _, sample in side] for _, side in found]
+
+
+def _store(path: Path) -> Path:
+    """Returns the folder of the samples that are kept beside the output."""
+    return path.with_name(f"{path.stem}.samples")
+
+
+def _second(path: Path) -> Path:
+    """Returns the file of the second model's responses."""
+    return path.with_name(f"{path.stem}.against.jsonl")
 
 
 def _output_file(output: str | Path | None) -> Path | None:
@@ -180,7 +191,7 @@ def _by_item(answers: Sequence[Answer]) -> list[tuple[Item, list[Sample]]]:
 def _write(found: Sequence[tuple[str, Sequence[Answer]]], path: Path, system: str | None) -> None:
     """Writes the responses of each model to a file of its own, since readers take a row for a sample of one model."""
     for number, (name, given) in enumerate(found):
-        file = path if number == 0 else path.with_name(f"{path.stem}.against.jsonl")
+        file = path if number == 0 else _second(path)
         several = any(sample.sample for _, sample in given)
         lines = (f"{to_json(_row(name, *each, several=several, system=system))}\n".encode() for each in given)
         with os_errors_named(file):

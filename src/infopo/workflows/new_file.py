@@ -21,12 +21,12 @@ def write_new(path: Path, text: str) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def refuse_foreign(path: Path, beside: Sequence[str], read: Sequence[str | Path | None]) -> None:
+def refuse_foreign(path: Path, marks: Sequence[Path], read: Sequence[str | Path | None]) -> None:
     """Refuses to write over a file that an earlier run of the command has not written, or that is read.
 
     Args:
         path: The output.
-        beside: Endings of what the command leaves beside its output, by which its own are known.
+        marks: Files or folders that the command leaves beside its output, by any of which its own is known.
         read: The files that it reads.
 
     Raises:
@@ -34,9 +34,18 @@ def refuse_foreign(path: Path, beside: Sequence[str], read: Sequence[str | Path 
     """
     if not path.exists():
         return
-    if any(source is not None and Path(source).expanduser().resolve() == path.resolve() for source in read):
-        raise ConfigError(f"--output: {path} is what is read, and would be overwritten; name another file")
-    if not any(path.with_name(f"{path.stem}{ending}").exists() for ending in beside):
+    refuse_what_is_read(path, read)
+    if not any(mark.exists() for mark in marks):
         raise ConfigError(
             f"--output: {path} is there already, and was not written by this command; name another file"
         )
+
+
+def refuse_what_is_read(path: Path, read: Sequence[str | Path | None]) -> None:
+    """Refuses to write over a file that the command reads.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if any(source is not None and Path(source).expanduser().resolve() == path.resolve() for source in read):
+        raise ConfigError(f"--output: {path} is what is read, and would be overwritten; name another file")

@@ -146,9 +146,10 @@ def pairs(
     if skip < 0:
         raise ConfigError(f"--skip: expected a number of prompts of at least 0, got {skip}")
     output = Path(output)
-    refuse_foreign(output, (".samples", ".provenance.json", ".pass-rates.jsonl"), (prompts, samples))
-    check_writable(output.parent, "--output")
     folder = output.with_name(f"{output.stem}.samples")
+    provenance = output.with_name(f"{output.stem}.provenance.json")
+    refuse_foreign(output, (folder, provenance), (prompts, samples))
+    check_writable(output.parent, "--output")
     most = None if settings.limit is None else skip + settings.limit
     marker = marker_of(verifier, settings, judge, folder, limit=most)
     items = marker.load(prompts)[skip:][: settings.limit]

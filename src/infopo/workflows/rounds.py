@@ -7,7 +7,6 @@ known to be finished. A killed command therefore goes on where it stood.
 import gc
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,6 @@ from pathlib import Path
 import torch
 
 from infopo import run_state
-from infopo.adapters import load_for_use
 from infopo.build import build_arguments, evaluation_settings, train_fields
 from infopo.config import Recipe, load_recipe
 from infopo.errors import ConfigError, DataError
@@ -28,7 +26,6 @@ from infopo.evaluation.marking import loaded_tasks
 from infopo.evaluation.pairing import PairingSettings
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.tasks import TASKS
-from infopo.models import load_tokenizer
 from infopo.output import say
 from infopo.preflight import check_writable, is_installed, preflight
 from infopo.round_settings import RoundsSettings
@@ -38,10 +35,10 @@ from infopo.validation import options_named
 from infopo.workflows.ask_judge import JudgeSettings
 from infopo.workflows.compare import compare
 from infopo.workflows.evaluate import evaluate
+from infopo.workflows.export import export
 from infopo.workflows.pairs import marker_of, pairs
 from infopo.workflows.report import report
 from infopo.workflows.round_state import (
-    MERGED,
     START,
     Round,
     first_round,
@@ -237,8 +234,9 @@ def _train(recipe: Recipe, this: Round) -> None:
         return
     train_recipe(recipe_of(recipe, this))
     _forget()
-    if this.is_adapter:
-        _merge(this)
+    if this.is_adapter:  # the next round trains a new adapter on the whole model
+        export(str(this.folder), output=this.trained)
+        _forget()
     this.note_trained()
 
 
@@ -267,17 +265,6 @@ def recipe_of(recipe: Recipe, this: Round) -> Recipe:
         evaluate=recipe.evaluate if during else EvaluateSettings(),
         rounds=None,
     )
-
-
-def _merge(this: Round) -> None:
-    """Writes the policy as a whole model, because the next round trains a new adapter on it."""
-    path, staging = Path(this.trained), this.folder / f".{MERGED}"
-    shutil.rmtree(staging, ignore_errors=True)
-    load_for_use(str(this.folder), "auto").save_pretrained(staging)
-    load_tokenizer(str(this.folder)).save_pretrained(staging)
-    shutil.rmtree(path, ignore_errors=True)
-    staging.rename(path)
-    _forget()
 
 
 def _improves(best: Path, this: Round) -> bool:
