@@ -1,6 +1,5 @@
-"""What this machine has: accelerators and installed libraries. torch is imported only where a function says so."""
+"""The accelerators of this machine, and what a model takes of their memory. Functions that import torch say so."""
 
-import importlib.util
 import json
 import struct
 from dataclasses import dataclass
@@ -50,14 +49,6 @@ def accelerators() -> Accelerators:
         tuple(each.total_memory for each in properties),
         torch.cuda.is_bf16_supported(including_emulation=False),
     )
-
-
-def is_installed(module: str) -> bool:
-    """Returns whether a module can be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def number_of_parameters(folder: Path) -> int | None:

@@ -153,7 +153,17 @@ def check_store(recipe: Recipe) -> None:
 
 def is_installed(*modules: str) -> bool:
     """Returns whether one of these modules can be imported, without importing it."""
-    return any(importlib.util.find_spec(module) is not None for module in modules)
+    return any(map(_is_there, modules))
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (
+        ImportError,
+        ValueError,
+    ):  # of a package around it, or of a module that somebody put there by hand
+        return False
 
 
 _OF_DEMO = {"matplotlib": "matplotlib", "Bokeh": "bokeh"}

@@ -10,9 +10,9 @@ from typing import Any
 from infopo.data.counts import DataCounts
 from infopo.data.sources import read_rows
 from infopo.errors import ConfigError, InfoPOError
-from infopo.machine import BYTES_PER_PARAMETER, Accelerators, accelerators, is_installed, number_of_parameters
+from infopo.machine import BYTES_PER_PARAMETER, Accelerators, accelerators, number_of_parameters
 from infopo.output import say
-from infopo.preflight import preflight
+from infopo.preflight import is_installed, preflight
 from infopo.scaffold import (
     KIND_OF_SHAPE,
     KINDS,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from infopo.errors import ConfigError
 from infopo.output import say
+from infopo.preflight import is_installed
 from infopo.report import page, plain, plots
 from infopo.report.document import Report, read_report
 from infopo.runs import write_text_atomic
@@ -63,6 +64,14 @@ def report(
             return
         say(f"{path}: {_what(found)}; it is written again in {every:g} s (Ctrl-C ends this)")
         time.sleep(every)
+
+
+def report_if_possible(directories: Sequence[str | Path], output: Path) -> None:
+    """Writes a report beside other results, or says that Bokeh is missing, without which the others are whole."""
+    if is_installed("bokeh"):
+        report(directories, output)
+    else:
+        say("no report is written: it needs Bokeh (pip install 'infopo[report]')")
 
 
 def _render(

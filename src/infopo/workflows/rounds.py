@@ -27,7 +27,7 @@ from infopo.evaluation.pairing import PairingSettings
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.tasks import TASKS
 from infopo.output import say
-from infopo.preflight import check_writable, is_installed, preflight
+from infopo.preflight import check_writable, preflight
 from infopo.round_settings import RoundsSettings
 from infopo.runs import to_json, write_json_atomic
 from infopo.settings import EvaluateSettings
@@ -37,7 +37,7 @@ from infopo.workflows.compare import compare
 from infopo.workflows.evaluate import evaluate
 from infopo.workflows.export import export
 from infopo.workflows.pairs import marker_of, pairs
-from infopo.workflows.report import report
+from infopo.workflows.report import report_if_possible
 from infopo.workflows.round_state import (
     START,
     Round,
@@ -284,10 +284,7 @@ def _show(folder: Path, finished: Sequence[Round], best: Path, *, has_marks: boo
     if has_marks:
         for format, name in (("markdown", "comparison.md"), ("json", "comparison.json")):
             compare([str(folder / START), *directories], format=format, output=folder / name)
-    if is_installed("bokeh"):
-        report(directories, folder / "report.html")
-    else:
-        say("no report is written: it needs Bokeh (pip install 'infopo[report]')")
+    report_if_possible(directories, folder / "report.html")
     write_json_atomic(folder / "rounds.json", record_of(finished, best.name))
 
 

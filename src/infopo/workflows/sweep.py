@@ -24,13 +24,13 @@ from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.errors import ConfigError, InfoPOError, TrainingError
 from infopo.evaluation.results import folder_of_run
 from infopo.output import say
-from infopo.preflight import check_writable, is_installed, preflight
+from infopo.preflight import check_writable, preflight
 from infopo.report.grouped import grouped_table
 from infopo.report.reading import read_runs
 from infopo.runs import EVALUATION, read_object, write_json_atomic, write_text_atomic
 from infopo.sweep_grid import Cell, cells
 from infopo.workflows.compare import compare
-from infopo.workflows.report import report
+from infopo.workflows.report import report_if_possible
 from infopo.workflows.train import train_recipe
 
 MARKER = "sweep.json"
@@ -229,10 +229,7 @@ def _show(folder: Path, finished: Sequence[Planned]) -> None:
     say(table.rstrip(), f"written: {folder / 'sweep.md'}")
     if len(finished) > 1 and all(_is_evaluated(each.folder) for each in finished):
         compare(directories, format="markdown", output=folder / "comparison.md")
-    if is_installed("bokeh"):
-        report(directories, folder / "report.html")
-    else:
-        say("no report is written: it needs Bokeh (pip install 'infopo[report]')")
+    report_if_possible(directories, folder / "report.html")
 
 
 def _is_evaluated(run_directory: Path) -> bool:
