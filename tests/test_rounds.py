@@ -126,6 +126,14 @@ def test_an_adapter_is_merged_before_the_next_round(recipe: Path) -> None:
 def test_other_settings_than_those_that_rounds_were_begun_with_are_refused(recipe: Path) -> None:
     Path("out").mkdir()
     settle_recipe(load_recipe(recipe), "hash")
+    settle_recipe(load_recipe(recipe, ["rounds.temperature=0.7"]), "another hash")  # no round has begun
+    with pytest.raises(Exception, match="begun with other settings: learning_rate"):
+        settle_recipe(load_recipe(recipe, ["train.learning_rate=1e-3"]), "hash")
+    settle_recipe(load_recipe(recipe), "hash")
+    pairs = Path("out/round-1/pairs.jsonl")
+    pairs.parent.mkdir()
+    pairs.write_text("{}\n")
+    pairs.with_suffix(".provenance.json").write_text('{"counts": {"rows": 1}}')
     settle_recipe(load_recipe(recipe, ["rounds.number=5", "rounds.stop_after=2"]), "hash")
     with pytest.raises(Exception, match=r"begun with other settings: temperature: 1\.0 was there, now"):
         settle_recipe(load_recipe(recipe, ["rounds.temperature=0.7"]), "hash")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from infopo import run_state
-from infopo.config import Recipe, to_yaml
+from infopo.config import Recipe, parse_recipe, to_yaml
 from infopo.errors import ConfigError
 from infopo.evaluation.results import FOLDER
 from infopo.evaluation.samples import SAMPLES
@@ -118,7 +118,8 @@ def refuse_another_run(folder: Path) -> None:
 def settle_recipe(recipe: Recipe, prompts_sha256: str) -> None:
     """Writes the recipe down, or refuses one that is not that of the rounds which are there.
 
-    More rounds may be asked for than before, and rounds may be stopped by another rule.
+    More rounds may be asked for than before, and rounds may be stopped by another rule. Until the first round has
+    pairs, all settings of rounds may change, because nothing was made with them.
 
     Raises:
         ConfigError: A setting is another than before, or the prompts are others.
@@ -127,13 +128,19 @@ def settle_recipe(recipe: Recipe, prompts_sha256: str) -> None:
     path = Path(recipe.output_dir) / ROUNDS
     now = f"# prompts: {prompts_sha256}\n{to_yaml(recipe)}"
     if path.is_file():
-        before = path.read_text(encoding="utf-8")
-        if changed := _changes(before.splitlines(), now.splitlines()):
+        before, current = path.read_text(encoding="utf-8"), now
+        if not first_round(recipe).is_sampled:
+            before, current = _without_rounds(before, path), _without_rounds(now, path)
+        if changed := _changes(before.splitlines(), current.splitlines()):
             raise ConfigError(
                 f"{path}: rounds were begun with other settings: {'; '.join(changed[:4])}. Go on with the same recipe, "
                 "or name another output_dir (rounds.number and rounds.stop_after may change)"
             )
     write_text_atomic(path, now)
+
+
+def _without_rounds(text: str, path: Path) -> str:
+    return to_yaml(replace(parse_recipe(text, source=str(path)), rounds=None))
 
 
 _FREE = ("number:", "stop_after:")
