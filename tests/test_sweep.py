@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -23,6 +24,7 @@ from infopo.report.reading import ReportRun
 from infopo.runs import Run
 from infopo.sweep_grid import Cell, cells, grid_problems
 from infopo.yaml_tree import Problems, apply_override
+from worlds import interruptible
 
 RECIPE: dict[str, Any] = {
     "model": "lab:policy",
@@ -157,10 +159,11 @@ def test_the_table_has_means_and_students_intervals_over_seeds() -> None:
 
 
 def started(path: str, *arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "infopo", "sweep", path, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    with interruptible():
+        return subprocess.Popen(
+            [sys.executable, "-m", "infopo", "sweep", path, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,31 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert refused.code == 2
     assert "infopo: was trained with other settings" in refused.output
     assert weights(parts / "runs") == weights(whole / "runs")
+
+
+@pytest.mark.long
+def test_runs_end_with_a_sweep_that_is_killed_and_go_on_with_the_next(tmp_path: Path) -> None:
+    train = {**RECIPE["train"], "max_steps": 24}
+    path = write(tmp_path, sweep={"train.learning_rate": [1e-5, 1e-4]}, train=train)
+    killed = started(path, "--workers", "2")
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "runs").glob("*/checkpoint-*")):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.02)
+    runs = psutil.Process(killed.pid).children(recursive=True)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert len(runs) == 2
+    _, alive = psutil.wait_procs(runs, timeout=30)
+    assert not alive
+    again = finished(path, "--workers", "2")
+    assert again.code == 0, again.output
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert finished(write(alone, sweep={"train.learning_rate": [1e-4]}, train=train)).code == 0
+    (name, expected), *_ = weights(alone / "runs").items()
+    assert weights(tmp_path / "runs")[name] == expected
 
 
 @pytest.mark.long

@@ -4,13 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infopo.data.pool import in_processes
 from infopo.errors import TrainingError
+from infopo.run_state import in_use
 from infopo.workers import WorkerPool
+from run_files import write_run
 from worlds import interruptible
 
 SCRIPT = """
@@ -31,6 +35,46 @@ if __name__ == "__main__":
         print("the parent was interrupted", flush=True)
         sys.exit(130)
 """
+
+
+COMMANDS = """
+import os, sys, threading
+from infopo.workers import Commands
+
+if __name__ == "__main__":
+    try:
+        with Commands() as commands, open(os.devnull, "wb") as output:
+            jobs = [(sys.argv[1:] + [f"{i}.md"], output) for i in range(2)]
+            threads = [threading.Thread(target=commands.run, args=job) for job in jobs]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+    except KeyboardInterrupt:
+        print("the parent was interrupted", flush=True)
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_commands_do_not_outlive_a_parent_that_is_ended_alone(tmp_path: Path, sent: signal.Signals):
+    script, run = tmp_path / "script.py", write_run(tmp_path / "run", finished=False)
+    script.write_text(COMMANDS, encoding="utf-8")
+    with in_use(run), interruptible():
+        process = subprocess.Popen(
+            [sys.executable, str(script), "report", str(run), "--watch", "--format", "markdown", "--output"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        while len(list(tmp_path.glob("*.md"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        commands = psutil.Process(process.pid).children()
+        assert len(commands) == 2
+        process.send_signal(sent)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == (130 if sent == signal.SIGINT else -sent)
+    assert "Traceback" not in said
+    assert psutil.wait_procs(commands, timeout=30)[1] == []
 
 
 def start(folder: Path, method: str, at_work: int) -> subprocess.Popen[str]:

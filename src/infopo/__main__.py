@@ -2,6 +2,10 @@
 
 import sys
 
-from infopo.cli import main
+from infopo.workers import end_with_input
 
-sys.exit(main())
+if __name__ == "__main__":
+    end_with_input()
+    from infopo.cli import main
+
+    sys.exit(main())

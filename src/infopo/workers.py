@@ -1,17 +1,26 @@
-"""Worker processes that Ctrl-C ends at once, and that never outlive the process which started them."""
+"""Processes that Ctrl-C ends at once, and that never outlive the process which started them.
+
+`WorkerPool` is for functions, and `Commands` for commands of `infopo`. Sandboxes for code of models have their own
+(`evaluation/sandbox.py`), for they trust nothing that runs in them.
+"""
 
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import IO, Any, Literal, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+ENDS_WITH_INPUT = "INFOPO_ENDS_WITH_INPUT"
+"""Environment variable by which `python -m infopo` knows that it ends when its standard input does."""
 
 
 class WorkerPool(ProcessPoolExecutor):
@@ -79,6 +88,88 @@ def _end_with_parent() -> None:
         parent.join()
         # Without its parent, a worker would finish what it does and then wait for more for ever.
         os._exit(1)
+
+
+class Commands:
+    """Runs `infopo` in processes of their own, all of which end with the block that uses it.
+
+    The standard input of each is a pipe whose other end this process holds and never writes to. The system closes it
+    when this process ends, however that happens, on every platform. Like workers, they leave Ctrl-C to this process.
+
+    Example:
+        >>> with Commands() as commands, open(os.devnull, "wb") as output:
+        ...     commands.run(["--version"], output)
+        0
+    """
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self.is_ended = False
+
+    def __enter__(self) -> "Commands":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def run(
+        self, arguments: Sequence[str], output: IO[bytes], environment: Mapping[str, str] | None = None
+    ) -> int:
+        """Runs a command to its end and returns its exit status, or 1 if `end` was called. Threads may call it.
+
+        Args:
+            arguments: What follows `infopo`.
+            output: File for what it prints.
+            environment: Its environment variables. By default they are those of this process.
+        """
+        with self._lock:
+            if self.is_ended:
+                return 1
+            with _without_interrupts():
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "infopo", *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**(os.environ if environment is None else environment), ENDS_WITH_INPUT: "1"},
+                )
+            self._running.add(process)
+        status = process.wait()
+        with self._lock:
+            self._running.remove(process)
+            _close_input(process)
+        return status
+
+    def end(self) -> None:
+        """Ends all that run, and begins no other."""
+        with self._lock:
+            self.is_ended = True
+            for process in self._running:
+                _close_input(process)
+
+
+def _close_input(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def end_with_input() -> None:
+    """Ends this process when its standard input does, if `Commands` has started it."""
+    if os.environ.pop(ENDS_WITH_INPUT, None) is None:
+        return
+    # Nothing else can take what it reads for the end, nor hand it on to a process of its own.
+    source = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    threading.Thread(target=_end_with, args=(source,), daemon=True).start()
+
+
+def _end_with(source: int) -> None:
+    while os.read(source, 1):
+        pass
+    os._exit(1)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import gc
 import hashlib
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from infopo.report.grouped import grouped_table
 from infopo.report.reading import read_runs
 from infopo.runs import EVALUATION, read_object, write_json_atomic, write_text_atomic
 from infopo.sweep_grid import Cell, cells
+from infopo.workers import Commands
 from infopo.workflows.compare import compare
 from infopo.workflows.report import report_if_possible
 from infopo.workflows.train import train_recipe
@@ -179,37 +179,39 @@ def _side_by_side(missing: Sequence[Planned], count: int) -> list[str]:
     def run(each: Planned) -> bool:
         device = devices.get()
         try:
-            return _in_a_process(each, device)
+            return _in_a_process(each, device, commands)
         finally:
             devices.put(device)
 
-    with ThreadPoolExecutor(count) as pool:
+    # Commands end first, for which the threads wait.
+    with ThreadPoolExecutor(count) as pool, Commands() as commands:
         try:
             succeeded = list(pool.map(run, missing))
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [each.cell.name for each, well in zip(missing, succeeded, strict=True) if not well]
 
 
-def _in_a_process(each: Planned, device: int) -> bool:
+def _in_a_process(each: Planned, device: int, commands: Commands) -> bool:
     """Runs `infopo train`, whose output goes to a file. Returns whether it went well."""
     each.folder.parent.mkdir(parents=True, exist_ok=True)
     log = each.folder.with_suffix(each.folder.suffix + ".log")
     say(f"{each.cell.name}: begins, its output is in {log}")
-    command = [sys.executable, "-m", "infopo", "train", *each.command]
+    command = ["train", *each.command]
     if run_state.holds_run(each.folder):
         command.append("train.resume_from_checkpoint=true")
     environment = dict(os.environ)
     if torch.cuda.device_count():
         environment["CUDA_VISIBLE_DEVICES"] = _visible(device, environment)
     with log.open("ab") as output:
-        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode == 0:
+        status = commands.run(command, output, environment)
+    if status == 0:
         each.note_finished()
         say(f"{each.cell.name}: is trained")
         return True
-    say(f"{each.cell.name}: exit status {done.returncode}, see {log}", file=sys.stderr)
+    if not commands.is_ended:
+        say(f"{each.cell.name}: exit status {status}, see {log}", file=sys.stderr)
     return False
 
 
