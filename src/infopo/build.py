@@ -349,6 +349,9 @@ def build_trainer_on(
         raise
     except (OSError, ImportError, ValueError) as error:
         raise ConfigError(f"train: the trainer cannot be set up: {error}") from error
+    # What the user has named, and not the folder that it stands for.
+    trainer.base_name = recipe.model.name_or_path
+    trainer.dataset_names = [path] if isinstance(path := recipe.data.path, str) else list(path)
     if tasks is not None:
         refuse_sharded([tasks], trainer.accelerator)
         tasks.log = trainer.log

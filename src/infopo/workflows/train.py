@@ -63,9 +63,6 @@ def _train(recipe: Recipe) -> None:
     if is_main:
         say(*trainer.description())
     writer = RunWriter(run_dir)
-    path = recipe.data.path
-    trainer.dataset_names = [path] if isinstance(path, str) else list(path)
-    trainer.base_name = recipe.model.name_or_path
     if resume is True and run_state.last(run_dir) is None:
         if is_main:
             say(f"{run_dir}: no checkpoint yet, starting afresh")
