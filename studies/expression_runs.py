@@ -247,7 +247,7 @@ def trained(work: Path, shape: Shape, run: Run) -> LoadedModel:
     recipe = Recipe(
         model=ModelSettings(str(start)),
         data=DataSettings(path=str(pairs(work, shape, run.seed)), cache="off"),
-        objective=ObjectiveSettings(*METHODS[run.method]),
+        objective=(ObjectiveSettings(*METHODS[run.method]),),
         reference=ReferenceSettings(store="off"),
         train={
             "learning_rate": run.rate, "max_steps": shape.steps, "per_device_train_batch_size": shape.batch,

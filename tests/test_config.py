@@ -75,9 +75,8 @@ def test_minimal_recipe_takes_every_default():
 
 
 def test_objective_defaults_to_infopo_with_the_catalogs_parameters():
-    assert parse().objective == ObjectiveSettings(
-        "infopo", {"beta": 1.0, "length_normalized": False, "cap": 5.0}
-    )
+    (term,) = parse().objective
+    assert term == ObjectiveSettings("infopo", {"beta": 1.0, "length_normalized": False, "cap": 5.0})
 
 
 def test_bare_strings_stand_for_objective_and_reference():
@@ -87,7 +86,7 @@ def test_bare_strings_stand_for_objective_and_reference():
 
 
 def test_parameters_stand_beside_the_objectives_name():
-    assert parse(MINIMAL + "objective: {name: dpo, beta: 0.25}\n").objective.parameters["beta"] == 0.25
+    assert parse(MINIMAL + "objective: {name: dpo, beta: 0.25}\n").objective[0].parameters["beta"] == 0.25
 
 
 @pytest.mark.parametrize("number", ["1e-6", "1E-6", "1.0e-6", ".000001", "1e-06"])
@@ -198,7 +197,7 @@ def test_limits_themselves_are_admitted(override: str):
             "data (override): expected a section with settings beneath it, got 3",
         ),
         (["objective=dppo"], "objective.name (override): no objective 'dppo' (did you mean 'dpo'?)"),
-        (["objective=3"], "objective (override): expected a name, or a section"),
+        (["objective=3"], "objective (override): expected a name, a section"),
         (["objective.name=3"], "objective.name (override): expected text, got 3"),
         (
             ["objective.bta=1"],
@@ -462,12 +461,17 @@ plain = st.recursive(
 
 
 @st.composite
-def objectives(draw: st.DrawFn) -> ObjectiveSettings:
+def terms(draw: st.DrawFn, weights: st.SearchStrategy[float]) -> ObjectiveSettings:
     name = draw(st.sampled_from(sorted(OBJECTIVES)))
     drawn = {bool: st.booleans(), float: st.floats(0.01, 0.49)}
     known = {key: spec for key, spec in OBJECTIVES[name].parameters.items() if spec.kind in drawn}
     chosen = draw(st.sets(st.sampled_from(sorted(known)))) if known else set()
-    return ObjectiveSettings(name, {key: draw(drawn[known[key].kind]) for key in chosen})
+    return ObjectiveSettings(name, {key: draw(drawn[known[key].kind]) for key in chosen}, draw(weights))
+
+
+objectives = st.tuples(terms(st.just(1.0))) | st.lists(
+    terms(st.floats(0.01, 100)), min_size=1, max_size=3
+).map(tuple)
 
 
 adapters = st.builds(
@@ -497,7 +501,7 @@ recipes = st.builds(
         on_bad_row=st.sampled_from(catalog.ON_BAD_ROW),
     ),
     output_dir=texts,
-    objective=objectives(),
+    objective=objectives,
     reference=st.builds(
         ReferenceSettings,
         source=st.sampled_from(["auto", "live", "precompute", "./folder", "no", "1e-3"]),

@@ -72,10 +72,13 @@ def test_page_on_recipes_names_every_choice():
     assert [choice for choice in choices if f"`{choice}`" not in RECIPES] == []
 
 
-def test_example_on_the_page_is_a_sound_recipe():
-    (example,) = re.findall(r"```yaml\n(.*?)```", RECIPES, flags=re.DOTALL)
+def test_examples_on_the_page_are_sound_recipes():
+    example, *sections = re.findall(r"```yaml\n(.*?)```", RECIPES, flags=re.DOTALL)
     overrides = re.findall(r"infopo train recipe.yaml (.*)", RECIPES)[0].split()
     config.parse_recipe(example, source="docs/recipes.md", overrides=overrides)
+    for section in sections:
+        whole = f"model: sft\ndata: pairs.jsonl\noutput_dir: run\n{section}"
+        config.parse_recipe(whole, source="docs/recipes.md", overrides=["objective.1.weight=0.5"])
 
 
 def test_every_objective_has_its_row_of_equations():

@@ -198,14 +198,61 @@ def test_every_setting_of_trls_configurations_is_converted_or_named(tmp_path: Pa
             {"loss_type": "sigmoid", "f_divergence_type": "js_divergence"},
             {"name": "fdpo", "divergence": "js"},
         ),
+        ("llama-factory", {"pref_loss": "ipo", "pref_ftx": 0.0}, {"name": "ipo", "beta": 0.1}),
     ],
 )
 def test_the_loss_is_that_of_the_tool(
     tool: str, given: dict[str, Any], expected: dict[str, Any], tmp_path: Path
 ):
     recipe, text = converted(tmp_path, BASES[tool] | given, tool)
-    found = {"name": recipe.objective.name, **recipe.objective.parameters}
+    (term,) = recipe.objective
+    found = {"name": term.name, **term.parameters}
     assert {key: found[key] for key in expected} == expected
+    assert unnamed(given, text) == []
+
+
+SFT = ("sft", {"token_mean": True})
+
+
+@pytest.mark.parametrize(
+    ("tool", "given", "expected"),
+    [
+        (
+            "trl",
+            {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.5, 0.3, 0.2], "beta": 0.3},
+            [("dpo", {"beta": 0.3}, 0.5), ("ipo", {"beta": 0.3}, 0.3), (*SFT, 0.2)],
+        ),
+        ("trl", {"loss_type": "hinge", "loss_weights": [2.0]}, [("hinge", {"beta": 0.1}, 2.0)]),
+        (
+            "trl",
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [2.0, 0.5]},
+            [("dpo", {"beta": 0.1, "nll_weight": 0.0}, 2.0), (*SFT, 0.5)],
+        ),
+        (
+            "axolotl",
+            {"rl": "simpo", "simpo_gamma": 0.7},
+            [("simpo", {"beta": 0.1, "gamma": 0.7}, 1.0), (*SFT, 1.0)],
+        ),
+        (
+            "llama-factory",
+            {"pref_loss": "orpo", "pref_ftx": 0.5, "pref_beta": 0.2},
+            [("orpo", {"beta": 0.2}, 1.0), (*SFT, 0.5)],
+        ),
+        (
+            "llama-factory",
+            {"stage": "kto", "kto_chosen_weight": 2.0, "pref_ftx": 0.1},
+            [("kto", {"beta": 0.1, "desirable_weight": 2.0}, 1.0), (*SFT, 0.1)],
+        ),
+    ],
+)
+def test_several_losses_of_the_tool_are_a_sum(
+    tool: str, given: dict[str, Any], expected: list[tuple[str, dict[str, Any], float]], tmp_path: Path
+):
+    recipe, text = converted(tmp_path, BASES[tool] | given, tool)
+    found = [(term.name, dict(term.parameters), term.weight) for term in recipe.objective]
+    for (name, parameters, weight), (title, known, share) in zip(found, expected, strict=True):
+        assert (name, weight) == (title, share)
+        assert {key: parameters[key] for key in known} == known
     assert unnamed(given, text) == []
 
 

@@ -241,7 +241,7 @@ def test_a_recipe_finds_a_loss_in_its_own_folder_before_the_current_one(here: Pa
     text = (RECIPES / "lab.yaml").read_text(encoding="utf-8")
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     recipe = load_recipe(folder / "recipe.yaml", ["objective={name: 'my_module:my_loss', margin: 3}"])
-    assert recipe.objective.parameters == {"margin": 3.0}
+    assert recipe.objective[0].parameters == {"margin": 3.0}
     assert row_of("my_module:my_loss").location == str(folder / "my_module.py")
     with pytest.raises(ConfigError, match=r"objective\.margin .*: expected a value >= 0, got -1"):
         load_recipe(folder / "recipe.yaml", ["objective={name: 'my_module:my_loss', margin: -1}"])

@@ -46,8 +46,8 @@ def test_every_recipe_that_can_be_written_is_sound_and_is_what_was_asked_for(sha
     ]
     for case in CASES if share == "all" else few:
         recipe = parse_recipe(recipe_for(case, "mine.yaml"), source=str(case), train_fields=fields)
-        assert recipe.objective.name == case.objective
-        assert recipe.objective.parameters == {
+        assert recipe.objective[0].name == case.objective
+        assert recipe.objective[0].parameters == {
             n: p.default for n, p in OBJECTIVES[case.objective].parameters.items()
         }
         assert (recipe.model.adapter is not None) == (case.method != "full")
@@ -194,7 +194,7 @@ def test_questions_have_defaults_and_wrong_choices_are_asked_for_again(
 
     init("mine.yaml", {}, ask)
     recipe = parse_recipe(Path("mine.yaml").read_text(encoding="utf-8"), source="mine.yaml")
-    assert (recipe.model.name_or_path, recipe.objective.name, recipe.output_dir) == (
+    assert (recipe.model.name_or_path, recipe.objective[0].name, recipe.output_dir) == (
         "lab:policy",
         "kto",
         "runs/mine",

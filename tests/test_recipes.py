@@ -58,7 +58,7 @@ def test_every_recipe_is_sound(path: Path):
     recipe = load_recipe(path, sharding, train_fields())
     build_arguments(recipe)
     build_adapter(recipe)
-    assert recipe.objective.name == "infopo"
+    assert recipe.objective[0].name == "infopo"
     assert recipe.output_dir == f"runs/{'-'.join(path.relative_to(FOLDER).with_suffix('').parts)}"
 
 

@@ -3,8 +3,9 @@
 What TRL offers and this trainer cannot honour is refused by name when it is set; leaving it alone changes nothing.
 """
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NewType
@@ -15,9 +16,9 @@ from transformers import TrainingArguments
 from infopo import ranks, trl_names
 from infopo.data.templates import check_variables
 from infopo.errors import ConfigError, UnsupportedArgumentError
-from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES, complete_parameters
 from infopo.losses.judgement import judge
+from infopo.losses.mixture import with_names
 from infopo.settings import (
     DataSettings,
     ModelSettings,
@@ -38,7 +39,7 @@ Fsdp = NewType("Fsdp", object)
 
 
 if TYPE_CHECKING:
-    LossName = str | Callable[..., Any]
+    LossName = str | Callable[..., Any] | Sequence[str | Callable[..., Any] | Mapping[str, Any]]
 else:  # no union, as for Fsdp
     LossName = NewType("LossName", object)
 
@@ -63,7 +64,8 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
 
     Attributes:
         objective: Name of the loss (see `infopo objectives`), `my_module:my_loss` for one of yours, or the function
-            itself, in whose place its name stands afterwards. If None, `loss_type` decides, or else it is InfoPO.
+            itself, in whose place its name stands afterwards. A list of such, or of mappings with name, parameters and
+            `weight` (1), is their weighted sum. If None, `loss_type` decides, or else it is InfoPO.
         loss_type: TRL's name(s) of the loss, e.g. `sigmoid` (DPO), `ipo`, `bco_pair`, `kto`, `simpo`, or any other of
             `infopo.trl_names.LOSS_TYPES`. Several are added up.
         loss_weights: Weights of several loss types, 1 each by default.
@@ -79,6 +81,8 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
         >>> config = InfoPOConfig("out", objective="ipo", beta=0.2, use_cpu=True)
         >>> config.mixture()
         [('ipo', {'beta': 0.2, 'length_normalized': True}, 1.0)]
+        >>> InfoPOConfig("out", objective=["infopo", {"name": "sft", "weight": 0.2}], use_cpu=True).mixture()
+        [('infopo', {'beta': 1.0, 'length_normalized': False, 'cap': 5.0}, 1.0), ('sft', {'token_mean': False}, 0.2)]
     """
 
     # Sections are frozen, and this is not: transformers changes its own arguments.
@@ -156,8 +160,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     def __post_init__(self) -> None:
         if problems := wrong_arguments(vars(self)) + self._unknown_names():
             raise ConfigError(problems)
-        if callable(self.objective):
-            self.objective = foreign.register(self.objective)
+        self.objective = with_names(_terms_of(self.objective))
         if ranks.must_use_cpu():
             self.use_cpu = True
         if self.bf16 is None:
@@ -282,6 +285,26 @@ def _listed() -> str:
 
 
 InfoPOConfig.__doc__ = (InfoPOConfig.__doc__ or "") + _listed()
+
+
+def _terms_of(objective: Any) -> Any:
+    """Returns a name or function as it is, and mappings as a list. On the command line they are JSON.
+
+    Raises:
+        ConfigError: It is nothing of these.
+    """
+    if isinstance(objective, str) and objective.lstrip().startswith(("[", "{")):
+        try:
+            objective = json.loads(objective)
+        except ValueError as error:
+            raise ConfigError(
+                f"objective: terms of a loss are JSON here, and this is not: {error}"
+            ) from error
+    if isinstance(objective, Mapping):
+        return [objective]
+    if objective is None or isinstance(objective, str | list | tuple) or callable(objective):
+        return objective
+    raise ConfigError(f"objective: expected a name, a function, or a list of objectives, got {objective!r}")
 
 
 def _as_dict(setting: dict[str, Any] | str | None) -> dict[str, Any]:

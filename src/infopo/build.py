@@ -71,8 +71,7 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     try:
         args = InfoPOConfig(
             output_dir=recipe.output_dir,
-            objective=recipe.objective.name,
-            objective_parameters=dict(recipe.objective.parameters),
+            **_loss_arguments(recipe),
             **given,
             **train,
         )
@@ -84,6 +83,14 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
     if problems := [*map(_in_recipe, tried), *_combination_problems(args)]:
         raise ConfigError(problems)
     return args
+
+
+def _loss_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Returns the arguments that name the loss. A single objective has its parameters beside it."""
+    terms = recipe.objective
+    if len(terms) == 1 and terms[0].weight == 1:
+        return {"objective": terms[0].name, "objective_parameters": dict(terms[0].parameters)}
+    return {"objective": [{"name": t.name, **t.parameters, "weight": t.weight} for t in terms]}
 
 
 def _in_recipe(problem: str) -> str:

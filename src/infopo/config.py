@@ -14,7 +14,8 @@ from typing import Any
 from infopo.catalog import REFERENCE_MODES, suggestion
 from infopo.errors import ConfigError
 from infopo.losses import foreign
-from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name
+from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.mixture import read_terms
 from infopo.places import SYNONYMS
 from infopo.round_settings import RoundsSettings
 from infopo.secrets import learn, masked_tree
@@ -40,7 +41,8 @@ class Recipe:
     data: DataSettings
     output_dir: str
     """The run directory."""
-    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    objective: tuple[ObjectiveSettings, ...] = (ObjectiveSettings(),)
+    """The terms of the loss, which is their weighted sum. In YAML a single one need not be a list."""
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     train: dict[str, Any] = field(default_factory=dict)
     """Arguments of the trainer under transformers' names, and `resume_from_checkpoint`."""
@@ -150,7 +152,7 @@ def parse_recipe(
     Example:
         >>> recipe = parse_recipe("{model: sft, data: pairs.jsonl, output_dir: out}", source="example",
         ...                       overrides=["objective=dpo"])
-        >>> recipe.model.name_or_path, recipe.objective.name, recipe.objective.parameters["beta"]
+        >>> recipe.model.name_or_path, recipe.objective[0].name, recipe.objective[0].parameters["beta"]
         ('sft', 'dpo', 0.1)
     """
     problems = Problems(source)
@@ -171,8 +173,14 @@ def to_yaml(recipe: Recipe) -> str:
     for name in ("rounds", "sweep"):
         if tree[name] is None:
             del tree[name]
-    objective = tree["objective"]
-    tree["objective"] = {"name": objective["name"], **objective["parameters"]}
+    terms = [
+        {"name": term["name"], **term["parameters"], "weight": term["weight"]} for term in tree["objective"]
+    ]
+    if len(terms) == 1 and terms[0]["weight"] == 1:
+        del terms[0]["weight"]
+        tree["objective"] = terms[0]
+    else:
+        tree["objective"] = terms
     return dump_tree(tree)
 
 
@@ -188,6 +196,8 @@ def _expand_shorthands(tree: Tree) -> Tree:
         value = tree.get(section)
         if isinstance(value, str) or (section in ("data", "evaluate") and isinstance(value, list)):
             tree[section] = {key: value}
+    if isinstance(terms := tree.get("objective"), list):
+        tree["objective"] = [{"name": term} if isinstance(term, str) else term for term in terms]
     return tree
 
 
@@ -245,7 +255,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
         ModelSettings(**model),
         DataSettings(**sections["data"]),
         tree["output_dir"],
-        ObjectiveSettings(**objective),
+        objective,
         ReferenceSettings(**sections["reference"]),
         train,
         EvaluateSettings(**sections["evaluate"]),
@@ -310,23 +320,27 @@ def _read_section(path: str, value: Any, problems: Problems, homes: Mapping[str,
     )
 
 
-def _read_objective(value: Any, problems: Problems) -> Tree:
-    """Returns name and parameters, and checks them against the catalog."""
-    if not isinstance(value, dict | None):
-        problems.add(
-            "objective", f"expected a name, or a section with name and parameters, got {in_yaml(value)}"
+def _read_objective(value: Any, problems: Problems) -> tuple[ObjectiveSettings, ...]:
+    """Returns the terms of the loss, and checks them against the catalog."""
+    if isinstance(value, dict | None):
+        found, sentences = read_terms([{"name": ObjectiveSettings.name, **(value or {})}])
+        if "weight" in (value or {}):
+            sentences.append("objective[0].weight: belongs to a list of objectives, which are added up")
+        # A single one is no list in YAML.
+        sentences = [sentence.replace("objective[0]", "objective", 1) for sentence in sentences]
+    elif isinstance(value, list):
+        found, sentences = read_terms(value)
+    else:
+        found, sentences = (
+            [],
+            [
+                f"objective: expected a name, a section with name and parameters, or a list, got {in_yaml(value)}"
+            ],
         )
-        return {}
-    parameters = dict(value or {})
-    name = parameters.pop("name", ObjectiveSettings.name)
-    if not isinstance(name, str):
-        problems.add("objective.name", f"expected text, got {in_yaml(name)}")
-        return {}
-    name = objective_name(name)
-    for sentence in check_objective(name, parameters):
+    for sentence in sentences:
         path, _, message = sentence.partition(": ")
         problems.add(path, message)
-    return {"name": name, "parameters": parameters}
+    return () if sentences else tuple(ObjectiveSettings(*term) for term in found)
 
 
 def _read_train(

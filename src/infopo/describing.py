@@ -9,7 +9,7 @@ from infopo import late_failures
 from infopo.arguments import InfoPOConfig
 from infopo.data.counts import DataCounts
 from infopo.intake import Intake
-from infopo.losses.catalog import mixture_in_words
+from infopo.losses.mixture import mixture_in_words
 from infopo.metrics import absent_in_training
 from infopo.output import get_logger, shown
 from infopo.reference import reference_sides

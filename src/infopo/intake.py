@@ -20,7 +20,8 @@ from infopo.data.sources import located, read_rows
 from infopo.data.streaming import ExampleStream
 from infopo.encoding import encode_once
 from infopo.errors import ConfigError, DataError
-from infopo.losses.catalog import UNPAIRED, Objective, mixture_in_words, row_of
+from infopo.losses.catalog import UNPAIRED, Objective, row_of
+from infopo.losses.mixture import mixture_in_words
 from infopo.output import get_logger
 from infopo.records import PreferenceExample, PreferenceRow, Role
 from infopo.settings import RowSettings

@@ -145,7 +145,7 @@ def settings_of(args: InfoPOConfig, mixture: Sequence[tuple[str, Mapping[str, An
     Paths, tokens and what the objective already says are left out.
     """
     terms = [
-        {"name": name, **parameters, **({"weight": weight} if len(mixture) > 1 else {})}
+        {"name": name, **parameters, **({"weight": weight} if len(mixture) > 1 or weight != 1 else {})}
         for name, parameters, weight in mixture
     ]
     shown = args.to_dict()
@@ -154,7 +154,7 @@ def settings_of(args: InfoPOConfig, mixture: Sequence[tuple[str, Mapping[str, An
         for each in fields(args)
         if each.init and each.name in shown and each.name not in _ELSEWHERE and not _is_default(each, args)
     }
-    found = {"objective": terms[0] if len(terms) == 1 else terms, "train": train}
+    found = {"objective": terms[0] if len(terms) == 1 and "weight" not in terms[0] else terms, "train": train}
     return cast(Record, json.loads(json.dumps(found, default=str)))  # an argument may be any object
 
 

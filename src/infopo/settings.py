@@ -228,7 +228,7 @@ class DataSettings(RowSettings, SourceSettings):
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """The loss. In YAML its parameters are beside the name: `objective: {name: dpo, beta: 0.1}`, or `objective: dpo`.
+    """The loss, or a term of it. In YAML its parameters are beside the name: `{name: dpo, beta: 0.1}`, or only `dpo`.
 
     Raises:
         ConfigError: The catalog has no such objective or parameter, or refuses a value.
@@ -238,6 +238,8 @@ class ObjectiveSettings:
     """Name in the catalog of objectives."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """Values by parameter name. The catalog's defaults are filled in, so that a written recipe is complete."""
+    weight: float = 1.0
+    """Weight in the sum, where there are several."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", objective_name(self.name))

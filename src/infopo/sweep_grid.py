@@ -119,7 +119,7 @@ def _words(key: str, value: Any) -> str:
         name = [str(value["name"])] if "name" in value else []
         return " ".join(name + [f"{k} {_plain(v)}" for k, v in value.items() if k != "name"])
     if key == "objective":
-        return str(value)
+        return " + ".join(_words(key, term) for term in value) if isinstance(value, list) else str(value)
     return f"{key.rpartition('.')[2]} {_plain(value)}"
 
 

@@ -5,12 +5,13 @@ the tests of every setting. Imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from infopo.catalog import suggestion
 from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES, check_objective, objective_name, row_of
+from infopo.losses.mixture import is_weight, read_terms
 
 _OF_DPO_TRAINER = {spec.trl_loss_type: name for name, spec in OBJECTIVES.items() if spec.trl_loss_type}
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -133,7 +134,7 @@ def refused(settings: object) -> list[str]:
 class LossSettings:
     """What names the loss, under TRL's and our names; see `InfoPOConfig` for each."""
 
-    objective: str | None = None
+    objective: str | list[Any] | None = None
     loss_type: list[str] | None = None
     loss_weights: list[float] | None = None
     beta: float | None = None
@@ -151,13 +152,16 @@ class LossSettings:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with them, one sentence each."""
+        if isinstance(self.objective, list):
+            return self._names() + read_terms(self.objective)[1] + self._beside_terms()
         problems = self._names() + self._weights()
         if problems:
             return problems
         problems += self._divergence() + self._weighting() + self._foreign()
         for name, parameters, _ in self.mixture():
             problems += [in_arguments(problem) for problem in check_objective(name, parameters)]
-        return problems
+        # Several losses take the same β.
+        return list(dict.fromkeys(problems))
 
     def _names(self) -> list[str]:
         problems = []
@@ -177,17 +181,27 @@ class LossSettings:
                     f"loss_type: {name!r} is not implemented{suggestion(str(name), LOSS_TYPES)}; there are "
                     f"{', '.join(LOSS_TYPES)}"
                 )
-        if self.objective is not None and self.objective not in OBJECTIVES:
+        if isinstance(self.objective, str) and self.objective not in OBJECTIVES:
             problems += _of_name(self.objective)
         return problems
+
+    def _beside_terms(self) -> list[str]:
+        """Settings of a single loss beside a list of objectives, each of which has its own."""
+        return [
+            f"{name}={value!r}: stands beside a list of objectives; write it into the one that it is for"
+            for name, value in vars(self).items()
+            if name not in ("objective", "loss_type") and value and value != _ALONE.get(name)
+        ]
 
     def _weights(self) -> list[str]:
         weights = self.loss_weights
         problems = []
         if weights is not None and len(weights) != len(self.loss_type or []):
             problems.append(f"loss_weights: expected one weight a loss type, got {weights!r}")
-        if not all(0 <= weight < float("inf") for weight in weights or []):
+        if not all(map(is_weight, weights or [])):
             problems.append(f"loss_weights: expected finite numbers >= 0, got {weights!r}")
+        elif weights and not any(weights):
+            problems.append("loss_weights: all are 0, so that there is nothing to minimise")
         return problems
 
     def _divergence(self) -> list[str]:
@@ -199,7 +213,7 @@ class LossSettings:
                 f"f_divergence_type: expected one of reverse_kl, {', '.join(DIVERGENCES)}, got {kind!r}"
                 f"{suggestion(str(kind), DIVERGENCES)}"
             ]
-        losses = [*([self.objective] if self.objective else []), *(self.loss_type or [])]
+        losses = [*([self.objective] if isinstance(self.objective, str) else []), *(self.loss_type or [])]
         if not losses or any(LOSS_TYPES.get(loss, loss) not in ("dpo", "fdpo") for loss in losses):
             return [
                 f"f_divergence_type={kind!r}: belongs to DPO's loss, not to {' + '.join(losses) or 'InfoPO'}; "
@@ -235,6 +249,8 @@ class LossSettings:
 
     def mixture(self) -> list[tuple[str, dict[str, Any], float]]:
         """The objectives to add up: (name, the parameters that are given, weight)."""
+        if isinstance(self.objective, list):
+            return read_terms(self.objective)[0]
         if not self.loss_type:
             return [self._as_divergence(self.objective or "infopo", self._given(), 1.0)]
         weights = self.loss_weights or [1.0] * len(self.loss_type)
@@ -287,6 +303,9 @@ class LossSettings:
 
 _NEUTRAL = {"cpo_alpha": 0, "alpha": 0, "discopop_tau": 0.05}
 """Values of such settings that say nothing, whatever the loss is."""
+
+_ALONE = {field.name: field.default for field in fields(LossSettings)}
+"""Default of each setting."""
 
 _DEFAULT_BETA_OF_TRL = {*_OF_DPO_TRAINER, *VARIANTS, "kto", "simpo", "cpo", "orpo"}
 """Losses of TRL, whose β is 0.1 where none is set; others take the catalog's."""

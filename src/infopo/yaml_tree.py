@@ -58,8 +58,7 @@ def join_path(path: str, key: str) -> str:
 
 
 def _parents(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
+    while path := path.rpartition("[" if path.endswith("]") else ".")[0]:
         yield path
 
 
@@ -216,7 +215,8 @@ def apply_override(tree: Tree, override: str, problems: Problems) -> None:
     """
     place = f"override {masked_argument(override)!r}"
     path, equals, text = override.partition("=")
-    names = path.strip().split(".")
+    # An item of a list is `data.path[0]`, or `data.path.0`, which shells leave alone.
+    names = re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
     if not equals:
         return problems.add(place, "expected key=value, e.g. train.learning_rate=1e-6")
     if not all(names):
@@ -230,29 +230,41 @@ def apply_override(tree: Tree, override: str, problems: Problems) -> None:
             value = _construct(loader, node)
     except (yaml.YAMLError, RecursionError) as error:
         return problems.add(place, f"the value is {_syntax_problem(error)[1]}")
-    if blocker := _assign(tree, names, value):
+    path, blocker = _assign(tree, names, value)
+    if blocker:
         return problems.add(place, blocker)
-    path = ".".join(names)
-    for stale in [known for known in problems.places if known == path or known.startswith(f"{path}.")]:
+    beneath = (f"{path}.", f"{path}[")
+    for stale in [known for known in problems.places if known == path or known.startswith(beneath)]:
         del problems.places[stale]
     problems.places[path] = "override"
 
 
-def _assign(tree: Tree, names: list[str], value: Any) -> str | None:
-    """Sets `tree[a][b][c] = value`, with new sections for absent or null ones. Returns what prevents it, or None."""
-    node = tree
-    for depth, name in enumerate(names[:-1]):
-        child = node.get(name)
-        if not isinstance(child, dict | None):
-            return (
-                f"{'.'.join(names[: depth + 1])} is {in_yaml(child)}, which has no key {names[depth + 1]!r}"
-            )
-        # The section is copied, because a YAML anchor may share it, and only this use of it changes.
-        opened = dict(child or {})
-        node[name] = opened
-        node = opened
-    node[names[-1]] = value
-    return None
+def _assign(tree: Tree, names: list[str], value: Any) -> tuple[str, str | None]:
+    """Sets `tree[a][b][c] = value`, with new sections for absent or null ones.
+
+    Returns:
+        The path as messages write it, and what prevents the assignment, or None.
+    """
+    node: Any = tree
+    path = ""
+    for depth, name in enumerate(names):
+        key: str | int
+        if isinstance(node, dict):
+            key, path = name, join_path(path, name)
+        elif not isinstance(node, list):
+            return path, f"{path} is {in_yaml(node)}, which has no key {name!r}"
+        elif name.isdecimal() and int(name) < len(node):
+            key, path = int(name), f"{path}[{int(name)}]"
+        else:
+            return path, f"{path} is a list of {len(node)}, which has no item {name!r}; items count from 0"
+        if depth == len(names) - 1:
+            node[key] = value
+            break
+        child = node.get(key) if isinstance(node, dict) else node[int(key)]
+        # What is opened is copied, because a YAML anchor may share it, and only this use of it changes.
+        node[key] = {} if child is None else child.copy() if isinstance(child, dict | list) else child
+        node = node[key]
+    return path, None
 
 
 def in_yaml(value: Any) -> str:

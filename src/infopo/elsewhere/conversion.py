@@ -196,7 +196,7 @@ class Conversion:
     def _there(self, problem: str) -> str:
         """Returns a problem of the recipe in words of the file: its setting, and no line, which is the recipe's."""
         problem = re.sub(r" \(line \d+\)", "", problem, count=1)
-        path = problem.partition(": ")[0]
+        path = problem.partition(": ")[0].partition("[")[0]
         if path in self._origins:
             return f"{self._origins[path]} ({path}){problem.removeprefix(path)}"
         read = "".join(
@@ -232,6 +232,8 @@ class Conversion:
         return "\n".join([*lines, ""])
 
     def _section(self, section: str) -> list[str]:
+        if section in self._settings:
+            return ["", *self._line(section, section, 0)]
         paths = [path for path in self._settings if path.startswith(f"{section}.")]
         lines = ["", f"{section}:"] if paths else []
         opened = ""

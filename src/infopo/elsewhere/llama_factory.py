@@ -6,7 +6,9 @@ from typing import Any
 
 from infopo.elsewhere import llama_factory_data
 from infopo.elsewhere.conversion import Conversion, Named, is_number, listed
+from infopo.elsewhere.losses import Loss, put_terms
 from infopo.errors import ConfigError
+from infopo.losses.mixture import is_weight
 
 LOSSES: Mapping[str, str] = {
     "sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo", "kto_pair": "kto",
@@ -124,29 +126,37 @@ def _model(made: Conversion) -> None:
         made.lose(key, "there is no adapter in the recipe")
 
 
+_OF_METHOD: Mapping[str, Mapping[str, str]] = {
+    "kto": {"kto_chosen_weight": "desirable_weight", "kto_rejected_weight": "undesirable_weight"},
+    "dpo": {"dpo_label_smoothing": "label_smoothing"},
+}
+"""Settings of a method there -> parameter of the objective."""
+
+
 def _objective(made: Conversion, name: str) -> None:
-    made.put("objective.name", name, "stage; pref_loss")
-    made.put("objective.beta", made.get("pref_beta", 0.1), "pref_beta" if made.has("pref_beta") else DEFAULT)
-    made.take("pref_beta")
+    origins = {"name": "stage; pref_loss", "beta": "pref_beta" if made.has("pref_beta") else DEFAULT}
+    parameters: dict[str, Any] = {"beta": made.take("pref_beta", 0.1)}
     if name == "simpo":
-        made.put("objective.gamma", made.take("simpo_gamma", 0.5), "simpo_gamma")
-    elif name == "kto":
-        made.move("kto_chosen_weight", "objective.desirable_weight")
-        made.move("kto_rejected_weight", "objective.undesirable_weight")
+        parameters["gamma"], origins["gamma"] = made.take("simpo_gamma", 0.5), "simpo_gamma"
+    for key, parameter in _OF_METHOD.get(name, {}).items():
+        if made.has(key):
+            parameters[parameter], origins[parameter] = made.take(key), key
+    if name == "kto":
         made.differences.append(
             "KTO's reference point is that of a whole step here, and that of a batch there."
         )
-    elif name == "dpo":
-        made.move("dpo_label_smoothing", "objective.label_smoothing")
-        if made.get("pref_ftx") != 0:
-            made.move("pref_ftx", "objective.nll_weight")
-    if name == "orpo" or made["objective.nll_weight"]:
+    losses: list[Loss] = [(name, parameters, 1.0)]
+    if made.get("pref_ftx") and is_weight(made.get("pref_ftx")):
+        losses.append(("sft", {"token_mean": True}, made.take("pref_ftx")))
+        origins |= {"sft": "pref_ftx", "nll_weight": "pref_ftx"}
+    put_terms(made, losses, origins)
+    if name == "orpo" or len(losses) > 1:
         made.differences.append(
             "The likelihood of chosen responses is a mean over the tokens of a step here, and a mean over responses of "
             "each one's mean there."
         )
     if made.get("pref_ftx") != 0:
-        made.lose("pref_ftx", f"the objective {name} has no likelihood beside it")
+        made.lose("pref_ftx", "expected a finite number >= 0")
     for key in ("simpo_gamma", "kto_chosen_weight", "kto_rejected_weight", "dpo_label_smoothing"):
         made.need_not(key, f"the objective {name} does not read it")
     made.move("ref_model", "reference.source")

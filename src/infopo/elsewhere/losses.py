@@ -1,9 +1,9 @@
 """The loss that settings of TRL's trainers mean, as a recipe's objective."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from infopo.elsewhere.conversion import Conversion, Named, is_number, number
+from infopo.elsewhere.conversion import Conversion, is_number, number
 from infopo.errors import ConfigError
 from infopo.trl_names import LossSettings
 from infopo.yaml_tree import in_yaml
@@ -26,36 +26,39 @@ def put_loss(made: Conversion, given: Mapping[str, Any], origins: Mapping[str, s
     settings = LossSettings(**{name: _typed(name, value) for name, value in given.items()})
     if problems := settings.problems():
         raise ConfigError(problems)
-    losses: list[Loss] = list(settings.mixture())
-    name, parameters, weight = losses[0]
-    parameters = dict(parameters)
-    for other in losses[1:]:
-        if other[0] == "sft" and name in ("dpo", "cpo", "slic") and weight:
-            parameters["nll_weight"] = other[2] / weight
-        else:
-            made.lost.append(
-                Named(
-                    origins.get(other[0], f"{origins['name']}: {other[0]}"),
-                    other[2],
-                    f"a recipe has one loss; {name} is taken alone",
-                )
-            )
-    if weight != 1:
-        made.differences.append(
-            f"The weight {weight:g} of the first loss scales the whole loss, and is left out."
-        )
-    made.put("objective.name", name, origins["name"])
-    for parameter, value in parameters.items():
-        made.put(f"objective.{parameter}", value, origins.get(parameter, origins["name"]))
-    if name == "kto":
+    losses = list(settings.mixture())
+    put_terms(made, losses, origins)
+    names = [name for name, *_ in losses]
+    if "kto" in names:
         made.put("train.train_sampling_strategy", "sequential", "KTO reads rows in their order there")
         made.differences.append(
             "KTO's reference point is that of a whole step here, and that of a batch there."
         )
-    if name == "orpo":
+    if "orpo" in names:
         made.differences.append(
             "ORPO's likelihood runs over the tokens of chosen responses here, and in TRL over their prompts' too."
         )
+
+
+def put_terms(made: Conversion, losses: Sequence[Loss], origins: Mapping[str, str]) -> None:
+    """Sets the recipe's objective to the weighted sum of some losses. See `put_loss` for `origins`."""
+    (name, parameters, weight), *others = losses
+    if [other for other, *_ in others] == ["sft"] and name in ("dpo", "cpo", "slic") and weight == 1:
+        # The same sum, as a parameter of the loss.
+        parameters, others = {**parameters, "nll_weight": others[0][2]}, []
+    if others or weight != 1:
+        terms = [{"name": name, **parameters, "weight": weight} for name, parameters, weight in losses]
+        made.put("objective", terms, "; ".join(dict.fromkeys([origins["name"], *_sources(losses, origins)])))
+        return
+    made.put("objective.name", name, origins["name"])
+    for parameter, value in parameters.items():
+        made.put(f"objective.{parameter}", value, origins.get(parameter, origins["name"]))
+
+
+def _sources(losses: Sequence[Loss], origins: Mapping[str, str]) -> Iterator[str]:
+    """Yields where the terms of a sum, and their parameters, came from."""
+    for name, parameters, _ in losses:
+        yield from (origins[key] for key in (name, *parameters) if key in origins)
 
 
 def _typed(name: str, value: Any) -> Any:

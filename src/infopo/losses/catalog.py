@@ -7,7 +7,7 @@ table is what the functions declare. Losses from outside the package are found b
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,20 +165,3 @@ def with_defaults(objectives: Any) -> Any:
 
 def _defaults(name: str) -> dict[str, Any]:
     return {key: parameter.default for key, parameter in OBJECTIVES[name].parameters.items()}
-
-
-def mixture_in_words(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> str:
-    """Returns names and parameters of a loss that is made of (objective, parameters, weight).
-
-    Example:
-        >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0)])
-        'DPO (beta=0.1)'
-        >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0), ("sft", {}, 0.5)])
-        '1 x DPO (beta=0.1) + 0.5 x SFT on chosen ()'
-    """
-    parts = []
-    for name, parameters, weight in mixture:
-        factor = "" if len(mixture) == 1 else f"{weight:g} x "
-        values = ", ".join(f"{key}={value}" for key, value in parameters.items())
-        parts.append(f"{factor}{row_of(name).title} ({values})")
-    return " + ".join(parts)

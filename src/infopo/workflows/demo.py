@@ -297,7 +297,7 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     recipe = Recipe(
         model=ModelSettings(LAB_POLICY),
         data=DataSettings(path=str(world.train_path), cache="off"),
-        objective=ObjectiveSettings(objective, parameters),
+        objective=(ObjectiveSettings(objective, parameters),),
         # Fifteen runs, one reference: whichever comes to a batch first computes it for all.
         reference=ReferenceSettings(sides="both", store=str(setting.directory / "reference")),
         train={

@@ -37,8 +37,9 @@ def reference(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Referen
     # With threads of the process group left, a rank may abort at its exit.
     trainer.accelerator.end_training()
     if store is None:
+        names = " + ".join(term.name for term in recipe.objective)
         raise ConfigError(
-            f"objective.name: {recipe.objective.name} needs no reference, so there is nothing to store; "
+            f"objective: {names} needs no reference, so there is nothing to store; "
             "reference.sides=both computes it for metrics"
             if not trainer.reference_sides
             else "reference.store: the user's cache cannot be written to; name a folder"

@@ -1,0 +1,91 @@
+"""Weighted sums of objectives, L = Σ_i w_i L_i, as recipes and `InfoPOConfig` write them. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from infopo.losses import foreign
+from infopo.losses.catalog import check_objective, objective_name, row_of
+
+Term = tuple[str, dict[str, Any], float]
+"""Name of an objective, the parameters that are given, and its weight w_i."""
+
+
+def read_terms(terms: Sequence[Any]) -> tuple[list[Term], list[str]]:
+    """Returns the terms of a sum, and everything that is wrong with them.
+
+    Args:
+        terms: Names of objectives, or mappings with `name`, parameters and `weight`, which is 1 if it is not given.
+
+    Returns:
+        The terms that have a name, and one sentence per problem, which begins with the place of the setting.
+
+    Example:
+        >>> read_terms(["infopo", {"name": "SFT", "weight": 0.2}])
+        ([('infopo', {}, 1.0), ('sft', {}, 0.2)], [])
+        >>> read_terms(["infopo", {"name": "dpo", "beta": -1.0}])[1]
+        ['objective[1].beta: expected a value > 0, got -1.0']
+    """
+    found: list[Term] = []
+    problems = [] if terms else ["objective: is an empty list; name an objective"]
+    for number, term in enumerate(terms):
+        place = f"objective[{number}]"
+        given = {"name": term} if isinstance(term, str) else term
+        if not isinstance(given, Mapping):
+            problems.append(
+                f"{place}: expected a name, or a mapping with name, parameters and weight, got {term!r}"
+            )
+            continue
+        if not isinstance(given.get("name"), str):
+            wrong = f"expected text, got {given['name']!r}" if "name" in given else "is required"
+            problems.append(f"{place}.name: {wrong}")
+            continue
+        parameters = {key: value for key, value in given.items() if key not in ("name", "weight")}
+        name, weight = objective_name(given["name"]), given.get("weight", 1.0)
+        of_term = check_objective(name, parameters)
+        if not of_term and "weight" in row_of(name).parameters:
+            of_term.append(
+                f"objective.weight: is the weight in the sum, but {name} has a parameter of this name"
+            )
+        if not is_weight(weight):
+            of_term.append(f"objective.weight: expected a finite number >= 0, got {weight!r}")
+        problems += [place + problem.removeprefix("objective") for problem in of_term]
+        found.append((name, parameters, float(weight) if is_weight(weight) else 1.0))
+    if found and not any(weight for *_, weight in found):
+        problems.append("objective: all weights are 0, so that there is nothing to minimise")
+    return found, problems
+
+
+def is_weight(value: object) -> bool:
+    """Whether a value is a finite number of at least 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def with_names(objective: Any) -> Any:
+    """Returns an objective, or the terms of a sum, with the names of the functions that stand in it.
+
+    Example:
+        >>> with_names([{"name": "dpo", "weight": 0.5}, "sft"])
+        [{'name': 'dpo', 'weight': 0.5}, 'sft']
+    """
+    if isinstance(objective, list | tuple):
+        return [with_names(term) for term in objective]
+    if isinstance(objective, Mapping) and "name" in objective:
+        return {**objective, "name": with_names(objective["name"])}
+    return foreign.register(objective) if callable(objective) else objective
+
+
+def mixture_in_words(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> str:
+    """Returns names and parameters of a loss that is made of (objective, parameters, weight).
+
+    Example:
+        >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0)])
+        'DPO (beta=0.1)'
+        >>> mixture_in_words([("dpo", {"beta": 0.1}, 1.0), ("sft", {}, 0.5)])
+        '1 x DPO (beta=0.1) + 0.5 x SFT on chosen ()'
+    """
+    parts = []
+    for name, parameters, weight in mixture:
+        factor = "" if len(mixture) == 1 and weight == 1 else f"{weight:g} x "
+        values = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        parts.append(f"{factor}{row_of(name).title} ({values})")
+    return " + ".join(parts)
