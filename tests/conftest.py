@@ -1,5 +1,6 @@
 """What every test runs under: no network, one thread, fixed seeds, and array shapes checked at every call."""
 
+import gc
 import hashlib
 import os
 import random
@@ -19,10 +20,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 CACHE = Path(tempfile.gettempdir()) / f"infopo-tests-{os.getpid()}"
 os.environ["INFOPO_CACHE"] = str(CACHE)
 
-from jaxtyping import install_import_hook  # noqa: E402
+import jaxtyping  # noqa: E402
+
+import shape_checker  # noqa: E402
 
 # Not for workers of `multiprocessing` and subprocesses: they import infopo as users do.
-SHAPES_CHECKED = install_import_hook("infopo", "shape_checker.checked")
+SHAPES_CHECKED = jaxtyping.install_import_hook("infopo", "shape_checker.checked")
+jaxtyping.jaxtyped = shape_checker.checked  # which the hook writes above every function, and which costs more
 
 import numpy as np  # noqa: E402 - the environment and the import hook come first
 import pytest  # noqa: E402
@@ -38,6 +42,12 @@ settings.load_profile("gate")
 
 # Tests are spread over processes; threads within each would only fight over the same cores.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves out what was imported: half a million objects that every full pass went through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,152 @@
+"""While tests run, every call is checked against its annotations: types, shapes, and names of axes over one call."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from jaxtyping import Float, Int, TypeCheckError
+from torch import Tensor
+
+from infopo import estimators
+from shape_checker import checked
+
+
+@checked
+def product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
+    return a @ b
+
+
+@checked
+def transposed(a: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    return a.T
+
+
+@checked
+def listed(tensors: list[Float[Tensor, " n"]], scale: float, name: "str | None" = None) -> int:
+    return len(tensors)
+
+
+@checked
+def counted(n: int) -> Iterator[int]:
+    yield from range(n)
+
+
+@checked
+def unknown(value: "OfTypeCheckersOnly", more: "list[OfTypeCheckersOnly] | None" = None) -> object:  # type: ignore[name-defined]
+    return value
+
+
+@checked
+def quoted(values: list["str"]) -> int:
+    return len(values)
+
+
+@checked
+@dataclass(frozen=True)
+class Batch:
+    ids: Int[Tensor, " n"]
+    logps: Float[Tensor, " n"]
+
+
+class Model:
+    @checked
+    def scores(self, ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        @checked
+        def scaled(x: Float[Tensor, " n"], by: float) -> Float[Tensor, " n"]:
+            return x * by
+
+        return scaled(ids.float(), 2)
+
+
+def test_an_axis_has_one_length_in_a_call_and_another_in_the_next() -> None:
+    assert product(torch.ones(2, 3), torch.ones(3, 4)).shape == (2, 4)
+    assert product(torch.ones(5, 1), torch.ones(1, 2)).shape == (5, 2)
+    with pytest.raises(TypeCheckError):
+        product(torch.ones(2, 3), torch.ones(4, 3))
+
+
+def test_what_is_returned_is_checked_against_the_parameters() -> None:
+    assert transposed(torch.ones(2, 2)).shape == (2, 2)
+    with pytest.raises(TypeCheckError):
+        transposed(torch.ones(2, 3))
+
+
+def test_types_are_checked_in_containers_and_behind_quotes() -> None:
+    assert listed([torch.ones(2), torch.zeros(2)], 1, "a") == 2  # an integer is a float, as type checkers say
+    for wrong in (
+        lambda: listed([torch.ones(2, 2)], 1.0),
+        lambda: listed([torch.ones(2, dtype=torch.long)], 1.0),
+        lambda: listed([], "1"),
+        lambda: listed([], 1.0, 3),
+        lambda: quoted([1]),
+    ):
+        with pytest.raises(TypeCheckError):
+            wrong()
+    assert unknown(3, [4]) == 3
+    assert quoted(["1"]) == 1
+    assert list(counted(2)) == [0, 1]
+    with pytest.raises(TypeCheckError):
+        list(counted("2"))
+
+
+def test_fields_of_dataclasses_are_checked_together() -> None:
+    Batch(torch.ones(3, dtype=torch.long), torch.ones(3))
+    with pytest.raises(TypeCheckError):
+        Batch(torch.ones(3, dtype=torch.long), torch.ones(2))
+
+
+def test_a_call_within_a_call_has_its_own_names() -> None:
+    assert Model().scores(torch.ones(3, dtype=torch.long)).tolist() == [2.0] * 3
+    with pytest.raises(TypeCheckError):
+        Model().scores(torch.ones(3))
+
+
+def within(shift: float) -> Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]:
+    @checked
+    def shifted(x: Float[Tensor, " n"], times: int = 1) -> Float[Tensor, " n"]:
+        """Shifted."""
+        return x + shift * times if shift < 2 else x[:1]
+
+    return shifted
+
+
+def test_each_nested_function_is_itself_and_is_checked_and_is_let_go() -> None:
+    one, two, wrong = within(0.0), within(1.0), within(2.0)
+    x = torch.zeros(2)
+    assert (one(x).tolist(), two(x).tolist(), two(x, times=3).tolist()) == ([0, 0], [1, 1], [3, 3])
+    assert (one.__name__, one.__doc__) == ("shifted", "Shifted.")
+    with pytest.raises(TypeCheckError):
+        one(torch.zeros(2, 2))
+    with pytest.raises(TypeCheckError):
+        wrong(x)
+
+    class Held:
+        pass
+
+    def holding() -> tuple[Callable[[], object], weakref.ref[Held]]:
+        held = Held()
+
+        @checked
+        def get() -> object:
+            return held
+
+        @checked
+        def number(n: int) -> int:
+            return n if held else 0
+
+        assert number(3) == 3
+        return get, weakref.ref(held)
+
+    get, held = holding()
+    assert get() is held()
+    del get
+    gc.collect()
+    assert held() is None
+
+
+def test_functions_of_infopo_are_checked() -> None:
+    with pytest.raises(TypeCheckError):
+        estimators.donsker_varadhan(torch.ones(2, 2), torch.ones(2))
