@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from infopo.config import to_yaml
 from infopo.lab.evaluation import accuracy
 from infopo.lab.problems import make_problems, solve, verify
 from infopo.report import figures
@@ -27,6 +30,7 @@ from infopo.runs import read_run
 from infopo.workflows import demo as workflow
 from infopo.workflows.demo import LEARNING_RATES, METHODS, Setting, table, title
 from infopo.workflows.demo_pairs import lab_pairs
+from infopo.workflows.sweep import sweep
 from worlds import interruptible
 
 RESULT = {
@@ -95,6 +99,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
         ("HELD_OUT_PAIRS", 8),
         ("EVALUATION_PROBLEMS", 16),
         ("KL_SAMPLES", 16),
+        ("LEARNING_RATES", (1e-3, 2e-3)),
     ):
         patch.setattr(workflow, name, value)
     setting = Setting(tmp_path_factory.mktemp("demo"), "graded", 0)
@@ -138,6 +143,28 @@ def test_kl_of_another_policy_is_estimated_from_its_own_samples(small: Setting):
     back = workflow._log_ratios_of_samples(replace(world, reference=policy), world.reference, seed=0)
     assert kl.mean() > 3 * kl.std(ddof=1) / 4
     assert back.mean() > 0
+
+
+def test_the_runs_are_those_of_the_sweep_that_is_written(small: Setting):
+    made = workflow.recipes(small)
+    assert len(made) == len(METHODS) * 2
+    for (method, rate), recipe in made.items():
+        objective, parameters = METHODS[method]
+        (term,) = recipe.objective
+        assert (term.name, recipe.train["learning_rate"]) == (objective, rate)
+        assert parameters.items() <= term.parameters.items()
+        assert recipe.sweep is None
+        assert recipe.output_dir == str(small.run_dir(method, rate))
+
+
+@pytest.mark.long
+def test_sweep_trains_the_same_models_from_the_demos_file(small: Setting):
+    small.sweep_path.write_text(to_yaml(workflow.sweep_of(small)), encoding="utf-8")
+    workflow._run(small, "dpo_nll", 2e-3)
+    folder = sweep(small.sweep_path, ["sweep.objective=[{name: dpo, beta: 0.1, nll_weight: 1}]"])
+    (run,) = folder.glob("*0.002")
+    weights = [load_file(each / "model.safetensors") for each in (run, small.run_dir("dpo_nll", 2e-3))]
+    assert_close(*weights, rtol=0, atol=0)
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """`infopo demo` compares what several methods do to a small model, at three learning rates, on the same pairs."""
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils.logging import disable_progress_bar
 
 from infopo.build import build_examples, build_trainer_on
-from infopo.config import Recipe, to_yaml
+from infopo.config import Recipe, parse_recipe, to_yaml
 from infopo.data.examples import ExampleDataset
 from infopo.errors import TrainingError
 from infopo.evaluation.results import FOLDER, ITEMS
@@ -45,12 +46,14 @@ from infopo.runs import (
     write_json_atomic,
     write_text_atomic,
 )
-from infopo.settings import DataSettings, ModelSettings, ObjectiveSettings, ReferenceSettings
+from infopo.settings import DataSettings, ModelSettings, ReferenceSettings
+from infopo.sweep_grid import cells
 from infopo.workers import WorkerPool
 from infopo.workflows.demo_comparison import against_start, comparison_lines, solve
 from infopo.workflows.demo_pairs import lab_pairs
 from infopo.workflows.report import report
 from infopo.workflows.train import write_recipe
+from infopo.yaml_tree import as_override
 
 METHODS: Mapping[str, tuple[str, dict[str, float]]] = {
     "infopo": ("infopo", {"beta": 1.0}),
@@ -110,7 +113,6 @@ class World:
 
     tokenizer: PreTrainedTokenizerBase
     reference: PreTrainedModel
-    train_path: Path
     train: ExampleDataset
     held_out: ExampleDataset
     held_out_logps: npt.NDArray[np.float64]
@@ -130,6 +132,10 @@ class Setting:
         return self.directory / f"pairs_{self.labels}_seed{self.seed}_{part}.jsonl"
 
     @property
+    def sweep_path(self) -> Path:
+        return self.directory / f"sweep_{self.labels}_seed{self.seed}.yaml"
+
+    @property
     def start_dir(self) -> Path:
         return self.directory / f"start_{self.labels}_seed{self.seed}"
 
@@ -140,8 +146,8 @@ class Setting:
 def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict[str, Any]:
     """Trains every method at every learning rate, prints a table, and writes `summary.json`, two pictures and a report.
 
-    Runs go side by side, with one thread each. The results of runs that an earlier call with the same settings has
-    finished are used again.
+    The recipes are those of a sweep, which is written for `infopo sweep`, too. Runs go side by side, with one thread
+    each. The results of runs that an earlier call with the same settings has finished are used again.
 
     Returns:
         The summary.
@@ -160,6 +166,7 @@ def demo(output: str | Path, *, seed: int = 0, labels: str = "verified") -> dict
         world = _world(setting)
         start = solve(world.reference, world.tokenizer, world.problems, setting.start_dir, LAB_POLICY)
     say(f"SFT policy (start): accuracy {start}")
+    write_text_atomic(setting.sweep_path, to_yaml(sweep_of(setting)))
     methods = {name: [asdict(r) for r in results] for name, results in _run_all(setting).items()}
     runs = [(m, rate) for m in METHODS for rate in LEARNING_RATES]
     compared = against_start(setting.start_dir, [setting.run_dir(*run) for run in runs])
@@ -247,7 +254,7 @@ def _world(setting: Setting) -> World:
     )
     problems = make_problems(EVALUATION_PROBLEMS, setting.seed, "evaluation")
     logps = _logps(held_out, reference)
-    return World(tokenizer, reference, setting.pairs_path("train"), train, held_out, logps, problems)
+    return World(tokenizer, reference, train, held_out, logps, problems)
 
 
 def _run_all(setting: Setting) -> dict[str, list[Result]]:
@@ -280,28 +287,14 @@ def _run_all(setting: Setting) -> dict[str, list[Result]]:
     return {method: [results[method, rate] for rate in LEARNING_RATES] for method in METHODS}
 
 
-def _start_worker(lock: Any) -> None:
-    """Prepares a worker process. There are as many as cores, with one thread and one progress bar each."""
-    disable_progress_bar()
-    # The runs of the demo share one reference: that one waits for another's batches is how it works, and no warning.
-    logging.getLogger("infopo.reference").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    tqdm.set_lock(lock)
-
-
-def _run(setting: Setting, method: str, learning_rate: float) -> Result:
-    """Trains one model, or finds it trained, and returns its measurements."""
-    world = _world(setting)
-    objective, parameters = METHODS[method]
-    run_dir = setting.run_dir(method, learning_rate)
-    recipe = Recipe(
+def sweep_of(setting: Setting) -> Recipe:
+    """Returns the recipe of all runs, which `infopo sweep` takes, too."""
+    return Recipe(
         model=ModelSettings(LAB_POLICY),
-        data=DataSettings(path=str(world.train_path), cache="off"),
-        objective=(ObjectiveSettings(objective, parameters),),
+        data=DataSettings(path=str(setting.pairs_path("train")), cache="off"),
         # Fifteen runs, one reference: whichever comes to a batch first computes it for all.
         reference=ReferenceSettings(sides="both", store=str(setting.directory / "reference")),
         train={
-            "learning_rate": learning_rate,
             "num_train_epochs": EPOCHS,
             "per_device_train_batch_size": BATCH_SIZE,
             "activation_checkpointing": False,
@@ -315,8 +308,40 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
             "gradient_size": 8,
             "anchor_tokens": MAX_NEW_TOKENS,
         },
-        output_dir=str(run_dir),
+        output_dir=str(setting.sweep_path.with_suffix("")),
+        sweep={
+            "objective": [{"name": name, **parameters} for name, parameters in METHODS.values()],
+            "train.learning_rate": list(LEARNING_RATES),
+        },
     )
+
+
+def recipes(setting: Setting) -> dict[tuple[str, float], Recipe]:
+    """Returns the recipe of each run by method and learning rate."""
+    base = sweep_of(setting)
+    assert base.sweep is not None
+    text, runs = to_yaml(base), itertools.product(METHODS, LEARNING_RATES)
+    found = {}
+    for run, cell in zip(runs, cells(base.sweep), strict=True):
+        own = [*cell.overrides, "sweep=null", f"output_dir={as_override(str(setting.run_dir(*run)))}"]
+        found[run] = parse_recipe(text, source=str(setting.sweep_path), overrides=own)
+    return found
+
+
+def _start_worker(lock: Any) -> None:
+    """Prepares a worker process. There are as many as cores, with one thread and one progress bar each."""
+    disable_progress_bar()
+    # The runs of the demo share one reference: that one waits for another's batches is how it works, and no warning.
+    logging.getLogger("infopo.reference").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    tqdm.set_lock(lock)
+
+
+def _run(setting: Setting, method: str, learning_rate: float) -> Result:
+    """Trains one model, or finds it trained, and returns its measurements."""
+    world = _world(setting)
+    recipe = recipes(setting)[method, learning_rate]
+    run_dir = Path(recipe.output_dir)
     if (finished := _finished(run_dir, recipe)) is not None:
         return finished
     writer = RunWriter(run_dir)
@@ -329,7 +354,13 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     seconds = time.perf_counter() - begin
     trainer.save_final_model()
     result = _measure(
-        world, trainer.model, learning_rate, parameters.get("beta"), seconds, str(run_dir), setting.seed
+        world,
+        trainer.model,
+        learning_rate,
+        METHODS[method][1].get("beta"),
+        seconds,
+        str(run_dir),
+        setting.seed,
     )
     writer.write_evaluation(asdict(result))
     return result
