@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from infopo.cli import _parser
 from infopo.ending import ClosingSummary
@@ -107,6 +108,67 @@ def test_the_tasks_of_a_recipe_are_evaluated_next_and_their_results_are_shown(tm
     assert "task gsm8k: 0.500 [0.200, 0.800] of 8 items (numeric)" in lines
     words = shlex.split(lines[-2])
     assert words[3:] == ["--tasks", "gsm8k,svamp", "--data", "gsm8k=my data.jsonl"]
+
+
+def evaluated_next(run_dir: Path, **recipe: object) -> list[str]:
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    words = shlex.split(closing_lines(run_dir)[-2])
+    assert "run" in _parser().parse_args(words[1:])
+    return words
+
+
+@pytest.mark.parametrize(
+    "path", ["mine.jsonl", ["a.jsonl", "b.jsonl"], "org/pairs", "", ".", "gone/round-1/pairs.jsonl"]
+)
+def test_no_task_is_named_if_none_is_known_to_fit(tmp_path: Path, path: object) -> None:
+    run_dir = write_run(tmp_path / "my run")
+    (run_dir / "model.safetensors").touch()
+    words = evaluated_next(run_dir, model={"name_or_path": "models/sft"}, data={"path": path})
+    assert words == ["infopo", "export", str(run_dir)]
+
+
+@pytest.mark.parametrize(
+    ("verifier", "expected"), [("lab", "evaluate"), ("expressions", "evaluate"), ("gsm8k", "export")]
+)
+def test_a_later_round_is_evaluated_by_the_task_that_marked_its_pairs(
+    tmp_path: Path, verifier: str, expected: str
+) -> None:
+    run_dir = write_run(tmp_path / "round-2")
+    (run_dir / "model.safetensors").touch()
+    (run_dir / "pairs.provenance.json").write_text(json.dumps({"verifier": verifier}), encoding="utf-8")
+    model, data = {"name_or_path": "out/round-1"}, {"path": str(run_dir / "pairs.jsonl")}
+    words = evaluated_next(run_dir, model=model, data=data)
+    assert words[1] == expected
+    assert words[3:] == (["--tasks", verifier] if expected == "evaluate" else [])
+
+
+def test_a_recipes_evaluation_is_asked_for_as_it_was_made(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "model.safetensors").touch()
+    evaluate = {
+        "tasks": "gsm8k", "data": {"gsm8k": "-my data.jsonl"}, "limit": 50, "num_samples": 4, "temperature": 0.7,
+        "num_fewshot": 2, "prompting": "plain", "max_new_tokens": 99, "isolation": "none", "seed": 0,
+        "allow_code_execution": True, "batch_size": 8,
+    }  # fmt: skip
+    asked = _parser().parse_args(evaluated_next(run_dir, evaluate=evaluate)[1:])
+    for name in ("tasks", "limit", "num_samples", "temperature", "num_fewshot", "prompting", "max_new_tokens",
+                 "isolation", "allow_code_execution"):  # fmt: skip
+        assert getattr(asked, name) == evaluate[name]
+    assert asked.data == ["gsm8k=-my data.jsonl"]
+
+
+def test_a_revision_of_the_base_is_not_compared_with_another(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "model.safetensors").touch()
+    for model, words in (
+        ({"name_or_path": "org/base", "revision": "v2"}, []),
+        ({"name_or_path": "-base"}, ["--against=-base"]),
+        ({"name_or_path": "my base", "revision": None}, ["--against", "my base"]),
+    ):
+        (run_dir / "recipe.yaml").write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
+        found = shlex.split(closing_lines(run_dir)[-3])
+        assert found == ["infopo", "chat", str(run_dir), *words]
+        _parser().parse_args(found[1:])
 
 
 def test_a_script_has_the_summary_in_its_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -276,6 +276,57 @@ def _place(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
+def refuse_smaller(folder: Path, model: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuses to replace results of a model by results of the same model on less.
+
+    Args:
+        folder: The folder of both.
+        model: What `eval.json` is to say of the model.
+        sizes: Task -> number of items and of samples per item. Of lm-evaluation-harness, it may be a task's group.
+
+    Raises:
+        ConfigError: A task has more items or samples there.
+    """
+    for name, task in _earlier_of(folder, model).items():
+        asked = next(
+            (key for key in sizes if name == key or ("harness" in task and name.startswith(f"{key}_"))), ""
+        )
+        items, samples = sizes.get(asked, (0, 0))
+        there = int(task.get("items") or 0), int(task.get("samples") or 1)
+        if asked and (items < there[0] or samples < there[1]):
+            raise ConfigError(
+                f"--output: {folder} holds the result of {name} on {_of_size(there)}, which one on "
+                f"{_of_size((items, samples))} would replace; name another folder, remove that one, or leave out "
+                "--limit and --num-samples"
+            )
+
+
+def _of_size(size: tuple[int, int]) -> str:
+    items, samples = size
+    return f"{items} items" + (f" with {samples} samples each" if samples > 1 else "")
+
+
+def replaced_lines(folder: Path, record: Record) -> list[str]:
+    """Returns a line for each result in a folder that a record is about to replace by another one."""
+    now = {figure.text() for figure in task_figures({"schema_version": SCHEMA_VERSION, **record})}
+    before = task_figures(read_object(folder / EVALUATION))
+    return [
+        f"replaced: {figure.text()}"
+        for figure in before
+        if figure.task in record["tasks"] and figure.text() not in now
+    ]
+
+
+def _earlier_of(folder: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tasks of the evaluation in a folder if it is of the same model, by name."""
+    earlier = read_object(folder / EVALUATION)
+    if earlier is None or earlier.get("schema_version") != SCHEMA_VERSION:
+        return {}
+    before, tasks = earlier.get("model") or {}, earlier.get("tasks")
+    is_same = all(before.get(key) == model.get(key) for key in ("weights", "sha256", "server"))
+    return tasks if is_same and isinstance(tasks, dict) else {}
+
+
 def with_earlier_tasks(
     folder: Path, record: Record, responses: Sequence[Response]
 ) -> tuple[Record, list[Response], list[str]]:

@@ -3,20 +3,22 @@
 Its figures are those of the report's headline, read from the same files.
 """
 
+import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from infopo.errors import InfoPOError
 from infopo.evaluation.results import TaskFigure, folder_of_run, task_figures
-from infopo.report.comparing import model_of, recipe_tree
+from infopo.report.comparing import flat, model_of, recipe_tree
 from infopo.report.headline import Column, column, metric, metric_at_start
 from infopo.report.numbers import Estimate
 from infopo.report.reading import ReportRun, is_number, read_runs
 from infopo.run_state import MODELS, checkpoints_in
-from infopo.runs import EVALUATION, METRICS, RECIPE, read_object
+from infopo.runs import EVALUATION, METRICS, RECIPE, RunDirectoryError, read_object
 from infopo.verdicts import VERDICTS, Verdict, in_words, verdicts_in
 
 
@@ -187,40 +189,75 @@ def _where(folder: Path) -> str:
 
 
 def _next(folder: Path, run: ReportRun, base: str | None) -> list[str]:
-    """Returns the commands to run next, as a shell takes them."""
+    """Returns the commands to run next, as a shell takes them: what this run has is what they need."""
+    report = _command("report", folder, *([] if find_spec("bokeh") else ["--format", "markdown"]))
     if not any((folder / name).is_file() for name in MODELS) and not checkpoints_in(folder):
-        return [f"next: {_command('report', folder)}"]
-    base = base or model_of(run)
-    against = [] if base in ("", "null") else ["--against", base]
+        return [f"next: {report}"]
+    recipe, model = recipe_tree(run), model_of(run)
+    asked = _asked(recipe, model)
     return [
         "next:",
-        f"  {_command('chat', folder, *against)}",
-        f"  {_command('evaluate', folder, *_tasks(recipe_tree(run)))}",
-        f"  {_command('report', folder)}",
+        f"  {_command('chat', folder, *_against(recipe, base or model))}",
+        f"  {_command('evaluate', folder, *asked) if asked else _command('export', folder)}",
+        f"  {report}",
     ]
 
 
-def _tasks(recipe: Mapping[str, Any]) -> list[str]:
-    """Returns the arguments of an evaluation: the tasks of the recipe, or else one that fits the data."""
-    evaluate = recipe.get("evaluate") if isinstance(recipe.get("evaluate"), dict) else {}
-    assert isinstance(evaluate, dict)
+def _against(recipe: Mapping[str, Any], base: str) -> list[str]:
+    """Returns the argument that names the model which training started from, if a name is enough."""
+    model = recipe.get("model")
+    revision = model.get("revision") if isinstance(model, dict) else None
+    return [] if base in ("", "null") or revision else [_option("against", base)]
+
+
+_OWN_TASKS = ("lab", "expressions")
+"""Tasks that need no data from elsewhere."""
+
+
+def _asked(recipe: Mapping[str, Any], model: str) -> list[str]:
+    """Returns the arguments of an evaluation: as the recipe evaluates, or else by the task that the data are from.
+
+    They are empty if no task is known to fit, because one that does not says nothing of the run.
+    """
+    evaluate = recipe.get("evaluate")
+    evaluate = evaluate if isinstance(evaluate, dict) else {"tasks": evaluate}
     tasks = evaluate.get("tasks") or []
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if not tasks:
-        data = recipe.get("data")
-        path = str(data.get("path") if isinstance(data, dict) else "")
-        model = recipe.get("model")
-        name = str(model.get("name_or_path") if isinstance(model, dict) else model)
-        return ["--tasks", "lab" if path.startswith("lab:") or name.startswith("lab:") else "gsm8k"]
+        own = _task_of_data(recipe, model)
+        return [] if own is None else [_option("tasks", own)]
     given = evaluate.get("data") or {}
-    files = [part for name in tasks if name in given for part in ("--data", f"{name}={given[name]}")]
-    return [
-        "--tasks",
-        ",".join(tasks),
-        *files,
-        *(["--allow-code-execution"] if evaluate.get("allow_code_execution") else []),
-    ]
+    words = [_option("tasks", ",".join(tasks))]
+    words += [_option("data", f"{name}={given[name]}") for name in tasks if name in given]
+    for key, default in _AS_BY_DEFAULT.items():
+        if (value := evaluate.get(key)) not in (None, default):
+            words.append(_option(key.replace("_", "-"), value))
+    return [*words, *(["--allow-code-execution"] if evaluate.get("allow_code_execution") else [])]
 
 
-def _command(name: str, folder: Path, *rest: str) -> str:
+_AS_BY_DEFAULT: Mapping[str, Any] = {
+    "limit": None, "num_samples": 1, "temperature": None, "max_new_tokens": None, "prompting": None, "num_fewshot": 0,
+    "seed": 0, "isolation": "uid",
+}  # fmt: skip
+"""Settings of a recipe's evaluation that `infopo evaluate` takes under the same names, with what both do without."""
+
+
+def _task_of_data(recipe: Mapping[str, Any], model: str) -> str | None:
+    """Returns the built-in task that model or data are from, or that has marked the data, or None."""
+    path = flat(recipe).get("data.path", "")
+    if path.startswith("lab:") or model.startswith("lab:"):
+        return "lab"
+    with contextlib.suppress(RunDirectoryError, OSError, ValueError):
+        made = read_object(Path(path).with_suffix(".provenance.json")) or {}
+        return made["verifier"] if made.get("verifier") in _OWN_TASKS else None
+    return None
+
+
+def _option(name: str, value: object) -> str:
+    text = str(value)
+    return shlex.quote(f"--{name}={text}") if text.startswith("-") else f"--{name} {shlex.quote(text)}"
+
+
+def _command(name: str, folder: Path, *options: str) -> str:
     run = str(folder)
-    return shlex.join(["infopo", name, f"./{run}" if run.startswith("-") else run, *map(str, rest)])
+    return " ".join(["infopo", name, shlex.quote(f"./{run}" if run.startswith("-") else run), *options])

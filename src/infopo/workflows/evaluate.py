@@ -22,6 +22,8 @@ from infopo.evaluation.results import (
     Response,
     default_folder,
     refuse_other_subject,
+    refuse_smaller,
+    replaced_lines,
     with_earlier_tasks,
     write_evaluation,
 )
@@ -94,6 +96,9 @@ def _of_model(
     folder: Path,
 ) -> Path:
     subject = subject_of(model, settings.server, settings.dtype, settings.batch_size)
+    about = {**subject.record, "name": model or subject.name}
+    if settings.shard is None:
+        refuse_smaller(folder, about, _sizes(loaded, settings))
     prompts = [
         Prompts(subject.tokenizer, each.task, settings.prompting, settings.num_fewshot) for each in loaded
     ]
@@ -123,8 +128,15 @@ def _of_model(
     if model is not None:
         for name, overlap in overlap_of_run(model, {each.task.name: each.items for each in loaded}).items():
             found[name]["overlap"] = overlap
-    about = {**subject.record, "name": model or subject.name}
     return _write(folder, about, settings, found, all_responses, harness.groups)
+
+
+def _sizes(loaded: Sequence[Loaded], settings: EvaluationSettings) -> dict[str, tuple[int, int]]:
+    """Returns number of items and of samples per item by task, if they are known beforehand."""
+    sizes = {each.task.name: (len(each.items), settings.num_samples) for each in loaded}
+    if settings.limit is not None:
+        sizes = dict.fromkeys(settings.tasks, (settings.limit, 1)) | sizes
+    return sizes
 
 
 def subject_of(
@@ -192,6 +204,7 @@ def _of_responses(path: Path, loaded: Sequence[Loaded], settings: EvaluationSett
         )
         all_responses += responses
     about = {"name": str(path), "weights": None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    refuse_smaller(folder, about, {name: (task["items"], 1) for name, task in found.items()})
     return _write(folder, about, settings, found, all_responses)
 
 
@@ -215,8 +228,11 @@ def _write(
         "tasks": found,
         **({"groups": groups} if groups else {}),
     }
+    replaced = replaced_lines(folder, record)
     record, responses, dropped = with_earlier_tasks(folder, record, responses)
     write_evaluation(folder, record, responses)
+    if replaced:
+        say(*replaced)
     if dropped:
         say(f"left out, because the model has changed since, or cannot be told: {', '.join(dropped)}")
     say(

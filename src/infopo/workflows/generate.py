@@ -24,7 +24,7 @@ from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.runs import Record, os_errors_named, to_json
 from infopo.workflows.evaluate import subject_of
-from infopo.workflows.new_file import refuse_foreign
+from infopo.workflows.new_file import refuse_foreign, rows_in, say_if_fewer
 
 TASK = "generate"
 """Name of what is asked, in settings and in the sample store."""
@@ -194,8 +194,10 @@ def _write(found: Sequence[tuple[str, Sequence[Answer]]], path: Path, system: st
         file = path if number == 0 else _second(path)
         several = any(sample.sample for _, sample in given)
         lines = (f"{to_json(_row(name, *each, several=several, system=system))}\n".encode() for each in given)
+        before = rows_in(file)
         with os_errors_named(file):
             durable.write(file, lines)
+        say_if_fewer(file, len(given), before, _store(path))
         say(f"{file}: {len(given)} responses of {name}")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infopo.errors import ConfigError
+from infopo.output import say
 
 
 def write_new(path: Path, text: str) -> None:
@@ -49,3 +50,24 @@ def refuse_what_is_read(path: Path, read: Sequence[str | Path | None]) -> None:
     """
     if any(source is not None and Path(source).expanduser().resolve() == path.resolve() for source in read):
         raise ConfigError(f"--output: {path} is what is read, and would be overwritten; name another file")
+
+
+def rows_in(path: Path) -> int:
+    """Returns the number of lines of a file, 0 if there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def say_if_fewer(path: Path, rows: int, before: int, kept: Path) -> None:
+    """Says so if a file of rows was replaced by one with fewer.
+
+    Args:
+        path: The file.
+        rows: Number of its rows.
+        before: Number of the rows that it had.
+        kept: Where the samples are that rows are made of.
+    """
+    if rows < before:
+        say(f"{path}: {rows} rows in place of {before}, whose samples are kept in {kept}")

@@ -29,7 +29,7 @@ from infopo.runs import Record, os_errors_named, to_json, write_json_atomic
 from infopo.workflows.ask_judge import JudgeSettings
 from infopo.workflows.evaluate import subject_of
 from infopo.workflows.judged_pairs import judge_verifier
-from infopo.workflows.new_file import refuse_foreign
+from infopo.workflows.new_file import refuse_foreign, rows_in, say_if_fewer
 
 _PROMPTS_AT_A_TIME = 256
 """Prompts whose samples are drawn, marked and paired at a time."""
@@ -286,8 +286,10 @@ def _write(
 ) -> Path:
     account = Account()
     rates = output.with_name(f"{output.stem}.pass-rates.jsonl")
+    before = rows_in(output)
     with tempfile.TemporaryFile() as by_prompt, os_errors_named(output):
-        durable.write(output, _rows(groups, verifier, pairing, account, by_prompt))
+        rows = _rows(groups, verifier, pairing, account, by_prompt)
+        durable.write(output, rows if not before else _refused_if_none(rows, account, output))
         by_prompt.seek(0)
         durable.write(rates, by_prompt)
     digest = hashlib.sha256()
@@ -309,14 +311,27 @@ def _write(
     }  # fmt: skip
     write_json_atomic(output.with_name(f"{output.stem}.provenance.json"), provenance)
     say(*account.lines(output))
+    say_if_fewer(output, account.rows, before, output.with_name(f"{output.stem}.samples"))
     if not account.rows:
-        raise DataError(
-            "no prompt gives a pair; a model that is sometimes right and sometimes wrong gives some: raise "
-            "--temperature or --num-generations, or take other prompts",
-            str(output),
-            "no pairs",
-        )
+        raise _no_pairs(output)
     return output
+
+
+def _refused_if_none(rows: Iterator[bytes], account: Account, output: Path) -> Iterator[bytes]:
+    """Yields the rows, and raises at their end if there were none, which leaves the earlier file as it was."""
+    yield from rows
+    if not account.rows:
+        say(*account.lines(output))
+        raise _no_pairs(output, "; the earlier file is left as it was")
+
+
+def _no_pairs(output: Path, more: str = "") -> DataError:
+    return DataError(
+        "no prompt gives a pair; a model that is sometimes right and sometimes wrong gives some: raise "
+        f"--temperature or --num-generations, or take other prompts{more}",
+        str(output),
+        "no pairs",
+    )
 
 
 def _rows(

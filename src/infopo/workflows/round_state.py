@@ -115,6 +115,23 @@ def refuse_another_run(folder: Path) -> None:
         )
 
 
+def refuse_fewer(recipe: Recipe) -> None:
+    """Refuses fewer rounds than are trained, which `rounds.json`, comparison and report would then leave out.
+
+    Raises:
+        ConfigError: There are more.
+    """
+    assert recipe.rounds is not None
+    this, trained = first_round(recipe), 0
+    while this.is_trained:
+        this, trained = this.next(), trained + 1
+    if recipe.rounds.number < trained:
+        raise ConfigError(
+            f"rounds.number: {recipe.rounds.number}, but {trained} rounds are trained in {recipe.output_dir}, and the "
+            f"record would leave out the last; ask for at least {trained}, or name another output_dir"
+        )
+
+
 def settle_recipe(recipe: Recipe, prompts_sha256: str) -> None:
     """Writes the recipe down, or refuses one that is not that of the rounds which are there.
 

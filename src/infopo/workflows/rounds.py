@@ -45,6 +45,7 @@ from infopo.workflows.round_state import (
     is_evaluated,
     record_of,
     refuse_another_run,
+    refuse_fewer,
     settle_recipe,
 )
 from infopo.workflows.train import train_recipe
@@ -73,6 +74,7 @@ def rounds(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     prompts = _judged(recipe)
     refuse_another_run(folder)
     with run_state.in_use(folder):
+        refuse_fewer(recipe)
         settle_recipe(recipe, prompts)
         try:
             _all_rounds(recipe, folder)

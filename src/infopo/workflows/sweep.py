@@ -229,6 +229,13 @@ def _show(folder: Path, finished: Sequence[Planned]) -> None:
     table = grouped_table(read_runs(directories), [each.cell.group for each in finished])
     write_text_atomic(folder / "sweep.md", table)
     say(table.rstrip(), f"written: {folder / 'sweep.md'}")
+    if others := sorted(
+        {mark.parent for mark in folder.glob(f"*/{MARKER}")} - {each.folder for each in finished}
+    ):
+        names = ", ".join(each.name for each in others)
+        say(
+            f"left out, because the recipe has their values no longer: {names}; `infopo report` takes their folders"
+        )
     if len(finished) > 1 and all(_is_evaluated(each.folder) for each in finished):
         compare(directories, format="markdown", output=folder / "comparison.md")
     report_if_possible(directories, folder / "report.html")

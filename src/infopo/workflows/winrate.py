@@ -26,7 +26,7 @@ from infopo.evaluation.winrate import Duel, Outcome, win_rate
 from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.provenance import environment
-from infopo.runs import to_json, write_json_atomic, write_text_atomic
+from infopo.runs import read_object, to_json, write_json_atomic, write_text_atomic
 from infopo.workflows.ask_judge import JudgeSettings, refuse_without_verdicts, run_judge
 
 FORMATS = ("markdown", "json", "alpaca_eval")
@@ -94,6 +94,7 @@ def winrate(
     check_writable(folder, "--output")
     items, answers = _both_sides(a, b, prompts, sampling, limit, folder)
     duels, only_a, only_b = make_duels(items, *answers)
+    _refuse_smaller(folder, a, b, len(duels))
     judge = settings.make()
     store = Judgements(folder)
     outcomes = run_judge(duels, store, judge, settings)
@@ -112,6 +113,22 @@ def winrate(
     else:
         say(*lines(record), f"written: {folder / WINRATE}, {folder / DUELS}, {store.path}")
     return record
+
+
+def _refuse_smaller(folder: Path, a: str, b: str, duels: int) -> None:
+    """Refuses to replace a result of both sides by one of fewer duels, before a judge is asked.
+
+    Raises:
+        ConfigError: There is one of more.
+    """
+    there = read_object(folder / WINRATE) or {}
+    result = there.get("result")
+    asked = result.get("asked") if isinstance(result, dict) else None
+    if (there.get("a"), there.get("b")) == (a, b) and isinstance(asked, int) and asked > duels:
+        raise ConfigError(
+            f"--output: {folder} holds the result of {asked} duels, which one of {duels} would replace; name another "
+            "folder, remove that one, or leave out --limit"
+        )
 
 
 def _both_sides(
