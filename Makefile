@@ -14,13 +14,14 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long interpreters browser test-gpu soak tried lint format docs clean
+.PHONY: help demo test test-long interpreters journey browser test-gpu soak tried lint format docs clean
 
 help:
 	@echo "make demo       train on the embedded world and write a report"
 	@echo "make test       format, lint, types, import contract, tests, docs"
 	@echo "make test-long  tests that take minutes: kills, ranks, fuzzing, parity"
 	@echo "make interpreters  the short tests on each of Python 3.11, 3.12 and 3.13 that is there"
+	@echo "make journey    a new user's way on each of them: an empty environment, the built wheel, the documents' commands"
 	@echo "make test-gpu   tests of what runs on a GPU only"
 	@echo "make soak       streaming in flat memory, fuzzing, and every architecture and adapter of docs/tried.md (an hour or more)"
 	@echo "make tried      write docs/tried.md: what comes of every architecture, adapter and shape of data (minutes)"
@@ -54,6 +55,10 @@ interpreters:
 			$$venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' && touch $$venv/dev.stamp; } || exit 1; \
 		$(OFFLINE) OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -m "not long and not gpu and not soak" -n $(WORKERS) || exit 1; \
 	done
+
+# Nothing of the checkout is on the way but the wheel. PIP_CONSTRAINT=$PWD/constraints.txt takes the pinned versions.
+journey:
+	$(PYTHON) scripts/journey.py
 
 # The report is tested in a browser. Where none can be installed, its tests are skipped and say so.
 browser:

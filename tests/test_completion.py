@@ -23,6 +23,7 @@ def test_every_command_and_its_options_are_in_the_script(shell: str, capsys: pyt
     assert len(COMMANDS) > 12
     assert [command for command in COMMANDS if command not in text] == []
     assert "data-kind" in text
+    assert text.endswith("\n")
 
 
 @pytest.mark.parametrize("shell", SHELLS)

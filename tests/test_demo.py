@@ -1,6 +1,8 @@
 """The demo: its table, pictures and estimators on a world in miniature, and (long) the whole of it as a process."""
 
 import json
+import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from infopo import reference_pass
 from infopo.config import to_yaml
 from infopo.lab.evaluation import accuracy
 from infopo.lab.problems import make_problems, solve, verify
@@ -27,6 +30,7 @@ from infopo.report import figures
 from infopo.report.document import read_report
 from infopo.report.figures import draw_demo
 from infopo.runs import read_run
+from infopo.workers import WorkerPool
 from infopo.workflows import demo as workflow
 from infopo.workflows.demo import LEARNING_RATES, METHODS, Setting, table, title
 from infopo.workflows.demo_pairs import lab_pairs
@@ -210,6 +214,17 @@ def test_a_run_is_made_once_and_made_again_where_it_was_cut_short(
     assert steps == sorted(steps)
 
 
+@pytest.mark.long
+def test_a_verdict_says_which_run_it_is_of(
+    small: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(workflow, "LEARNING_RATES", (1e-1,))
+    workflow._run(small, "dpo_beta0.1", 1e-1)
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if "verdict: " in line]
+    assert verdicts
+    assert all(line.startswith("DPO (β 0.1), lr 1.0e-01: verdict: ") for line in verdicts)
+
+
 def test_runs_are_compared_with_the_start_problem_by_problem(small: Setting, tmp_path: Path):
     """The start against itself differs nowhere. A policy that is worse loses what it gets wrong, and nothing else."""
     world = workflow._world(small)
@@ -232,6 +247,15 @@ def test_runs_are_compared_with_the_start_problem_by_problem(small: Setting, tmp
     lines = workflow.comparison_lines([same, worse], ["same", "worse"])
     assert lines[-1].startswith(f"| worse | {-scores[0].accuracy:+.3f} [")
     assert lines[-1].endswith(f"| 0 / {scores[0].correct} | {worse['smallest']:.3f} |")
+
+
+@pytest.mark.long
+def test_a_worker_does_not_warn_of_runs_that_compute_the_same_reference():
+    lock = multiprocessing.get_context("spawn").RLock()
+    with WorkerPool(1, "spawn", workflow._start_worker, (lock,)) as pool:
+        warns = pool.submit(reference_pass.logger.isEnabledFor, logging.WARNING).result()
+    assert reference_pass.logger.isEnabledFor(logging.WARNING)
+    assert not warns
 
 
 # --- the whole of it ---
@@ -303,6 +327,7 @@ def test_the_demo_survives_a_kill_and_keeps_what_it_has(tmp_path: Path):
     )  # chosen and rejected, same axes
     printed = log_of(output).read_text(encoding="utf-8")
     assert f"open {page.resolve()} in a browser" in printed
+    assert "being computed by another run" not in printed
     for line in table(summary):
         assert line in printed
     assert len(summary["against_start"]) == 15

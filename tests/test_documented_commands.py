@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import journey
 from infopo import cli
 from infopo.shipped import shipped_recipe
 
@@ -46,6 +47,20 @@ def test_every_command_line_is_parsed(page: Path, capsys: pytest.CaptureFixture[
 
 def test_there_are_commands_to_parse():
     assert sum(len(command_lines(page.read_text(encoding="utf-8"))) for page in PAGES) > 40
+
+
+def test_the_journey_takes_every_command_but_the_one_that_needs_a_judge(capsys: pytest.CaptureFixture[str]):
+    parser = cli._parser()
+    all_commands = set(parser._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
+    pages = [*journey.blocks("docs/tutorial.md", "bash"), *journey.blocks("docs/after-training.md", "bash")]
+    lines = command_lines("".join(f"```bash\n{text}\n```\n" for text in (*pages, *journey.COMMANDS)))
+    for line in lines:
+        try:
+            parser.parse_args(shlex.split(line, comments=True))
+        except SystemExit:
+            if line != "--version" and " [-" not in line:
+                pytest.fail(f"infopo {line}: {capsys.readouterr().err}")
+    assert all_commands - {line.split()[0] for line in lines} == {"winrate"}
 
 
 @each_page

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> None:
         names = action.metavar if isinstance(action.metavar, str) else ""
         if re.search(r"FILE|RECIPE|RUN|MODEL|DATA|\bDIR\b|RESULT", names):
             action.complete = shtab.DIRECTORY if names == "DIR" else shtab.FILE  # type: ignore[attr-defined]
-    sys.stdout.write(shtab.complete(arguments.root, arguments.shell))
+    print(shtab.complete(arguments.root, arguments.shell).rstrip("\n"))
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

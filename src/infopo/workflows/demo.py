@@ -52,6 +52,7 @@ from infopo.workers import WorkerPool
 from infopo.workflows.demo_comparison import against_start, comparison_lines, solve
 from infopo.workflows.demo_pairs import lab_pairs
 from infopo.workflows.report import report
+from infopo.workflows.terminal import judge_of
 from infopo.workflows.train import write_recipe
 from infopo.yaml_tree import as_override
 
@@ -332,7 +333,7 @@ def _start_worker(lock: Any) -> None:
     """Prepares a worker process. There are as many as cores, with one thread and one progress bar each."""
     disable_progress_bar()
     # The runs of the demo share one reference: that one waits for another's batches is how it works, and no warning.
-    logging.getLogger("infopo.reference").setLevel(logging.ERROR)
+    logging.getLogger(precompute.__module__).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
 
@@ -345,10 +346,13 @@ def _run(setting: Setting, method: str, learning_rate: float) -> Result:
     if (finished := _finished(run_dir, recipe)) is not None:
         return finished
     writer = RunWriter(run_dir)
-    bar = StepBar(f"{title(method)}, lr {learning_rate:g}")
+    name = f"{title(method)}, lr {learning_rate:.1e}"
+    bar = StepBar(name)
     trainer = build_trainer_on(recipe, world.tokenizer, world.train, world.held_out, [bar])
     write_recipe(trainer, recipe)
     trainer.remove_callback(PrinterCallback)
+    # Several runs share the terminal, so a verdict says whose it is.
+    judge_of(trainer).announce = lambda verdict: tqdm.write(f"{name}: {verdict}")
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
