@@ -69,7 +69,8 @@ def preflight(
 _OTHER_COMMANDS = {
     "rounds": (
         "is required: a section with at least prompts and verifier; see docs/rounds.md",
-        "this recipe is trained in rounds: infopo rounds RECIPE. Remove the section to train once, on data.path",
+        "this recipe is trained in rounds: infopo rounds RECIPE. For one training remove the section, or write "
+        "rounds=null, and set data.path",
     ),
     "sweep": (
         "is required: a section with keys of the recipe and a list of values for each; see docs/sweeps.md",
@@ -81,6 +82,12 @@ _OTHER_COMMANDS = {
 
 
 def _refuse_other_command(recipe: Recipe, section: str | None, path: str) -> None:
+    if recipe.rounds is not None and recipe.sweep is not None:
+        raise ConfigError(
+            f"{recipe.located('sweep')}: stands beside rounds, and no command takes both; remove one of them, or write "
+            "rounds=null or sweep=null",
+            path,
+        )
     for name, (missing, other) in _OTHER_COMMANDS.items():
         is_there = getattr(recipe, name) is not None
         if name == section and not is_there:

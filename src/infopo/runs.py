@@ -222,6 +222,16 @@ def holds_run_files(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (METRICS, RECIPE, ENVIRONMENT, EVALUATION))
 
 
+def runs_beneath(directory: Path) -> str:
+    """Returns the end of a message that names the runs in the folders of a directory, or "" if there are none."""
+    files = (path for name in (METRICS, RECIPE) for path in directory.glob(f"*/{name}"))
+    found = sorted({str(path.parent) for path in files})
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"; runs in its folders are {', '.join(found[:3])}{more}"
+
+
 def read_run(directory: str | Path) -> Run:
     """Reads a run directory. Files may be missing, and the last line of metrics may be half-written.
 
@@ -233,7 +243,9 @@ def read_run(directory: str | Path) -> Run:
         raise RunDirectoryError("is no directory; expected the output_dir of a run", str(directory))
     if not holds_run_files(directory):
         expected = f"{RECIPE}, {METRICS}, {ENVIRONMENT} or {EVALUATION}"
-        raise RunDirectoryError(f"is no run directory: it holds no {expected}", str(directory))
+        raise RunDirectoryError(
+            f"is no run directory: it holds no {expected}{runs_beneath(directory)}", str(directory)
+        )
     metrics, lost = read_records(directory / METRICS)
     return Run(
         directory,

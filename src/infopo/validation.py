@@ -201,18 +201,45 @@ def options_named(section: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        problems = [
-            re.sub(r"--([a-z-]+)", lambda option: f"{section}.{option[1].replace('-', '_')}", problem)
-            for problem in error.problems
-        ]
+        problems = [_with_settings(problem, section) for problem in error.problems]
         raise ConfigError(problems, error.source) from error
     except DataError as error:
-        problem = re.sub(
-            r"--([a-z-]+)", lambda option: f"{section}.{option[1].replace('-', '_')}", error.problem
-        )
+        problem = _with_settings(error.problem, section)
         if problem == error.problem:
             raise
         raise DataError(problem, error.row_id, error.reason) from error
+
+
+_OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "rounds": {
+        "tasks": "rounds.verifier",
+        "judge": "rounds.verifier",
+        "num-samples": "rounds.num_generations",
+        "data": "rounds.prompts",
+        "output": "output_dir",
+    },
+    "evaluate": {"output": "output_dir"},
+}
+"""Section -> option of the command line -> the setting that stands for it, if that has another name."""
+
+
+def _with_settings(problem: str, section: str) -> str:
+    """Returns a problem that names settings of a section in place of options.
+
+    Example:
+        >>> _with_settings("raise --num-generations, or give a file: --data gsm8k=FILE", "rounds")
+        'raise rounds.num_generations, or give a file: rounds.prompts=FILE'
+        >>> _with_settings("give a file: --data gsm8k=FILE", "evaluate")
+        'give a file: evaluate.data={gsm8k: FILE}'
+    """
+    file = "rounds.prompts=FILE" if section == "rounds" else rf"{section}.data={{\1: FILE}}"
+    problem = re.sub(r"--data (\w+)=FILE", file, problem)
+    others = _OTHER_NAMES.get(section, {})
+    return re.sub(
+        r"--([a-z]+(?:-[a-z]+)*)",
+        lambda option: others.get(option[1], f"{section}.{option[1].replace('-', '_')}"),
+        problem,
+    )
 
 
 def _domain(constraints: list[Any]) -> str:

@@ -4,6 +4,7 @@ Imports no torch. What grades responses does, and is passed in.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from infopo.evaluation.results import (
     read_evaluation,
     read_items,
 )
-from infopo.runs import EVALUATION, GENERATIONS, read_object, read_records
+from infopo.runs import EVALUATION, GENERATIONS, holds_run_files, read_object, read_records, runs_beneath
 
 SCORES = ("score", "correct", "is_correct", "passed", "is_solved", "exact_match", "acc", "accuracy", "reward")
 """Columns that may hold the score of a row, if it does not name its `metrics`."""
@@ -122,9 +123,12 @@ def _of_folder(source: str, folder: Path, rule: str | None) -> Contender:
             return _of_evaluation(source, read_evaluation(place), rule)
     records, _ = read_records(folder / GENERATIONS)
     marks = _last_marks(records)
+    if not marks.scores and not holds_run_files(folder) and (runs := runs_beneath(folder)):
+        raise ConfigError(f"{source}: is no run directory{runs}")
     if not marks.scores:
         raise ConfigError(
-            f"{source}: has no evaluation and no marked samples; run `infopo evaluate {source} --tasks ...` first"
+            f"{source}: has no evaluation and no marked samples; run "
+            f"`infopo evaluate {shlex.quote(source)} --tasks ...` first"
         )
     note = f"{source} was not evaluated: marks of its last samples ({GENERATIONS}) are compared"
     return Contender(source, {GENERATED: marks}, note)

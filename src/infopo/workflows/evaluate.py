@@ -38,7 +38,7 @@ from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.provenance import environment
 from infopo.run_state import MODELS, last
-from infopo.runs import Record
+from infopo.runs import Record, runs_beneath
 from infopo.workflows.overlap import overlap_of_run
 
 
@@ -286,6 +286,6 @@ def model_in(name: str) -> str:
         return name
     checkpoint = last(folder)
     if checkpoint is None:
-        raise ConfigError(f"{name}: holds no model, adapter or checkpoint")
+        raise ConfigError(f"{name}: holds no model, adapter or checkpoint{runs_beneath(folder)}")
     say(f"{name} has no final model yet: {checkpoint} is taken")
     return checkpoint

@@ -111,8 +111,15 @@ def refuse_another_run(folder: Path) -> None:
     """
     if run_state.holds_run(folder):
         raise ConfigError(
-            f"output_dir: {folder} holds a run of its own, and rounds are folders beneath it; name another one"
+            f"output_dir: {folder} holds a run of its own, and those of this command are folders beneath it; name "
+            "another one"
         )
+
+
+def without_resume(recipe: Recipe) -> Recipe:
+    """Returns a recipe without `train.resume_from_checkpoint`, which several runs do by themselves."""
+    train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
+    return replace(recipe, train=train)
 
 
 def refuse_fewer(recipe: Recipe) -> None:

@@ -47,6 +47,7 @@ from infopo.workflows.round_state import (
     refuse_another_run,
     refuse_fewer,
     settle_recipe,
+    without_resume,
 )
 from infopo.workflows.train import train_recipe
 
@@ -67,7 +68,7 @@ def rounds(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             "infopo rounds runs in one process; with several, take `infopo pairs` and `infopo train` in turns"
         )
     preflight(recipe_path, overrides, makes_a_run=False, section="rounds")
-    recipe = load_recipe(recipe_path, overrides, train_fields())
+    recipe = without_resume(load_recipe(recipe_path, overrides, train_fields()))
     folder = Path(recipe.output_dir)
     check_writable(folder, "output_dir")
     build_arguments(recipe)
