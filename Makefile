@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Building the documentation prints an announcement of its theme otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+# Each worker begins with half of the tests in a row, so that what a module's tests share is made once. Whoever is done
+# first takes over half of what is left.
+SPREAD := -n $(WORKERS) --dist worksteal
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -34,11 +37,11 @@ demo: $(VENV)/demo.stamp
 	$(OFFLINE) $(BIN)/infopo demo
 
 test: lint
-	$(PYTEST) -m "not long and not gpu and not soak" -n $(WORKERS)
+	$(PYTEST) -m "not long and not gpu and not soak" $(SPREAD)
 	$(MKDOCS) --quiet
 
 test-long: $(VENV)/dev.stamp browser
-	$(PYTEST) -m "long and not gpu and not soak" -n $(WORKERS)
+	$(PYTEST) -m "long and not gpu and not soak" $(SPREAD)
 
 # An environment for each interpreter that is found, by name or among pyenv's. What is not there is said and passed over.
 interpreters:
@@ -53,7 +56,7 @@ interpreters:
 		test -f $$venv/dev.stamp || { "$$python" -m venv $$venv && \
 			$$venv/bin/python -m pip install --quiet -c constraints.txt torch && \
 			$$venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' && touch $$venv/dev.stamp; } || exit 1; \
-		$(OFFLINE) OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -m "not long and not gpu and not soak" -n $(WORKERS) || exit 1; \
+		$(OFFLINE) OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -m "not long and not gpu and not soak" $(SPREAD) || exit 1; \
 	done
 
 # Nothing of the checkout is on the way but the wheel. PIP_CONSTRAINT=$PWD/constraints.txt takes the pinned versions.
@@ -73,7 +76,7 @@ soak: $(VENV)/dev.stamp
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/soak_stream.py --rows 10000000 \
 		--out benchmarks/results/soak_stream.json
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --inputs 20000 --out benchmarks/results/fuzz.json
-	$(PYTEST) -m "soak and not gpu" -n $(WORKERS)
+	$(PYTEST) -m "soak and not gpu" $(SPREAD)
 
 tried: $(VENV)/dev.stamp
 	cd tests && $(OFFLINE) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m tried

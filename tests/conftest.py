@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Before anything imports the libraries that read them.
@@ -44,10 +44,16 @@ settings.load_profile("gate")
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
-    """The garbage collector leaves out what was imported: half a million objects that every full pass went through."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The garbage collector leaves out what is imported: half a million objects that every full pass went through."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

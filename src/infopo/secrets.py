@@ -67,7 +67,16 @@ def masked(text: str) -> str:
     >>> masked("https://me:pass@host/x.jsonl?token=abc&rows=5")
     'https://***@host/x.jsonl?token=***&rows=5'
     """
-    for secret in sorted(_known | _from_environment(), key=len, reverse=True):
+    return _without(_secrets(), text)
+
+
+def _secrets() -> list[str]:
+    """Returns the secrets that this process knows, the longest first."""
+    return sorted(_known | _from_environment(), key=len, reverse=True)
+
+
+def _without(secrets: list[str], text: str) -> str:
+    for secret in secrets:
         text = text.replace(secret, MASK)
     for pattern, mask in _PATTERNS:
         text = pattern.sub(mask, text)
@@ -76,15 +85,19 @@ def masked(text: str) -> str:
 
 def masked_tree(value: Any, name: str = "") -> Any:
     """Settings with every secret masked: those under secret names, and those within texts (keys of mappings too)."""
+    return _masked_tree(_secrets(), value, name)
+
+
+def _masked_tree(secrets: list[str], value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         return {
-            masked(key) if isinstance(key, str) else key: masked_tree(item, str(key))
+            _without(secrets, key) if isinstance(key, str) else key: _masked_tree(secrets, item, str(key))
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [masked_tree(item, name) for item in value]
+        return [_masked_tree(secrets, item, name) for item in value]
     if isinstance(value, str):
-        return MASK if value and is_secret(name) else masked(value)
+        return MASK if value and is_secret(name) else _without(secrets, value)
     return value
 
 
