@@ -53,7 +53,7 @@ interpreters:
 		test -n "$$python" || { echo "Python $$version is not here"; continue; }; \
 		venv=.venv-$$version; \
 		echo "== Python $$version"; \
-		test -f $$venv/dev.stamp || { "$$python" -m venv $$venv && \
+		test $$venv/dev.stamp -nt pyproject.toml || { "$$python" -m venv $$venv && \
 			$$venv/bin/python -m pip install --quiet -c constraints.txt torch && \
 			$$venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' && touch $$venv/dev.stamp; } || exit 1; \
 		$(OFFLINE) OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -m "not long and not gpu and not soak" $(SPREAD) || exit 1; \

@@ -251,7 +251,7 @@ def _settings(trainer: Any) -> dict[str, Any]:
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay}",
         "steps": trainer.state.global_step,
         "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "longest row": f"{args.max_length} tokens",
+        "limit per row": f"{args.max_length} tokens",
         "weights": str(trainer.model.dtype).removeprefix("torch.")
         + (f" with {mixed} autocast" if mixed else ""),
         "seed": args.seed,
