@@ -188,13 +188,14 @@ def test_rounds_leave_runs_that_every_command_reads(recipe: Path, capsys: pytest
     assert main(["compare", "out/start", "out/round-1", "out/round-2"]) == 0
     assert main(["report", "out/round-1", "out/round-2", "--output", "again.html"]) == 0
 
-    # The same command finds everything finished, and more rounds may be asked for, with other settings not.
+    # The same command finds everything finished, and more rounds may be asked for, fewer or other settings not.
     before = contents(Path("out"))
     assert main(["rounds", str(recipe)]) == 0
     assert contents(Path("out")) == before
     assert main(["rounds", str(recipe), "rounds.seed=3"]) == 2
     assert "seed: 0 was there, now seed: 3" in capsys.readouterr().err
-    assert main(["rounds", str(recipe), "rounds.number=1"]) == 0
+    assert main(["rounds", str(recipe), "rounds.number=1"]) == 2
+    assert "2 rounds are trained in out" in capsys.readouterr().err
 
 
 @pytest.mark.long

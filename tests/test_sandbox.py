@@ -3,11 +3,13 @@
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infopo.errors import ConfigError
@@ -199,6 +201,63 @@ def f():
         while processes() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert processes() == []
+
+
+KILLED = """
+import sys
+from infopo.evaluation import sandbox
+from infopo.evaluation.code_grading import Program, grade
+
+CODE = '''
+import os, time
+def f():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(600)
+        os._exit(0)
+    time.sleep(600)
+'''
+
+ways = [way for way in sandbox._ways() if way.level == sys.argv[1]]
+sandbox._ways = lambda: ways
+sandbox.allow(sys.argv[1])
+print("begins", flush=True)
+grade([Program(CODE, ("f",), "assert f()")])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not ROOT, reason="another user needs root")
+def test_nothing_outlives_an_evaluation_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not even what has left the group of its sandbox and has another parent. Namespaces end all by themselves."""
+    isolation("uid", monkeypatch)
+    script = tmp_path / "script.py"
+    script.write_text(KILLED, encoding="utf-8")
+    before = set(psutil.pids())
+
+    def left() -> list[psutil.Process]:
+        # The interpreter of a sandbox alone has this option.
+        return [each for each in psutil.process_iter() if each.pid not in before and "-S" in command_of(each)]
+
+    killed = subprocess.Popen([sys.executable, str(script), "uid"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "begins\n"
+    deadline = time.monotonic() + 60
+    # The response, its tests, what the response has left, and what is to end that.
+    while len(ours := left()) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    assert psutil.wait_procs(ours, timeout=30)[1] == []
+    assert left() == []
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def processes() -> list[str]:

@@ -14,6 +14,7 @@ A sandbox is one process with one file descriptor to talk on. It lives for one r
 it is left for the next.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -311,6 +312,8 @@ def _start(
     modules: Sequence[str] = (),
 ) -> Running:
     uid = _free_users()[seat % _SEATS] if way.own_user else None
+    if uid is not None and way.chroot:
+        _sweeper().note(uid)
     everything = {
         **job,
         "fd": fd,
@@ -340,6 +343,43 @@ def _start(
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     return Running(process, uid if way.chroot else None)
+
+
+class _Sweeper:
+    """A process that ends what sandboxes have left if this one is killed. What is killed by nobody ends it, too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users: set[int] = set()
+        self._process = subprocess.Popen(
+            [_interpreter(), "-I", "-S", "-c", source_of("sandbox_sweeper")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        atexit.register(self._end)
+
+    def note(self, user: int) -> None:
+        """Has the processes of a user ended, if it comes to that."""
+        with self._lock:
+            if user not in self._users:
+                self._users.add(user)
+                self._tell(str(user))
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # somebody has ended it, which costs no grade
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+
+    def _end(self) -> None:
+        self._tell("done")
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            self._process.communicate(timeout=10)
+
+
+_sweeper = functools.cache(_Sweeper)
 
 
 def _limits() -> dict[str, list[int]]:
