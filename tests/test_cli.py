@@ -1,5 +1,6 @@
 """The command line from outside: what `check` and `train` print, write, and leave alone."""
 
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infopo.build import build_policy
 from infopo.cli import main
+from infopo.commands.shared import importing
 from infopo.config import load_recipe
 from infopo.losses.catalog import OBJECTIVES
 from infopo.run_files import RunFiles
@@ -89,6 +91,15 @@ def test_help_and_version_load_no_torch(argument: str, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: infopo" if argument == "--help" else "infopo 0.")
+
+
+def test_garbage_is_collected_after_imports_again_also_if_they_fail():
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(KeyboardInterrupt), importing():
+        raise KeyboardInterrupt
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "check", "reference"])

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from infopo.commands.shared import importing
+
 
 def add(commands: Any) -> None:
     """Adds the command."""
@@ -40,7 +42,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from infopo.evaluation.law import Law
 
     law = Law(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
-    from infopo.workflows.chat import chat
+    with importing():
+        from infopo.workflows.chat import chat
 
     chat(
         arguments.model,

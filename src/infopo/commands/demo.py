@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from infopo.commands.shared import importing
+
 
 def add(commands: Any) -> None:
     """Adds the command."""
@@ -23,6 +25,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from infopo.preflight import check_demo
 
     check_demo(arguments.output, arguments.seed)
-    from infopo.workflows.demo import demo
+    with importing():
+        from infopo.workflows.demo import demo
 
     demo(arguments.output, seed=arguments.seed, labels=arguments.labels)

@@ -8,6 +8,7 @@ from infopo.commands.shared import (
     add_sampling,
     add_shard,
     add_subject,
+    importing,
     sampling_settings,
     tasks_and_data,
 )
@@ -58,6 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = sampling_settings(
         arguments, tasks, data=data, num_samples=arguments.num_samples, include_path=arguments.include_path
     )
-    from infopo.workflows.evaluate import evaluate
+    with importing():
+        from infopo.workflows.evaluate import evaluate
 
     evaluate(arguments.model, settings, output=arguments.output, responses=arguments.responses)

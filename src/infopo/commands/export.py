@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from infopo.commands.shared import importing
+
 
 def add(commands: Any) -> None:
     """Adds the command."""
@@ -28,7 +30,8 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from infopo.workflows.export import export
+    with importing():
+        from infopo.workflows.export import export
 
     export(
         arguments.model,

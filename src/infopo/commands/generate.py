@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from infopo.commands.shared import add_subject
+from infopo.commands.shared import add_subject, importing
 
 
 def add(commands: Any) -> None:
@@ -61,7 +61,8 @@ def _run(arguments: argparse.Namespace) -> None:
         server = ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
     named = {name: getattr(arguments, name) for name in _SETTINGS}
     settings = EvaluationSettings(tasks=["generate"], server=server, **named)
-    from infopo.workflows.generate import generate
+    with importing():
+        from infopo.workflows.generate import generate
 
     generate(
         arguments.model,

@@ -8,6 +8,7 @@ from infopo.commands.shared import (
     add_sampling,
     add_shard,
     add_subject,
+    importing,
     sampling_settings,
 )
 
@@ -105,7 +106,9 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = sampling_settings(arguments, [arguments.verifier], num_samples=arguments.num_generations)
     from infopo.evaluation.pairing import PairingSettings
     from infopo.workflows.ask_judge import JudgeSettings
-    from infopo.workflows.pairs import pairs
+
+    with importing():
+        from infopo.workflows.pairs import pairs
 
     judge = None
     if arguments.verifier.startswith("judge:"):

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from infopo.commands.shared import checked
+from infopo.commands.shared import checked, importing
 
 
 def add(commands: Any) -> None:
@@ -54,6 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
         prune(arguments.store, arguments.prune, arguments.older_than)
     else:
         checked(arguments.recipe, arguments.overrides, makes_a_run=False)
-        from infopo.workflows.reference import reference
+        with importing():
+            from infopo.workflows.reference import reference
 
         reference(arguments.recipe, arguments.overrides)

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from infopo.commands.shared import checked
+from infopo.commands.shared import checked, importing
 
 
 def add(commands: Any) -> None:
@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     checked(arguments.recipe, arguments.overrides, makes_a_run=False, section="rounds")
-    from infopo.workflows.rounds import rounds
+    with importing():
+        from infopo.workflows.rounds import rounds
 
     rounds(arguments.recipe, arguments.overrides)

@@ -1,8 +1,26 @@
 """Arguments that several commands take, and what is read from them."""
 
 import argparse
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Imports torch and transformers within it in a tenth less time, without looking for garbage among their objects.
+
+    They create half a million objects, all of which stay. Each full collection meanwhile goes through those that are
+    there and frees nothing.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def checked(

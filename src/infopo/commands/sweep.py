@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from infopo.commands.shared import checked
+from infopo.commands.shared import checked, importing
 
 
 def add(commands: Any) -> None:
@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     checked(arguments.recipe, arguments.overrides, makes_a_run=False, section="sweep")
-    from infopo.workflows.sweep import sweep
+    with importing():
+        from infopo.workflows.sweep import sweep
 
     sweep(arguments.recipe, arguments.overrides, workers=arguments.workers)

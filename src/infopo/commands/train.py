@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from typing import Any
 
-from infopo.commands.shared import checked, tasks_and_data
+from infopo.commands.shared import checked, importing, tasks_and_data
 from infopo.losses.catalog import OBJECTIVES
 
 
@@ -48,7 +48,8 @@ def _keys() -> str:
 
 def _train(arguments: argparse.Namespace) -> None:
     checked(arguments.recipe, arguments.overrides)
-    from infopo.workflows.train import train
+    with importing():
+        from infopo.workflows.train import train
 
     train(arguments.recipe, arguments.overrides)
 
@@ -56,6 +57,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     tasks, data = tasks_and_data(arguments)
     checked(arguments.recipe, arguments.overrides, makes_a_run=False)
-    from infopo.workflows.check import check
+    with importing():
+        from infopo.workflows.check import check
 
     check(arguments.recipe, arguments.overrides, tasks, data)

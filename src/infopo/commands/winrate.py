@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from infopo.commands.shared import importing
+
 _JUDGE = ("template", "key_variable", "concurrency", "per_minute", "timeout", "answer_tokens", "yes")
 """Arguments that are settings of a judge under the same names."""
 
@@ -100,11 +102,13 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     shared = {"limit": arguments.limit, "output": arguments.output, "format": arguments.format}
     if arguments.calibrate is not None:
-        from infopo.workflows.calibrate import calibrate
+        with importing():
+            from infopo.workflows.calibrate import calibrate
 
         calibrate(arguments.calibrate, judge, **shared)
         return
-    from infopo.workflows.winrate import SamplingSettings, winrate
+    with importing():
+        from infopo.workflows.winrate import SamplingSettings, winrate
 
     sampling = SamplingSettings(arguments.max_new_tokens, arguments.temperature, arguments.seed)
     winrate(arguments.a, arguments.b, judge, prompts=arguments.prompts, sampling=sampling, **shared)
