@@ -173,6 +173,8 @@ def main() -> int:
     for version in arguments.versions:
         if version not in found:
             print(f"Python {version} is not here")
+    if not found:
+        return 1
     with tempfile.TemporaryDirectory() as base:
         build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", base, str(ROOT)]
         subprocess.run(build, check=True)
@@ -186,7 +188,7 @@ def main() -> int:
                 print(f"Python {version}: {failure}", file=sys.stderr)
                 return 1
             shutil.rmtree(Path(base) / version)
-    return 0 if found else 1
+    return 0
 
 
 if __name__ == "__main__":
