@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,4 +72,8 @@ def test_a_library_that_cannot_be_imported_is_what_the_command_says(tmp_path: Pa
     assert "reference log-probs:" in done.stdout
     assert token not in done.stdout
     assert "0123456789abcdef" not in done.stdout
-    assert "HF_TOKEN; WANDB_API_KEY: ***" in done.stdout
+    assert "  HF_TOKEN: ***\n" in done.stdout
+    assert "  WANDB_API_KEY: ***\n" in done.stdout
+    # A machine that is neither in offline mode nor signed in is not told to be offline.
+    assert re.search(r"^  offline mode \(HF_HUB_OFFLINE\): (yes|no)$", done.stdout, flags=re.MULTILINE)
+    assert "  signed in: yes\n" in done.stdout

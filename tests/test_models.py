@@ -22,7 +22,7 @@ from transformers import (
 from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.errors import InfoPOError, ModelError
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.models import add_adapter, load_policy
+from infopo.models import add_adapter, cannot_load, load_policy
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
 LLAMA = LlamaConfig(
@@ -80,6 +80,12 @@ def test_an_impossible_configuration_ends_in_a_named_error(tmp_path: Path, chang
     with pytest.raises(ModelError) as error:
         train(tmp_path / "run", str(tmp_path))
     assert len(str(error.value)) < 500
+
+
+def test_what_the_hub_answers_is_cut_between_words() -> None:
+    answer = "We could not connect: see https://host/" + "a" * 30 + " and https://host/" + "b" * 200
+    told = str(cannot_load("model", "my-org/nothing", OSError(answer)))
+    assert told.endswith(f"the hub has no answer (We could not connect: see https://host/{'a' * 30} and ...)")
 
 
 def test_a_sound_folder_still_loads(tmp_path: Path) -> None:

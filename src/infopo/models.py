@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -416,9 +417,10 @@ def cannot_load(what: str, name_or_path: str, error: Exception) -> ModelError:
         reason = f"it needs {reason}, which is not known, or not there"
     if not isinstance(error, _LOADING_ERRORS):
         reason = f"its configuration describes no model that can be built ({type(error).__name__}: {reason})"
-    reason = reason[:300]
-    if isinstance(error, OSError) and name_or_path != LAB_POLICY and not Path(name_or_path).is_dir():
-        reason = f"there is no folder {name_or_path} here, and the hub has no answer ({reason[:200]})"
+    is_missing = isinstance(error, OSError) and name_or_path != LAB_POLICY and not Path(name_or_path).is_dir()
+    reason = shorten(reason, 200 if is_missing else 300, placeholder=" ...")
+    if is_missing:
+        reason = f"there is no folder {name_or_path} here, and the hub has no answer ({reason})"
     return ModelError(f"{what} cannot be loaded: {reason}")
 
 

@@ -40,6 +40,10 @@ _FEATURES = {
 """What a model's attention may have, which decides on the kernel."""
 
 
+_GROUPED = ("attention kernels", "extras")
+"""Parts whose names are of one kind, so that several may share an answer."""
+
+
 def doctor(*, as_json: bool = False) -> None:
     """Prints what `findings` returns, as text or as one JSON object."""
     found = findings()
@@ -47,7 +51,7 @@ def doctor(*, as_json: bool = False) -> None:
         say(to_json(found, indent=2))
         return
     for name, part in found.items():
-        say(f"{name}:", *(f"  {line}" for line in _lines(part)))
+        say(f"{name}:", *(f"  {line}" for line in _lines(part, grouped=name in _GROUPED)))
 
 
 def findings() -> dict[str, Any]:
@@ -185,7 +189,7 @@ def _hub() -> dict[str, Any]:
     cache = Path(constants.HF_HUB_CACHE)
     models, data = (len(list(cache.glob(f"{kind}--*"))) for kind in ("models", "datasets"))
     return {
-        "offline": bool(constants.HF_HUB_OFFLINE),
+        "offline mode (HF_HUB_OFFLINE)": bool(constants.HF_HUB_OFFLINE),
         "endpoint": constants.ENDPOINT,
         "cache": f"{cache}: {models} models, {data} data sets",
         "signed in": get_token() is not None,
@@ -198,20 +202,23 @@ def _environment() -> dict[str, str]:
     return found | {"executable": sys.executable, "folder": str(Path.cwd())}
 
 
-def _lines(part: Any) -> Iterator[str]:
-    """Yields a part as lines. Combinations with the same answer share one."""
+def _lines(part: Any, *, grouped: bool) -> Iterator[str]:
+    """Yields a part as lines. If it is grouped, names with the same answer share one."""
     if not isinstance(part, dict):
         yield str(part)
         return
     groups: dict[str, list[str]] = {}
     for name, value in part.items():
-        groups.setdefault(_text(value), []).append(name)
+        text = _text(value)
+        groups.setdefault(text if grouped else f"{name}: {text}", []).append(name)
     for text, names in groups.items():
-        yield f"{'; '.join(names)}: {text}"
+        yield f"{'; '.join(names)}: {text}" if grouped else text
 
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         reasons = f" ({'; '.join(value['because'])})" if value.get("because") else ""
         return f"{value.get('runs')}{reasons}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
