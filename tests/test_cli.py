@@ -281,7 +281,8 @@ def test_train_writes_a_run_that_loads_and_that_its_own_recipe_repeats(
     environment = run.environment
     assert environment is not None
     assert environment["seed"] == 3
-    assert environment["packages"]["torch"] == torch.__version__
+    # An index's build of torch may leave the platform out of its metadata.
+    assert environment["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert environment["hardware"]["cores"] == os.cpu_count()
     assert "git" in environment
     assert environment["model"]["name_or_path"] == "lab:policy"
