@@ -462,6 +462,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=",".join(VARIANTS),
         help=f"infopo and any of the others and of {', '.join(EXTRA)}",
     )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="processor: seconds that a processor worked for the turn, which other work on the machine changes little; "
+        "with one thread and nothing else running, both are the same",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--json", type=Path, required=True, help="the result file, which is written after each part"
@@ -479,6 +486,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.variants = args.variants.split(",")
     args.model = args.model or ("1b" if args.device == "cuda" else "a4k")
     args.vocab = args.vocab or SHAPES[args.model]["vocab_size"]
+    if args.clock == "processor" and (args.device == "cuda" or args.threads > 1 or args.end_to_end):
+        parser.error("--clock processor: is of turns on a CPU with --threads 1")
     if unknown := set(args.regimes) - set(regimes.REGIMES):
         parser.error(f"--regimes: expected some of {', '.join(regimes.REGIMES)}, got {', '.join(unknown)}")
     if "infopo" not in args.variants or set(args.variants) - {*VARIANTS, *EXTRA}:
@@ -491,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = {"model": args.model, "vocabulary": args.vocab, "device": args.device, "threads": args.threads,
            "steps": args.steps, "batch": args.pairs_per_step, "seed": args.seed, "parts": args.overhead,
            "autocast": args.autocast, "together": args.together, "lora": args.lora,
-           "logs": args.logs and str(args.logs)}  # fmt: skip
+           "logs": args.logs and str(args.logs), "clock": args.clock}  # fmt: skip
     rates = None
     if args.device == "cuda":
         from card import ceilings
@@ -517,6 +526,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "lora": args.lora,
             "device": args.device,
             "threads": args.threads,
+            "clock": args.clock,
             "allocator": ALLOCATOR,
             "optimizer": "adamw_torch_fused, learning rate 1e-5, no weight decay, gradient norm clipped at 1",
             "loss": "DPO, beta 0.1",

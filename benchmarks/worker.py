@@ -37,6 +37,8 @@ from shapes import build_model, build_tokenizer
 BETA = 0.1
 PROMPT, RESPONSE = 512, 128
 """Tokens of the prompts and responses that show how time grows with tokens."""
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+"""Where a job's seconds come from: the clock on the wall, or the time that processors worked for this process."""
 Job = dict[str, Any]
 ReferencePass = Callable[[list[PreferenceExample]], list[float]]
 """Returns log π_ref of the rejected responses of examples. What else it computes and stores counts in its time."""
@@ -158,9 +160,9 @@ def lora() -> Any:
 class Parts:
     """Seconds of a turn, by part of a step. On a GPU, each measurement synchronises with it."""
 
-    def __init__(self, cuda: bool) -> None:
+    def __init__(self, cuda: bool, clock: Callable[[], float]) -> None:
         self.seconds: dict[str, float] = {}
-        self.cuda = cuda
+        self.cuda, self.clock = cuda, clock
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -171,7 +173,7 @@ class Parts:
     def now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
     def watch(self, trainer: InfoPOTrainer) -> None:
         """Times log-probs, the layers' forward pass within them, and the backward pass."""
@@ -195,9 +197,9 @@ class Turns(TrainerCallback):
     optimizer and what the trainer itself does. The last turn is for memory, and its time means nothing.
     """
 
-    def __init__(self, sizes: list[int], line: Line, cuda: bool) -> None:
+    def __init__(self, sizes: list[int], line: Line, cuda: bool, clock: Callable[[], float]) -> None:
         self.line, self.cuda = line, cuda
-        self.parts = Parts(cuda)
+        self.parts = Parts(cuda, clock)
         self.left = sizes
         self.loss: torch.Tensor | None = None
         self.losses: list[torch.Tensor] = []
@@ -243,9 +245,7 @@ class Turns(TrainerCallback):
             self.step_mib.append(self.memory.peak_mib())
         if len(self.losses) < self.size:
             return
-        if self.cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.begin
+        seconds = self.parts.now() - self.begin
         losses = [float(loss) for loss in self.losses]
         self.line.report(seconds=seconds, losses=losses, parts=self.parts.seconds, step_mib=self.step_mib)
         if self.left:
@@ -293,7 +293,7 @@ def train(job: Job, line: Line) -> None:
     turns = turns_of(job)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(job, turns, folder)
-        callback = Turns([len(turn) for turn in turns], line, job["device"] == "cuda")
+        callback = Turns([len(turn) for turn in turns], line, job["device"] == "cuda", CLOCKS[job["clock"]])
         callback.watch(trainer)
         trainer.add_callback(callback)
         if job["parts"] and isinstance(trainer, InfoPOTrainer):
@@ -306,14 +306,14 @@ def train(job: Job, line: Line) -> None:
 
 def reference(job: Job, line: Line) -> None:
     """Runs the reference pass over the examples of each turn, from tokens to stored log-probs."""
-    turns = turns_of(job)
+    turns, now = turns_of(job), CLOCKS[job["clock"]]
     with tempfile.TemporaryDirectory() as folder:
         run = _our_reference(job) if job["variant"].startswith("infopo") else _trl_reference(job, folder)
         for turn in turns[:-1]:
             line.wait()
-            begin = time.perf_counter()
+            begin = now()
             rejected = run([e for step in turn for e in step])
-            line.report(seconds=time.perf_counter() - begin, sum=float(sum(rejected)))
+            line.report(seconds=now() - begin, sum=float(sum(rejected)))
 
 
 def _our_reference(job: Job) -> ReferencePass:
@@ -349,7 +349,7 @@ def linearity(job: Job, line: Line) -> None:
     """Runs forward and backward pass of one packed row, with another number of equally long examples each turn."""
     model = build_model(job, seed=0)
     attention.enable(model)
-    rng = torch.Generator().manual_seed(job["seed"])
+    rng, now = torch.Generator().manual_seed(job["seed"]), CLOCKS[job["clock"]]
     ids = partial(torch.randint, regimes.FIRST_ID, job["vocabulary"], generator=rng)
     for count in job["counts"]:
         examples = []
@@ -359,14 +359,14 @@ def linearity(job: Job, line: Line) -> None:
             chosen[0], rejected[0] = regimes.FIRST_ID, regimes.FIRST_ID + 1
             examples.append(PreferenceExample(prompt, [chosen], [rejected], str(i)))
         line.wait()
-        begin = time.perf_counter()
+        begin = now()
         batch = pack(examples).to(model.device)
         logps = response_logps(model, batch)
         ratio = logps[batch.role == Role.CHOSEN] - logps[batch.role == Role.REJECTED]
         nn.functional.logsigmoid(BETA * ratio).mean().neg().backward()
         if job["device"] == "cuda":
             torch.cuda.synchronize()
-        line.report(seconds=time.perf_counter() - begin, tokens=len(batch.input_ids))
+        line.report(seconds=now() - begin, tokens=len(batch.input_ids))
         model.zero_grad()
 
 
