@@ -3,11 +3,13 @@
     python benchmarks/verdicts.py benchmarks/results/verdicts.json
 
 Runs of 24 steps in the lab: five with a planted fault, and twenty sound ones (four losses, five seeds, both kinds of
-labels). The result has effect and interval of each check in each run: the margins of the thresholds. Takes about ten
-minutes on one core. Runs that an earlier call has put into the result are not made again.
+labels), and four sound ones of 120 steps, in which what grows with time has time to grow. The result has effect and
+interval of each check in each run: the margins of the thresholds. Takes about fifteen minutes on one core. Runs that an
+earlier call has put into the result are not made again.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +31,7 @@ from infopo.settings import DataSettings
 from infopo.trainer import InfoPOTrainer
 
 STEPS = 24
+LONG_STEPS = 120
 SOUND: dict[str, dict[str, Any]] = {
     "infopo": {"objective": "infopo", "learning_rate": 5.6e-5},
     "infopo_low_rate": {"objective": "infopo", "learning_rate": 2e-5},
@@ -36,6 +39,8 @@ SOUND: dict[str, dict[str, Any]] = {
     "sft": {"objective": "sft", "learning_rate": 5.6e-5},
 }
 SEEDS = range(5)
+LONG = ("infopo", "dpo")
+"""Losses of the longer runs, on both kinds of labels."""
 
 
 class Thaw(TrainerCallback):
@@ -134,6 +139,11 @@ def runs(
             name = f"{loss}, {labels}, seed {seed}"
             if name not in done:
                 yield name, None, judged(datasets[labels], tokenizer, seed=seed, **settings)
+    for loss, (labels, dataset) in itertools.product(LONG, datasets.items()):
+        name = f"{loss}, {labels}, {LONG_STEPS} steps"
+        if name not in done:
+            settings = {"max_steps": LONG_STEPS, "probe_steps": 20, **SOUND[loss]}
+            yield name, None, judged(dataset, tokenizer, seed=0, **settings)
 
 
 def summary_of(name: str, expected: str | None, record: dict[str, Any]) -> dict[str, Any]:
@@ -153,10 +163,12 @@ def summary_of(name: str, expected: str | None, record: dict[str, Any]) -> dict[
     }
 
 
-def margins(records: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Returns the least and largest effect of each check over the sound runs."""
+def margins(records: list[dict[str, Any]], *, long: bool = False) -> dict[str, list[float]]:
+    """Returns the least and largest effect of each check over the sound runs, the short or the long ones."""
     effects: dict[str, list[float]] = {}
     for record in records:
+        if record["run"].endswith(f"{LONG_STEPS} steps") != long:
+            continue
         for name, check in record["checks"].items():
             if record["expected_first"] is None and isinstance(check.get("effect"), int | float):
                 effects.setdefault(name, []).append(check["effect"])
@@ -189,6 +201,7 @@ def main() -> None:
             "n": len(records),
             "as_expected": sum(each["as_expected"] for each in records),
             "effects_of_sound_runs": margins(records),
+            "effects_of_long_sound_runs": margins(records, long=True),
             "runs": records,
             "environment": environment(seed=None),
         }

@@ -88,9 +88,18 @@ def _leave() -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds only a part of a distributed model's weights, as under FSDP and DeepSpeed."""
+    """Whether a process holds a part of the training state only, as under FSDP and DeepSpeed.
+
+    The processes then wait for each other in every pass.
+    """
     plugins = ("fsdp_plugin", "deepspeed_plugin")
     return any(getattr(accelerator.state, name, None) is not None for name in plugins)
+
+
+def has_all_weights(accelerator: Accelerator) -> bool:
+    """Whether each process holds the whole model, so that it can sample from it. Under ZeRO-1 and 2 it does."""
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    return not is_sharded(accelerator) or (deepspeed is not None and int(deepspeed.zero_stage) < 3)
 
 
 def from_first(function: Callable[[], T], args: TrainingArguments) -> T:

@@ -295,7 +295,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
             held_out if held_out is not None else self.train_dataset,
             "held-out examples" if held_out is not None else "training examples",
             starts_as_reference=self._setup.policy_is_reference or not self.reference_sides,
-            without_samples=observing.SHARDED if is_sharded else None,
+            without_samples=None if ranks.has_all_weights(self.accelerator) else observing.SHARDED,
             without_gradients=observing.gradient_obstacle(
                 self.model, has_deepspeed=self.is_deepspeed_enabled
             ),

@@ -166,7 +166,7 @@ def refuse_sharded(callbacks: Any, accelerator: Any) -> None:
     Raises:
         ConfigError: There is such a callback, and the model is sharded.
     """
-    if ranks.is_sharded(accelerator) and any(isinstance(each, TaskEvaluation) for each in callbacks):
+    if not ranks.has_all_weights(accelerator) and any(isinstance(each, TaskEvaluation) for each in callbacks):
         raise ConfigError(
             "evaluate.tasks: a model that is sharded over ranks cannot be asked while it trains; leave them out, and "
             "evaluate the checkpoints with `infopo evaluate`"

@@ -1,0 +1,61 @@
+"""ZeRO-1 and ZeRO-2 train what DistributedDataParallel trains, on two CPU processes. It needs DeepSpeed, which no extra
+brings: `pip install deepspeed`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from test_ranks import needs_no_accelerator, torchrun
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900), needs_no_accelerator]
+
+RECIPE = """
+model: lab:policy
+data: {path: lab:verified, limit: 64, eval_split: test}
+train: {max_steps: 4, per_device_train_batch_size: 4, save_steps: 2, logging_steps: 1, learning_rate: 1.0e-3,
+  lr_scheduler_type: constant, anchor_size: 8, anchor_tokens: 16, gradient_size: 0}
+output_dir: run
+"""
+
+
+def trained(folder: Path, stage: int, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns records and weights of a run under ZeRO of this stage, or without DeepSpeed for stage 0."""
+    folder.mkdir(exist_ok=True)
+    recipe, config = folder / "recipe.yaml", folder / "zero.json"
+    recipe.write_text(RECIPE)
+    shipped = json.loads(Path("recipes/deepspeed/zero2.json").read_text())
+    config.write_text(json.dumps(shipped | {"zero_optimization": {"stage": stage}}))
+    done = torchrun(
+        "-m", "infopo", "train", str(recipe), f"output_dir={folder}/run", f"train.deepspeed={config if stage else ''}",
+        *overrides, DS_ACCELERATOR="cpu", INFOPO_CACHE=os.environ["INFOPO_CACHE"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return records, load_file(folder / "run/model.safetensors")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_under_zero_is_the_run_of_replicas_and_resumes_to_the_same_weights(
+    stage: int, tmp_path: Path
+) -> None:
+    records, weights = trained(tmp_path / "replicas", 0)
+    found, own = trained(tmp_path / "zero", stage)
+    assert_close(own, weights, rtol=1e-4, atol=1e-5)
+    for name in ("loss", "grad_norm", "probe/change/chosen", "kl/forward"):
+        values, others = ([record[name] for record in each if name in record] for each in (records, found))
+        assert len(values) > 0
+        assert others == pytest.approx(values, rel=1e-3, abs=1e-4), name
+    trained(tmp_path / "resumed", stage, "train.max_steps=2")
+    _, resumed = trained(tmp_path / "resumed", stage, "train.resume_from_checkpoint=true")
+    assert_close(resumed, own, rtol=0, atol=0)
+
+
+def test_zero_3_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ZeRO-3 cuts the model up"):
+        trained(tmp_path, 3)
