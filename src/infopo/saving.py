@@ -219,6 +219,9 @@ class SavingTrainer(LoadingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overrides `Trainer`'s to leave out `training_args.bin`, a pickle that may hold secrets."""
         self._set_optimizer("eval")
+        if self.is_deepspeed_enabled and ranks.has_all_weights(self.accelerator):
+            # DeepSpeed's copy has tied weights twice.
+            state_dict = None
         token, self.args.hub_token = self.args.hub_token, None
         try:
             with models.original_config(self._changed_config):
