@@ -3,15 +3,15 @@
 jaxtyping's own decorator, which its import hook puts on every function, checks the parameters of a call twice, binds
 them to a signature first, and compiles two functions for each `def` that is reached, thus for nested functions at
 every call of the outer one. That took two thirds of the CPU time of tests that train. `checked` takes its place. It
-checks the same annotations with one wrapper of beartype's per function, opens jaxtyping's scope for the names of axes
-only for functions that have arrays in their annotations, and compiles the wrapper of a nested function once.
+checks with one wrapper of beartype's per function, and opens jaxtyping's scope for the names of axes only for functions
+that have arrays in their annotations. Nested functions are not checked: only mypy sees their annotations.
 """
 
 import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -24,12 +24,6 @@ _typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=T
 
 _scope = jaxtyping.jaxtyped("context")
 """Opens a scope for the names of axes. It keeps no state of its own, so that one serves every call."""
-
-_wrapped = "__beartype_func"
-"""Parameter by whose default a wrapper of beartype's knows the function that it calls."""
-
-_templates: dict[Hashable, types.FunctionType | None] = {}
-"""Wrappers of nested functions by code and annotations, without a function. None: there is nothing to check."""
 
 
 def checked(decorated: Any = None, *, typechecker: object = None) -> Any:
@@ -45,11 +39,13 @@ def checked(decorated: Any = None, *, typechecker: object = None) -> Any:
 
 
 def _function(function: types.FunctionType) -> Callable[..., Any]:
+    if "<locals>" in function.__qualname__:
+        return function
     annotations = function.__annotations__
     for name, annotation in annotations.items():
         if _quotes(annotation):
             annotations[name] = _meaning(annotation, function.__globals__)
-    typed = _nested(function) if "<locals>" in function.__qualname__ else _typechecked(function)
+    typed = _typechecked(function)
     if not any(_has_arrays(annotation) for annotation in annotations.values()):
         return typed
 
@@ -60,31 +56,6 @@ def _function(function: types.FunctionType) -> Callable[..., Any]:
             return typed(*args, **kwargs)
 
     return with_scope
-
-
-def _nested(function: types.FunctionType) -> Callable[..., Any]:
-    """The wrapper that beartype made of the same `def` before, around this function."""
-    key = (function.__code__, *map(_hashable, function.__annotations__.values()))
-    if key not in _templates:
-        _templates[key] = _template(function)
-    template = _templates[key]
-    if template is None:
-        return function
-    wrapper = types.FunctionType(template.__code__, template.__globals__, template.__name__)
-    wrapper.__kwdefaults__ = {**template.__kwdefaults__, _wrapped: function}
-    return functools.update_wrapper(wrapper, function)
-
-
-def _template(function: types.FunctionType) -> types.FunctionType | None:
-    # Of a copy that closes over nothing: beartype may keep what it wraps, and models would stay in memory.
-    closure = tuple(types.CellType() for _ in function.__code__.co_freevars)
-    copy = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__annotations__ = function.__annotations__
-    wrapper = _typechecked(copy)
-    return None if wrapper is copy else wrapper
 
 
 def _quotes(annotation: Any) -> bool:
@@ -103,11 +74,3 @@ def _has_arrays(annotation: Any) -> bool:
     return (inspect.isclass(annotation) and issubclass(annotation, AbstractArray)) or any(
         _has_arrays(part) for part in typing.get_args(annotation)
     )
-
-
-def _hashable(annotation: Any) -> Hashable:
-    try:
-        hash(annotation)
-    except TypeError:
-        return repr(annotation)
-    return annotation
