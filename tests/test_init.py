@@ -205,6 +205,19 @@ def test_questions_have_defaults_and_wrong_choices_are_asked_for_again(
     assert not any("Kind" in question for question in asked)
 
 
+def test_a_model_that_is_not_there_is_told_of_before_the_next_question(
+    work: Path, capsys: pytest.CaptureFixture[str]
+):
+    said = []
+
+    def ask(question: str) -> str:
+        said.append(capsys.readouterr().out)
+        return "models/not/here" if question.startswith("Model") else ""
+
+    init("mine.yaml", {}, ask)
+    assert said[1].startswith("to mend: there is no folder models/not/here here")
+
+
 @pytest.mark.long
 def test_a_person_at_a_terminal_is_asked(work: Path):
     ours, theirs = pty.openpty()

@@ -157,6 +157,6 @@ def test_a_workflow_prints_the_first_line_in_place_of_the_trainers_own(
     trainer = InfoPOTrainer(tiny_llama(), args=args, train_dataset=data, processing_class=build_tokenizer())
     with caplog.at_level("INFO", "infopo"):
         run(trainer)
-    line = "1 process, cpu, float32, 1 steps of 8 pairs"
+    line = "1 process, cpu, float32, 1 step of 8 pairs"
     assert capsys.readouterr().out.splitlines().count(line) == 1
     assert line not in caplog.messages

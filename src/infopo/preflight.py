@@ -219,11 +219,12 @@ def _model_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.reference.is_path:
         named.append(("reference.source", recipe.reference.source))
     for key, name in named:
-        if problem := _model_problem(name):
+        if problem := model_problem(name):
             yield key, problem
 
 
-def _model_problem(name: str) -> str | None:
+def model_problem(name: str) -> str | None:
+    """Returns what is wrong with the name or folder of a model, as far as can be told without asking the hub."""
     if name.startswith("lab:"):
         return None if name == "lab:policy" else f"{name!r}: the lab has only lab:policy"
     try:

@@ -209,7 +209,8 @@ def start_line(args: TrainingArguments, state: TrainerState, items: str, dtype: 
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     done = f", of which {state.global_step} are done" if state.global_step else ""
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-    return f"{processes}, {args.device.type}, {precision}, {state.max_steps} steps of {rows} {items}{done}"
+    steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
+    return f"{processes}, {args.device.type}, {precision}, {steps} of {rows} {items}{done}"
 
 
 def _items(dataset: object) -> str:

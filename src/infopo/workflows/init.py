@@ -12,7 +12,7 @@ from infopo.data.sources import read_rows
 from infopo.errors import ConfigError, InfoPOError
 from infopo.machine import BYTES_PER_PARAMETER, Accelerators, accelerators, number_of_parameters
 from infopo.output import say
-from infopo.preflight import is_installed, preflight
+from infopo.preflight import is_installed, model_problem, preflight
 from infopo.scaffold import (
     KIND_OF_SHAPE,
     KINDS,
@@ -50,6 +50,8 @@ def init(path: str | Path, given: Mapping[str, Any], ask: Callable[[str], str] |
         )
     questions = _Questions(settings, ask)
     questions.text("model", "Model to train (folder or hub name of an SFT model)", "lab:policy")
+    if ask is not None and (problem := model_problem(settings["model"])):
+        say(f"to mend: {problem}")
     questions.text("data", "Preference data (file, folder, glob or hub name)", "lab:verified")
     seen = _look_at(settings["data"])
     say(seen.line)
