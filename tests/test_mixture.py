@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from infopo import InfoPOConfig
+from infopo import InfoPOConfig, LossTerm, ResponseLogps
+from infopo.checkpoints import check_identity
 from infopo.config import parse_recipe, to_yaml
 from infopo.data.examples import ExampleDataset
-from infopo.errors import ConfigError
+from infopo.elsewhere.conversion import Conversion
+from infopo.elsewhere.losses import put_loss
+from infopo.errors import CheckpointError, ConfigError
+from infopo.losses import foreign
+from infopo.report.comparing import compare, method_of, settings_of
+from infopo.report.reading import read_runs
 from infopo.sweep_grid import cells
 from trainers import step_records, trainer_of
 from worlds import random_examples, tiny_llama
@@ -55,7 +61,16 @@ def test_an_override_reaches_into_a_term(key: str) -> None:
     assert [weight for *_, weight in objective_of("[infopo, sft]", f"{key}=0.5")] == [1.0, 0.5]
 
 
-@pytest.mark.parametrize("key", ["objective[2].weight", "objective.beta", "objective.-1.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "objective[2].weight",
+        "objective.beta",
+        "objective.-1.weight",
+        f"objective.{'9' * 5000}",
+        "objective.\u0660",
+    ],
+)
 def test_an_override_of_a_term_that_is_not_there_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="is a list of 2, which has no item"):
         objective_of("[infopo, sft]", f"{key}=0.5")
@@ -83,6 +98,8 @@ REFUSED = [
     (["infopo", {"name": "sft", "weight": math.inf}], r"objective\[1\]\.weight: expected a finite number"),
     (["infopo", {"name": "sft", "weight": True}], r"objective\[1\]\.weight: expected a finite number"),
     ([{"name": "infopo", "weight": 0}, {"name": "sft", "weight": 0.0}], "objective: all weights are 0"),
+    ([["x"] * 1000], r"got \['x', 'x', 'x', 'x', 'x', 'x', \.\.\.\]"),
+    (["infopo", {"name": "sft", "weight": 10**400}], r"objective\[1\]\.weight: expected a finite number"),
     ([f"{__name__}:own_loss"], r"objective\[0\]\.weight: is the weight in the sum, but .*own_loss has"),
 ]
 
@@ -107,7 +124,7 @@ def test_the_line_of_a_wrong_term_is_told() -> None:
     [
         {"beta": 0.3}, {"objective_parameters": {"cap": 1.0}}, {"label_smoothing": 0.1}, {"loss_type": ["ipo"]},
         {"loss_weights": [1.0, 2.0]}, {"use_weighting": True}, {"f_divergence_type": "js_divergence"},
-        {"simpo_gamma": 1.0},
+        {"simpo_gamma": 1.0}, {"beta": 0.0}, {"desirable_weight": 0.0},
     ],
 )  # fmt: skip
 def test_settings_of_a_single_loss_beside_a_list_are_refused(beside: dict[str, Any]) -> None:
@@ -127,6 +144,21 @@ def test_scripts_may_write_a_mapping_functions_and_json() -> None:
         config(objective=5)
 
 
+def test_what_cannot_be_a_term_of_a_script_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"objective\[0\]: keys are names of parameters, got 3"):
+        config(objective=[{"name": "dpo", 3: 4}])
+    with pytest.raises(ConfigError, match="terms of a loss are JSON here"):
+        config(objective="[" * 100_000)
+    with pytest.raises(ConfigError, match="loss_weights: expected finite numbers"):
+        config(loss_type=["sigmoid", "sft"], loss_weights=[1, 10**400])
+
+
+def test_names_in_a_list_are_spelt_as_in_the_catalog_and_stay_so() -> None:
+    once = config(objective=["KTO", {"name": "SFT on chosen"}])
+    assert once.objective == ["kto", {"name": "sft"}]
+    assert config(objective=once.objective).objective == once.objective
+
+
 def test_losses_of_weight_zero_alone_are_refused_under_trls_name_too() -> None:
     with pytest.raises(ConfigError, match="loss_weights: all are 0"):
         config(loss_type=["sigmoid", "sft"], loss_weights=[0.0, 0.0])
@@ -139,6 +171,94 @@ def test_runs_of_a_sweep_over_sums_are_named_by_them() -> None:
     }
     names = [cell.name for cell in cells(grid)]
     assert names == ["infopo-weight-0.1", "infopo-+-sft-weight-0.2-weight-0.1"]
+
+
+@pytest.mark.parametrize("weight", ["objective[1].weight", "objective.1.weight"])
+def test_a_sweep_sets_a_weight_in_the_list_that_it_sets_wherever_the_key_stands(weight: str) -> None:
+    grid = {weight: [0.1, 0.2], "objective": [["infopo", "sft"]]}
+    found = [
+        parse_recipe(MINIMAL, source="recipe", overrides=cell.overrides).objective[1].weight
+        for cell in cells(grid)
+    ]
+    assert found == [0.1, 0.2]
+
+
+def test_a_sweep_with_two_keys_of_one_setting_is_refused() -> None:
+    grid = "{'objective[1].weight': [0.1], 'objective.1.weight': [0.2]}"
+    with pytest.raises(ConfigError, match=r"is the same setting as objective\[1\]\.weight"):
+        parse_recipe(MINIMAL, source="recipe", overrides=["objective=[infopo, sft]", f"sweep={grid}"])
+
+
+# ---- what is told of it ----------------------------------------------------------------------------------------------
+
+
+def scaled(factor: float) -> Any:
+    def inner(logps: ResponseLogps) -> list[LossTerm]:
+        return [LossTerm(-factor * logps.margins(logps.policy), per="pair")]
+
+    return inner
+
+
+def test_each_of_several_callables_of_one_name_is_known_by_its_source() -> None:
+    def told(*factors: float) -> tuple[dict[str, str], list[str]]:
+        mixture = config(objective=[scaled(factor) for factor in factors]).mixture()
+        return foreign.sources(mixture), [record["sha256"] for record in foreign.records(mixture)]
+
+    assert len({str(told(*factors)[0]) for factors in [(1, 2), (7, 2), (2, 1), (1, 1, 2), (1, 2, 2)]}) == 5
+    (source,), hashes = told(1, 2)[0].values(), told(1, 2)[1]
+    assert source == " + ".join(hashes)
+    assert len(set(hashes)) == 2
+    assert told(1, 1)[0] == told(1)[0]
+
+
+def test_a_checkpoint_of_another_sum_names_the_terms_that_differ() -> None:
+    terms = [
+        [name, {"beta": 0.1, "label_smoothing": 0.0, "length_normalized": False}, 1.0] for name in "abcd"
+    ]
+    now = [*terms[:3], [*terms[3][:2], 0.5]]
+    with pytest.raises(
+        CheckpointError, match=r"objective from item 4 on \(then \[\['d', .* 1\.0\]\], now \[\['d'"
+    ) as told:
+        check_identity(Path("checkpoint-2"), {"objective": terms}, {"objective": now})
+    assert len(str(told.value)) < 500
+
+
+def test_a_report_shows_weights_and_a_row_per_setting_of_a_term(tmp_path: Path) -> None:
+    def run(text: str) -> Any:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
+        recipe = parse_recipe(MINIMAL, source="recipe", overrides=[f"objective={text}"])
+        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        return read_runs([folder])[0]
+
+    runs = [
+        run("[infopo, {name: sft, weight: 0.2}]"),
+        run("[infopo, {name: sft, weight: 0.4}]"),
+        run("infopo"),
+    ]
+    methods = [method_of(each) for each in runs]
+    assert methods == [
+        "InfoPO (β 1) + 0.2 x SFT on chosen",
+        "InfoPO (β 1) + 0.4 x SFT on chosen",
+        "InfoPO (β 1)",
+    ]
+    table = compare([settings_of(each) for each in runs[:2]])
+    assert [key for key, differs in zip(table.keys, table.differs, strict=True) if differs] == [
+        "objective[1].weight"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 1.5), ({"cpo_alpha": 0.7}, 1.2), ({"cpo_alpha": 0.0}, 0.5)]
+)
+def test_a_converted_sum_keeps_the_likelihood_that_its_loss_has(
+    given: dict[str, Any], expected: float
+) -> None:
+    settings = {"loss_type": ["cpo", "sft"], "loss_weights": [1.0, 0.5], **given}
+    made = Conversion("TRL", settings)
+    put_loss(made, settings, dict.fromkeys(["name", "nll_weight"], "loss_type"))
+    assert made["objective.nll_weight"] == pytest.approx(expected)
 
 
 # ---- what is minimised -----------------------------------------------------------------------------------------------

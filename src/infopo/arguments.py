@@ -227,12 +227,13 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
 
     def _judged(self) -> list[str]:
         """Returns what is wrong with losses from outside the package."""
-        return [
+        found = (
             problem
             for name, parameters, _ in self.mixture()
             if name not in OBJECTIVES
             for problem in judge(name, parameters)
-        ]
+        )
+        return list(dict.fromkeys(found))  # a loss may be two terms
 
     def _problems_of(self, section: type[Settings]) -> list[str]:
         """Returns what is wrong with the settings of a section, under the names that they have here."""
@@ -296,7 +297,7 @@ def _terms_of(objective: Any) -> Any:
     if isinstance(objective, str) and objective.lstrip().startswith(("[", "{")):
         try:
             objective = json.loads(objective)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"objective: terms of a loss are JSON here, and this is not: {error}"
             ) from error

@@ -77,13 +77,28 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
     """
     now = json.loads(json.dumps(identity))
     differing = [
-        f"{key} (then {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]
+        f"{key} {_difference(saved.get(key), now[key])}" for key in now if saved.get(key) != now[key]
     ]
     if differing:
         raise CheckpointError(
             f"{checkpoint}: was made with another {'; another '.join(differing)}. Resume with the recipe that "
             "started the run, or start a new run in another output_dir."
         )
+
+
+def _difference(then: Any, now: Any) -> str:
+    """Returns two values in words. Long lists, such as the terms of a loss, are told from where they differ."""
+    place = ""
+    if isinstance(then, list) and isinstance(now, list) and len(f"{then}{now}") > _LONG:
+        same = next(
+            (i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), min(len(then), len(now))
+        )
+        then, now, place = then[same:], now[same:], f"from item {same + 1} on " if same else ""
+    return f"{place}(then {then}, now {now})"
+
+
+_LONG = 200
+"""Characters of two values that are told whole."""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from infopo.errors import ConfigError
 from infopo.validation import Problem
-from infopo.yaml_tree import as_override, in_yaml
+from infopo.yaml_tree import as_override, in_yaml, key_parts
 
 SEEDS = ("train.seed", "train.data_seed")
 """Settings over which a sweep's table takes means."""
@@ -34,8 +34,9 @@ class Cell:
 
     @property
     def overrides(self) -> list[str]:
-        """The values as `key=value`."""
-        return [f"{key}={as_override(value)}" for key, value in self.values.items()]
+        """The values as `key=value`. A section comes before what stands in it, which it would replace."""
+        outer_first = sorted(self.values, key=lambda key: len(key_parts(key)))
+        return [f"{key}={as_override(self.values[key])}" for key in outer_first]
 
     @property
     def group(self) -> str:
@@ -68,8 +69,12 @@ def grid_problems(sweep: Any) -> Iterator[Problem]:
             "expected keys of the recipe, each with a list of values, e.g. train.learning_rate: [1e-6, 5e-6]",
         )
         return
+    first: dict[tuple[str, ...], str] = {}
     for key, values in sweep.items():
-        if not isinstance(key, str) or key in _NOT_SWEPT or key.startswith(("sweep.", "rounds.")):
+        other = first.setdefault(tuple(key_parts(str(key))), key)
+        if other != key:
+            yield f"sweep.{key}", f"is the same setting as {other}; keep one"
+        elif not isinstance(key, str) or key in _NOT_SWEPT or key.startswith(("sweep.", "rounds.")):
             yield f"sweep.{key}", f"cannot be swept; {', '.join(_NOT_SWEPT)} are the same for all runs"
         elif not isinstance(values, list) or not values:
             yield f"sweep.{key}", f"expected a list of values, got {in_yaml(values)}"

@@ -190,7 +190,8 @@ class LossSettings:
         return [
             f"{name}={value!r}: stands beside a list of objectives; write it into the one that it is for"
             for name, value in vars(self).items()
-            if name not in ("objective", "loss_type") and value and value != _ALONE.get(name)
+            if name not in ("objective", "loss_type")
+            and value not in (None, [], {}, _ALONE[name], _NEUTRAL.get(name))
         ]
 
     def _weights(self) -> list[str]:

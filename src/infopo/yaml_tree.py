@@ -204,6 +204,16 @@ def _find_duplicates(node: yaml.MappingNode, path: str, problems: Problems) -> N
         first.setdefault(key.value, line)
 
 
+def key_parts(path: str) -> list[str]:
+    """Returns the parts of a dotted key. An item of a list is `a[0]`, or `a.0`, which shells leave alone.
+
+    Example:
+        >>> key_parts("objective[1].weight") == key_parts("objective.1.weight")
+        True
+    """
+    return re.sub(r"\[(\d+)\]", r".\1", path).split(".")
+
+
 def apply_override(tree: Tree, override: str, problems: Problems) -> None:
     """Sets one dotted key in `tree`. Records what is wrong with `key=value` itself.
 
@@ -215,8 +225,7 @@ def apply_override(tree: Tree, override: str, problems: Problems) -> None:
     """
     place = f"override {masked_argument(override)!r}"
     path, equals, text = override.partition("=")
-    # An item of a list is `data.path[0]`, or `data.path.0`, which shells leave alone.
-    names = re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
+    names = key_parts(path.strip())
     if not equals:
         return problems.add(place, "expected key=value, e.g. train.learning_rate=1e-6")
     if not all(names):
@@ -253,10 +262,12 @@ def _assign(tree: Tree, names: list[str], value: Any) -> tuple[str, str | None]:
             key, path = name, join_path(path, name)
         elif not isinstance(node, list):
             return path, f"{path} is {in_yaml(node)}, which has no key {name!r}"
-        elif name.isdecimal() and int(name) < len(node):
-            key, path = int(name), f"{path}[{int(name)}]"
+        elif name in map(str, range(len(node))):
+            key, path = int(name), f"{path}[{name}]"
         else:
-            return path, f"{path} is a list of {len(node)}, which has no item {name!r}; items count from 0"
+            return path, (
+                f"{path} is a list of {len(node)}, which has no item {shorten(repr(name))}; items count from 0"
+            )
         if depth == len(names) - 1:
             node[key] = value
             break

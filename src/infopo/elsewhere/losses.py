@@ -5,6 +5,7 @@ from typing import Any
 
 from infopo.elsewhere.conversion import Conversion, is_number, number
 from infopo.errors import ConfigError
+from infopo.losses.catalog import OBJECTIVES
 from infopo.trl_names import LossSettings
 from infopo.yaml_tree import in_yaml
 
@@ -44,8 +45,9 @@ def put_terms(made: Conversion, losses: Sequence[Loss], origins: Mapping[str, st
     """Sets the recipe's objective to the weighted sum of some losses. See `put_loss` for `origins`."""
     (name, parameters, weight), *others = losses
     if [other for other, *_ in others] == ["sft"] and name in ("dpo", "cpo", "slic") and weight == 1:
-        # The same sum, as a parameter of the loss.
-        parameters, others = {**parameters, "nll_weight": others[0][2]}, []
+        # The same sum, as a parameter of the loss, which may have a likelihood of its own.
+        own = parameters.get("nll_weight", OBJECTIVES[name].parameters["nll_weight"].default)
+        parameters, others = {**parameters, "nll_weight": own + others[0][2]}, []
     if others or weight != 1:
         terms = [{"name": name, **parameters, "weight": weight} for name, parameters, weight in losses]
         made.put("objective", terms, "; ".join(dict.fromkeys([origins["name"], *_sources(losses, origins)])))

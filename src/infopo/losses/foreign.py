@@ -113,15 +113,22 @@ def plain_name(name: str) -> str:
 
 
 def sources(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> dict[str, str]:
-    """Returns the hash of the source of each loss that comes from outside, by name. Empty if there is none."""
-    return {plain_name(name): _found[name].row.digest for name, _, _ in mixture if name in _found}
+    """Returns the hash of the source of each loss that comes from outside, by name. Empty if there is none.
+
+    Several callables of one name, such as closures, have their hashes one after the other.
+    """
+    by_name: dict[str, list[str]] = {}
+    for name, _, _ in mixture:
+        if name in _found:
+            by_name.setdefault(plain_name(name), []).append(_found[name].row.digest)
+    return {name: " + ".join(each if len(set(each)) > 1 else each[:1]) for name, each in by_name.items()}
 
 
 def records(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> list[dict[str, str]]:
     """Returns name, file and SHA-256 of the source of each loss that comes from outside."""
+    rows = {name: _found[name].row for name, _, _ in mixture if name in _found}
     return [
-        {"name": name, "file": _found[name].row.location, "sha256": source}
-        for name, source in sources(mixture).items()
+        {"name": plain_name(name), "file": row.location, "sha256": row.digest} for name, row in rows.items()
     ]
 
 

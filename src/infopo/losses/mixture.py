@@ -1,6 +1,8 @@
 """Weighted sums of objectives, L = Σ_i w_i L_i, as recipes and `InfoPOConfig` write them. Imports no torch."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from reprlib import repr as brief
 from typing import Any
 
 from infopo.losses import foreign
@@ -32,12 +34,15 @@ def read_terms(terms: Sequence[Any]) -> tuple[list[Term], list[str]]:
         given = {"name": term} if isinstance(term, str) else term
         if not isinstance(given, Mapping):
             problems.append(
-                f"{place}: expected a name, or a mapping with name, parameters and weight, got {term!r}"
+                f"{place}: expected a name, or a mapping with name, parameters and weight, got {brief(term)}"
             )
             continue
         if not isinstance(given.get("name"), str):
-            wrong = f"expected text, got {given['name']!r}" if "name" in given else "is required"
+            wrong = f"expected text, got {brief(given['name'])}" if "name" in given else "is required"
             problems.append(f"{place}.name: {wrong}")
+            continue
+        if odd := [key for key in given if not isinstance(key, str)]:
+            problems.append(f"{place}: keys are names of parameters, got {brief(odd[0])}")
             continue
         parameters = {key: value for key, value in given.items() if key not in ("name", "weight")}
         name, weight = objective_name(given["name"]), given.get("weight", 1.0)
@@ -47,7 +52,7 @@ def read_terms(terms: Sequence[Any]) -> tuple[list[Term], list[str]]:
                 f"objective.weight: is the weight in the sum, but {name} has a parameter of this name"
             )
         if not is_weight(weight):
-            of_term.append(f"objective.weight: expected a finite number >= 0, got {weight!r}")
+            of_term.append(f"objective.weight: expected a finite number >= 0, got {brief(weight)}")
         problems += [place + problem.removeprefix("objective") for problem in of_term]
         found.append((name, parameters, float(weight) if is_weight(weight) else 1.0))
     if found and not any(weight for *_, weight in found):
@@ -56,21 +61,25 @@ def read_terms(terms: Sequence[Any]) -> tuple[list[Term], list[str]]:
 
 
 def is_weight(value: object) -> bool:
-    """Whether a value is a finite number of at least 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    """Whether a value is a number of at least 0 that a float can represent."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 <= value <= sys.float_info.max
 
 
 def with_names(objective: Any) -> Any:
-    """Returns an objective, or the terms of a sum, with the names of the functions that stand in it.
+    """Returns an objective, or the terms of a sum, with a name for each function. Names are spelt as in the catalog.
 
     Example:
-        >>> with_names([{"name": "dpo", "weight": 0.5}, "sft"])
+        >>> with_names([{"name": "DPO", "weight": 0.5}, "sft"])
         [{'name': 'dpo', 'weight': 0.5}, 'sft']
     """
     if isinstance(objective, list | tuple):
         return [with_names(term) for term in objective]
     if isinstance(objective, Mapping) and "name" in objective:
         return {**objective, "name": with_names(objective["name"])}
+    if isinstance(objective, str):
+        return objective_name(objective)
     return foreign.register(objective) if callable(objective) else objective
 
 

@@ -50,7 +50,12 @@ def settings_of(run: ReportRun) -> dict[str, str]:
     Raises:
         RunDirectoryError: The recipe is not valid YAML.
     """
-    return flat(recipe_tree(run))
+    tree = recipe_tree(run)
+    if isinstance(terms := tree.get("objective"), list):
+        # A row per setting of a term shows what differs between two sums.
+        del tree["objective"]
+        tree = {f"objective[{i}]": term for i, term in enumerate(terms)} | tree
+    return flat(tree)
 
 
 def recipe_tree(run: ReportRun) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def flat(tree: Any, path: str = "") -> dict[str, str]:
 
 
 def method_of(run: ReportRun) -> str:
-    """Returns what a run trained with, e.g. `InfoPO (β 1)`, or "" if there is no recipe."""
+    """Returns what a run trained with, e.g. `InfoPO (β 1) + 0.2 x SFT on chosen`, or "" if there is no recipe."""
     objective = recipe_tree(run).get("objective")
     terms = objective if isinstance(objective, list) else [objective]
     return " + ".join(_term(term) for term in terms if isinstance(term, Mapping | str))
@@ -111,7 +116,9 @@ def _term(term: Mapping[str, Any] | str) -> str:
     ]
     if term.get("length_normalized") is True:
         shown.append("per token")
-    return f"{title} ({', '.join(shown)})" if shown else title
+    weight = term.get("weight", 1)
+    factor = f"{weight:g} x " if is_number(weight) and weight != 1 else ""
+    return f"{factor}{title} ({', '.join(shown)})" if shown else f"{factor}{title}"
 
 
 def model_of(run: ReportRun) -> str:
