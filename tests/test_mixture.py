@@ -18,6 +18,7 @@ from infopo.errors import CheckpointError, ConfigError
 from infopo.losses import foreign
 from infopo.report.comparing import compare, method_of, settings_of
 from infopo.report.reading import read_runs
+from infopo.secrets import masked
 from infopo.sweep_grid import cells
 from trainers import step_records, trainer_of
 from worlds import random_examples, tiny_llama
@@ -261,10 +262,28 @@ def test_a_converted_sum_keeps_the_likelihood_that_its_loss_has(
     assert made["objective.nll_weight"] == pytest.approx(expected)
 
 
+def keyed(logps: ResponseLogps, *, api_key: str = "") -> list[LossTerm]:
+    return [LossTerm(-logps.margins(logps.policy), per="pair")]
+
+
+def test_a_secret_of_a_term_is_neither_told_nor_written(tmp_path: Path) -> None:
+    name, key = f"{keyed.__module__}:keyed", "opens-doors-1"
+    objective = f"[sft, {{name: '{name}', api_key: {key}}}]"
+    recipe = parse_recipe(MINIMAL, source="recipe", overrides=[f"objective={objective}"])
+    assert key not in to_yaml(recipe)
+    assert masked(f"with {key}") == "with ***"
+    terms = [{"name": term.name, **term.parameters} for term in recipe.objective]
+    trained(tmp_path, objective=terms, save_strategy="steps", save_steps=3)
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and key.encode() in f.read_bytes()]
+    trained(tmp_path, objective=terms, save_strategy="steps", save_steps=3, max_steps=4, resume=True)
+
+
 # ---- what is minimised -----------------------------------------------------------------------------------------------
 
 
-def trained(folder: Path, **settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+def trained(
+    folder: Path, resume: bool = False, **settings: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Returns the losses of three steps, and the weights after them."""
     trainer = trainer_of(
         folder,
@@ -273,10 +292,9 @@ def trained(folder: Path, **settings: Any) -> tuple[list[float], dict[str, torch
         ref_model=tiny_llama(seed=1),
         learning_rate=1e-3,
         per_device_train_batch_size=2,
-        max_steps=3,
-        **settings,
+        **{"max_steps": 3, **settings},
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return [record["loss"] for record in step_records(trainer)], dict(trainer.model.state_dict())
 
 

@@ -16,6 +16,7 @@ from infopo.errors import CheckpointError
 from infopo.losses.coupling import Averages
 from infopo.run_state import IDENTITY, STAGING, STATE, seal
 from infopo.runs import PROBE, write_json_atomic
+from infopo.secrets import masked_tree
 
 AVERAGES = "moving_averages"
 
@@ -75,7 +76,8 @@ def check_identity(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
     Raises:
         CheckpointError: Reference, objective or data differ. The message names each difference.
     """
-    now = json.loads(json.dumps(identity))
+    # A secret, such as a parameter of a loss may be, is masked in the checkpoint.
+    saved, now = masked_tree(saved), masked_tree(json.loads(json.dumps(identity)))
     differing = [
         f"{key} {_difference(saved.get(key), now[key])}" for key in now if saved.get(key) != now[key]
     ]

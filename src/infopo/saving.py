@@ -27,7 +27,7 @@ from infopo.losses.coupling import Averages
 from infopo.model_card import card_of, render
 from infopo.output import get_logger
 from infopo.runs import ENVIRONMENT, FORECAST, GENERATIONS, PROBE
-from infopo.secrets import masked
+from infopo.secrets import masked, masked_tree
 from infopo.sharding import local_part
 from infopo.verdicts import DATA
 
@@ -294,7 +294,8 @@ class SavingTrainer(LoadingTrainer):
             finally:
                 self._staging = None
             if self.args.should_save:
-                about = {**self._identity(), resuming.SETTINGS: resuming.settings_of(self.args, self.model)}
+                settings = resuming.settings_of(self.args, self.model)
+                about = {**masked_tree(self._identity()), resuming.SETTINGS: settings}
                 checkpoints.write_identity(staging / name, about, averages=self.kept_averages)
                 checkpoints.copy_probe(Path(self.args.output_dir), staging / name)
         if self.args.push_to_hub:

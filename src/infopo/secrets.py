@@ -117,6 +117,9 @@ def learn(value: Any, name: str = "") -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             learn(item, str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            learn(item, name)
     elif is_secret(name):
         keep_secret(value)
 
