@@ -184,6 +184,18 @@ def test_a_sweep_sets_a_weight_in_the_list_that_it_sets_wherever_the_key_stands(
     assert found == [0.1, 0.2]
 
 
+def test_keys_of_a_sweep_that_end_alike_are_told_apart() -> None:
+    grid = {
+        "objective.0.weight": [1],
+        "objective[1].weight": [0.1],
+        "train.seed": [0],
+        "train.data_seed": [0],
+    }
+    [cell] = cells(grid)
+    assert cell.name == "0.weight-1-1.weight-0.1-seed-0-data_seed-0"
+    assert cell.group == "0.weight 1, 1.weight 0.1"
+
+
 def test_a_sweep_with_two_keys_of_one_setting_is_refused() -> None:
     grid = "{'objective[1].weight': [0.1], 'objective.1.weight': [0.2]}"
     with pytest.raises(ConfigError, match=r"is the same setting as objective\[1\]\.weight"):

@@ -41,7 +41,7 @@ class Cell:
     @property
     def group(self) -> str:
         """The values but for seeds, in words. Runs of one group differ in their seeds only."""
-        words = [_words(key, value) for key, value in self.values.items() if key not in SEEDS]
+        words = [words for key, words in _words(self.values).items() if key not in SEEDS]
         return ", ".join(words) or "all runs"
 
 
@@ -108,7 +108,7 @@ def cells(sweep: Mapping[str, Sequence[Any]]) -> list[Cell]:
 
 
 def _name(values: Mapping[str, Any]) -> str:
-    words = " ".join(_words(key, value) for key, value in values.items())
+    words = " ".join(_words(values).values())
     name = re.sub(r"[^\w.+-]+", "-", words).strip("-.") or "run"
     if len(name.encode()) <= _LONGEST_NAME:
         return name
@@ -117,15 +117,28 @@ def _name(values: Mapping[str, Any]) -> str:
     return f"{start}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
-def _words(key: str, value: Any) -> str:
-    """Returns a setting in a few words: `dpo beta 0.1`, `learning_rate 1e-06`."""
-    key = key.removesuffix(".name")
+def _words(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns each setting in a few words: `dpo beta 0.1`, `learning_rate 1e-06`.
+
+    A key is written from its end, as far as it takes to tell it from the others.
+    """
+    paths = {key: key_parts(key.removesuffix(".name")) for key in values}
+    found = {}
+    for key, path in paths.items():
+        others = [other for other in paths.values() if other != path]
+        lengths = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
+        length = next(lengths, len(path))
+        found[key] = _value_in_words(".".join(path[-length:]), values[key], is_loss=path == ["objective"])
+    return found
+
+
+def _value_in_words(label: str, value: Any, is_loss: bool) -> str:
     if isinstance(value, dict):
         name = [str(value["name"])] if "name" in value else []
         return " ".join(name + [f"{k} {_plain(v)}" for k, v in value.items() if k != "name"])
-    if key == "objective":
-        return " + ".join(_words(key, term) for term in value) if isinstance(value, list) else str(value)
-    return f"{key.rpartition('.')[2]} {_plain(value)}"
+    if is_loss and isinstance(value, list):
+        return " + ".join(_value_in_words(label, term, is_loss) for term in value)
+    return str(value) if is_loss else f"{label} {_plain(value)}"
 
 
 def _plain(value: Any) -> str:
