@@ -329,10 +329,14 @@ def plot(results: Record, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     settings = finished(results) or [list(s) for s in results["planned"]["settings"][:1]]
+    columns = min(len(settings), 3)
+    rows = math.ceil(len(settings) / columns)
     figure, axes = plt.subplots(
-        1, len(settings), figsize=(6 * len(settings), 4.6), squeeze=False, layout="constrained"
+        rows, columns, figsize=(6 * columns, 4.6 * rows), squeeze=False, layout="constrained"
     )
-    for axis, setting in zip(axes[0], settings, strict=True):
+    for axis in axes.flat[len(settings) :]:
+        axis.set_axis_off()
+    for axis, setting in zip(axes.flat, settings):
         lab, labels = setting
         for number, method in enumerate(methods(lab)):
             means = []
