@@ -27,7 +27,10 @@ _scope = jaxtyping.jaxtyped("context")
 
 
 def checked(decorated: Any = None, *, typechecker: object = None) -> Any:
-    """Takes the place of `jaxtyping.jaxtyped` on functions and dataclasses, in the form that its import hook writes."""
+    """Takes the place of `jaxtyping.jaxtyped` on functions and dataclasses, in the form that its import hook writes.
+
+    As jaxtyping's, it lets everything pass while `jaxtyping_disable` is set.
+    """
     if decorated is None:
         return checked
     if not inspect.isclass(decorated):
@@ -46,16 +49,22 @@ def _function(function: types.FunctionType) -> Callable[..., Any]:
         if _quotes(annotation):
             annotations[name] = _meaning(annotation, function.__globals__)
     typed = _typechecked(function)
-    if not any(_has_arrays(annotation) for annotation in annotations.values()):
-        return typed
+    if typed is function:
+        # It has no annotations.
+        return function
+    scope = _scope if any(_has_arrays(annotation) for annotation in annotations.values()) else None
 
     @functools.wraps(function)
-    def with_scope(*args: Any, **kwargs: Any) -> Any:
+    def checking(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        with _scope:
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        if scope is None:
+            return typed(*args, **kwargs)
+        with scope:
             return typed(*args, **kwargs)
 
-    return with_scope
+    return checking
 
 
 def _quotes(annotation: Any) -> bool:

@@ -140,7 +140,7 @@ def test_check_writes_nothing(work: Path) -> None:
         ),
         (
             ["recipe.yaml", "objective=simpo", "reference.sides=needed"],
-            "objective.name: simpo needs no reference",
+            "objective: simpo needs no reference",
         ),
         (["recipe.yaml", "reference.store=3"], "reference.store (override): expected text or null, got 3"),
         (["--prune"], "--prune: name references as --list shows them"),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import Float, Int, TypeCheckError
@@ -106,3 +107,12 @@ def test_a_call_within_a_call_has_its_own_names() -> None:
 def test_functions_of_infopo_are_checked() -> None:
     with pytest.raises(TypeCheckError):
         estimators.donsker_varadhan(torch.ones(2, 2), torch.ones(2))
+
+
+def test_the_switch_of_jaxtyping_lets_everything_pass() -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        assert transposed(torch.ones(2, 3)).shape == (3, 2)
+        assert listed([], "1") == 0
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

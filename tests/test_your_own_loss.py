@@ -41,7 +41,7 @@ def test_the_loss_of_the_page_is_checked_and_named_as_it_says(here: Path) -> Non
     (here / "recipe.yaml").write_text(
         f"{recipe}model: lab:policy\ndata: lab:verified\noutput_dir: runs/page\n", encoding="utf-8"
     )
-    assert load_recipe("recipe.yaml").objective.parameters == {"k": 0.5}
+    assert load_recipe("recipe.yaml").objective[0].parameters == {"k": 0.5}
     with pytest.raises(ConfigError, match="expected a value > 0"):
         load_recipe("recipe.yaml", ["objective.k=0"])
 
