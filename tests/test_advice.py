@@ -16,7 +16,7 @@ from infopo.runs import write_json_atomic
 from infopo.settings import EvaluateSettings, Settings
 from infopo.sweep_grid import Cell
 from infopo.validation import options_named
-from infopo.workflows.round_state import settle_recipe, without_resume
+from infopo.workflows.round_state import settle_recipe
 from infopo.workflows.sweep import Planned
 from run_files import write_run
 
@@ -110,12 +110,12 @@ def test_resuming_as_messages_advise_is_what_rounds_and_sweeps_do() -> None:
     """`train.resume_from_checkpoint=true` changes no setting of what is there already."""
     path, resume = write(**ROUNDS), ["train.resume_from_checkpoint=true"]
     Path("out").mkdir()
-    settle_recipe(without_resume(load_recipe(path)), "prompts")
+    settle_recipe(load_recipe(path).without_resume(), "prompts")
     first = Path("out/round-1")
     first.mkdir()
     (first / "pairs.jsonl").touch()
     write_json_atomic(first / "pairs.provenance.json", {"counts": {"rows": 1}})
-    settle_recipe(without_resume(load_recipe(path, resume)), "prompts")
+    settle_recipe(load_recipe(path, resume).without_resume(), "prompts")
     path = write(**DATA)
     cell = Cell("run", {})
     digests = {Planned(cell, load_recipe(path, given), []).digest for given in ([], resume)}

@@ -15,6 +15,8 @@ from test_ranks import needs_no_accelerator, torchrun
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900), needs_no_accelerator]
 
+ROOT = Path(__file__).resolve().parents[1]
+
 RECIPE = """
 model: lab:policy
 data: {path: lab:verified, limit: 64, eval_split: test}
@@ -29,8 +31,9 @@ def trained(folder: Path, stage: int, *overrides: str) -> tuple[list[dict[str, A
     folder.mkdir(exist_ok=True)
     recipe, config = folder / "recipe.yaml", folder / "zero.json"
     recipe.write_text(RECIPE)
-    shipped = json.loads(Path("recipes/deepspeed/zero2.json").read_text())
-    config.write_text(json.dumps(shipped | {"zero_optimization": {"stage": stage}}))
+    shipped = json.loads((ROOT / "recipes/deepspeed/zero2.json").read_text())
+    shipped["zero_optimization"]["stage"] = stage
+    config.write_text(json.dumps(shipped))
     done = torchrun(
         "-m", "infopo", "train", str(recipe), f"output_dir={folder}/run", f"train.deepspeed={config if stage else ''}",
         *overrides, DS_ACCELERATOR="cpu", INFOPO_CACHE=os.environ["INFOPO_CACHE"],

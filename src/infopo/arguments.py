@@ -184,7 +184,6 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
         loss_type: Any = self.loss_type
         names = [loss_type] if isinstance(loss_type, str) else loss_type
         self.loss_type = names and [trl_names.canonical(name) for name in names]
-        self.objective = trl_names.canonical(self.objective)
         refused = trl_names.refused(self)
         problems = self._problems()
         if old is not None and new is not None and old != new:

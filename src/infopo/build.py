@@ -28,6 +28,7 @@ from infopo.evaluation.during import TaskEvaluation, refuse_sharded
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.intake import encoder_of, rule_of
 from infopo.lab.source import is_lab_source, lab_dataset
+from infopo.losses.mixture import as_written
 from infopo.records import PreferenceRow
 from infopo.rehearsal import optimizer_problems, tracker_problems, worker_problems
 from infopo.secrets import MASK, masked
@@ -61,7 +62,7 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
         ConfigError: transformers or torch refuse a `train` argument, or a combination of them, on this machine.
     """
     # A secret that was masked when the recipe was written comes from the environment (HF_TOKEN).
-    train = {k: v for k, v in recipe.train.items() if k != "resume_from_checkpoint" and v != MASK}
+    train = {key: value for key, value in recipe.without_resume().train.items() if value != MASK}
     train.setdefault("report_to", "none")
     given = {
         argument: getattr(section, name)
@@ -87,10 +88,10 @@ def build_arguments(recipe: Recipe) -> InfoPOConfig:
 
 def _loss_arguments(recipe: Recipe) -> dict[str, Any]:
     """Returns the arguments that name the loss. A single objective has its parameters beside it."""
-    terms = recipe.objective
-    if len(terms) == 1 and terms[0].weight == 1:
-        return {"objective": terms[0].name, "objective_parameters": dict(terms[0].parameters)}
-    return {"objective": [{"name": t.name, **t.parameters, "weight": t.weight} for t in terms]}
+    written = as_written([(term.name, term.parameters, term.weight) for term in recipe.objective])
+    if isinstance(written, list):
+        return {"objective": written}
+    return {"objective": written.pop("name"), "objective_parameters": written}
 
 
 def _in_recipe(problem: str) -> str:

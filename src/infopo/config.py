@@ -15,7 +15,7 @@ from infopo.catalog import REFERENCE_MODES, suggestion
 from infopo.errors import ConfigError
 from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES
-from infopo.losses.mixture import read_terms
+from infopo.losses.mixture import as_written, read_terms
 from infopo.places import SYNONYMS
 from infopo.round_settings import RoundsSettings
 from infopo.secrets import learn, masked_tree
@@ -53,6 +53,10 @@ class Recipe:
     """Values by dotted key, all combinations of which `infopo sweep` trains, or None for one training."""
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Origin of each dotted key (`line 3`, `override`) for messages. This is not a setting."""
+
+    def without_resume(self) -> "Recipe":
+        """Returns the recipe without `train.resume_from_checkpoint`, which says nothing of what is trained."""
+        return replace(self, train={key: value for key, value in self.train.items() if key != RESUME.name})
 
     def located(self, key: str) -> str:
         """Returns the key as messages name it, e.g. `model.name_or_path (line 3)`."""
@@ -173,14 +177,7 @@ def to_yaml(recipe: Recipe) -> str:
     for name in ("rounds", "sweep"):
         if tree[name] is None:
             del tree[name]
-    terms = [
-        {"name": term["name"], **term["parameters"], "weight": term["weight"]} for term in tree["objective"]
-    ]
-    if len(terms) == 1 and terms[0]["weight"] == 1:
-        del terms[0]["weight"]
-        tree["objective"] = terms[0]
-    else:
-        tree["objective"] = terms
+    tree["objective"] = as_written([(t["name"], t["parameters"], t["weight"]) for t in tree["objective"]])
     return dump_tree(tree)
 
 
@@ -331,12 +328,8 @@ def _read_objective(value: Any, problems: Problems) -> tuple[ObjectiveSettings, 
     elif isinstance(value, list):
         found, sentences = read_terms(value)
     else:
-        found, sentences = (
-            [],
-            [
-                f"objective: expected a name, a section with name and parameters, or a list, got {in_yaml(value)}"
-            ],
-        )
+        expected = "expected a name, a section with name and parameters, or a list"
+        found, sentences = [], [f"objective: {expected}, got {in_yaml(value)}"]
     for sentence in sentences:
         path, _, message = sentence.partition(": ")
         problems.add(path, message)

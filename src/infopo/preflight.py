@@ -166,10 +166,8 @@ def is_installed(*modules: str) -> bool:
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (
-        ImportError,
-        ValueError,
-    ):  # of a package around it, or of a module that somebody put there by hand
+    # Of a package around it, or of a module that somebody put there by hand.
+    except (ImportError, ValueError):
         return False
 
 

@@ -21,6 +21,7 @@ from infopo.arguments import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.errors import SaveError
 from infopo.losses import foreign
+from infopo.losses.mixture import as_written
 from infopo.output import get_logger
 from infopo.provenance import environment
 from infopo.runs import Dispensable, Record, RunDirectoryError, RunWriter
@@ -144,17 +145,13 @@ def settings_of(args: InfoPOConfig, mixture: Sequence[tuple[str, Mapping[str, An
 
     Paths, tokens and what the objective already says are left out.
     """
-    terms = [
-        {"name": name, **parameters, **({"weight": weight} if len(mixture) > 1 or weight != 1 else {})}
-        for name, parameters, weight in mixture
-    ]
     shown = args.to_dict()
     train = {
         each.name: shown[each.name]
         for each in fields(args)
         if each.init and each.name in shown and each.name not in _ELSEWHERE and not _is_default(each, args)
     }
-    found = {"objective": terms[0] if len(terms) == 1 and "weight" not in terms[0] else terms, "train": train}
+    found = {"objective": as_written(mixture), "train": train}
     return cast(Record, json.loads(json.dumps(found, default=str)))  # an argument may be any object
 
 

@@ -68,6 +68,19 @@ def holds_run(run_dir: Path) -> bool:
     return any((run_dir / name).exists() for name in (EVALUATION, *MODELS)) or last(run_dir) is not None
 
 
+def refuse_to_hold_runs(folder: Path) -> None:
+    """Refuses a folder whose runs are to be folders beneath it, if it is the run directory of one training.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if holds_run(folder):
+        raise ConfigError(
+            f"output_dir: {folder} holds a run of its own, and those of this command are folders beneath it; name "
+            "another one"
+        )
+
+
 def set_aside_metrics(run_dir: Path) -> Path | None:
     """Renames the metrics of a run that saved nothing, so that the next one begins a file of its own.
 

@@ -191,7 +191,7 @@ class LossSettings:
             f"{name}={value!r}: stands beside a list of objectives; write it into the one that it is for"
             for name, value in vars(self).items()
             if name not in ("objective", "loss_type")
-            and value not in (None, [], {}, _ALONE[name], _NEUTRAL.get(name))
+            and value not in (None, [], {}, _DEFAULTS[name], _NEUTRAL.get(name))
         ]
 
     def _weights(self) -> list[str]:
@@ -305,7 +305,7 @@ class LossSettings:
 _NEUTRAL = {"cpo_alpha": 0, "alpha": 0, "discopop_tau": 0.05}
 """Values of such settings that say nothing, whatever the loss is."""
 
-_ALONE = {field.name: field.default for field in fields(LossSettings)}
+_DEFAULTS = {field.name: field.default for field in fields(LossSettings)}
 """Default of each setting."""
 
 _DEFAULT_BETA_OF_TRL = {*_OF_DPO_TRAINER, *VARIANTS, "kto", "simpo", "cpo", "orpo"}

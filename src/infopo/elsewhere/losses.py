@@ -6,6 +6,7 @@ from typing import Any
 from infopo.elsewhere.conversion import Conversion, is_number, number
 from infopo.errors import ConfigError
 from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.mixture import as_written
 from infopo.trl_names import LossSettings
 from infopo.yaml_tree import in_yaml
 
@@ -49,8 +50,11 @@ def put_terms(made: Conversion, losses: Sequence[Loss], origins: Mapping[str, st
         own = parameters.get("nll_weight", OBJECTIVES[name].parameters["nll_weight"].default)
         parameters, others = {**parameters, "nll_weight": own + others[0][2]}, []
     if others or weight != 1:
-        terms = [{"name": name, **parameters, "weight": weight} for name, parameters, weight in losses]
-        made.put("objective", terms, "; ".join(dict.fromkeys([origins["name"], *_sources(losses, origins)])))
+        made.put(
+            "objective",
+            as_written(losses),
+            "; ".join(dict.fromkeys([origins["name"], *_sources(losses, origins)])),
+        )
         return
     made.put("objective.name", name, origins["name"])
     for parameter, value in parameters.items():

@@ -83,6 +83,23 @@ def with_names(objective: Any) -> Any:
     return foreign.register(objective) if callable(objective) else objective
 
 
+def as_written(
+    mixture: Sequence[tuple[str, Mapping[str, Any], float]],
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Returns a loss as a recipe has it: a single objective as a mapping, and what has weights as a list.
+
+    Example:
+        >>> as_written([("dpo", {"beta": 0.1}, 1.0)])
+        {'name': 'dpo', 'beta': 0.1}
+        >>> as_written([("dpo", {"beta": 0.1}, 0.5)])
+        [{'name': 'dpo', 'beta': 0.1, 'weight': 0.5}]
+    """
+    if len(mixture) == 1 and mixture[0][2] == 1:
+        (name, parameters, _), *_ = mixture
+        return {"name": name, **parameters}
+    return [{"name": name, **parameters, "weight": weight} for name, parameters, weight in mixture]
+
+
 def mixture_in_words(mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> str:
     """Returns names and parameters of a loss that is made of (objective, parameters, weight).
 

@@ -7,18 +7,19 @@ import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from infopo.errors import InfoPOError
 from infopo.evaluation.results import TaskFigure, folder_of_run, task_figures
+from infopo.preflight import is_installed
 from infopo.report.comparing import flat, model_of, recipe_tree
 from infopo.report.headline import Column, column, metric, metric_at_start
 from infopo.report.numbers import Estimate
 from infopo.report.reading import ReportRun, is_number, read_runs
 from infopo.run_state import MODELS, checkpoints_in
 from infopo.runs import EVALUATION, METRICS, RECIPE, RunDirectoryError, read_object
+from infopo.settings import EvaluateSettings
 from infopo.verdicts import VERDICTS, Verdict, in_words, verdicts_in
 
 
@@ -190,7 +191,7 @@ def _where(folder: Path) -> str:
 
 def _next(folder: Path, run: ReportRun, base: str | None) -> list[str]:
     """Returns the commands to run next, as a shell takes them: what this run has is what they need."""
-    report = _command("report", folder, *([] if find_spec("bokeh") else ["--format", "markdown"]))
+    report = _command("report", folder, *([] if is_installed("bokeh") else ["--format", "markdown"]))
     if not any((folder / name).is_file() for name in MODELS) and not checkpoints_in(folder):
         return [f"next: {report}"]
     recipe, model = recipe_tree(run), model_of(run)
@@ -229,17 +230,17 @@ def _asked(recipe: Mapping[str, Any], model: str) -> list[str]:
     given = evaluate.get("data") or {}
     words = [_option("tasks", ",".join(tasks))]
     words += [_option("data", f"{name}={given[name]}") for name in tasks if name in given]
-    for key, default in _AS_BY_DEFAULT.items():
-        if (value := evaluate.get(key)) not in (None, default):
+    defaults = EvaluateSettings.defaults()
+    for key in _OPTIONS:
+        if (value := evaluate.get(key)) not in (None, defaults[key]):
             words.append(_option(key.replace("_", "-"), value))
     return [*words, *(["--allow-code-execution"] if evaluate.get("allow_code_execution") else [])]
 
 
-_AS_BY_DEFAULT: Mapping[str, Any] = {
-    "limit": None, "num_samples": 1, "temperature": None, "max_new_tokens": None, "prompting": None, "num_fewshot": 0,
-    "seed": 0, "isolation": "uid",
-}  # fmt: skip
-"""Settings of a recipe's evaluation that `infopo evaluate` takes under the same names, with what both do without."""
+_OPTIONS = (
+    "limit", "num_samples", "temperature", "max_new_tokens", "prompting", "num_fewshot", "seed", "isolation",
+)  # fmt: skip
+"""Settings of a recipe's evaluation that `infopo evaluate` takes under the same names, with the same defaults."""
 
 
 def _task_of_data(recipe: Mapping[str, Any], model: str) -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infopo.errors import ConfigError, printable
+from infopo.preflight import is_installed
 from infopo.report.panels import Plot, Series
 
 COLOURS = (
@@ -31,9 +32,7 @@ def require_bokeh() -> None:
     Raises:
         ConfigError: It is not installed.
     """
-    from importlib.util import find_spec
-
-    if find_spec("bokeh") is None:
+    if not is_installed("bokeh"):
         raise ConfigError(
             "a report in HTML needs Bokeh: pip install 'infopo[report]', or use --format markdown"
         )

@@ -133,14 +133,15 @@ def _say_verdicts(dataset: ExampleDataset) -> None:
 
 def _one_step(recipe: Recipe, folder: str) -> Recipe:
     train = {
-        k: v for k, v in recipe.train.items() if not k.startswith(("eval_", "save_", "load_best", "push_to"))
+        k: v
+        for k, v in recipe.without_resume().train.items()
+        if not k.startswith(("eval_", "save_", "load_best", "push_to"))
     }
     if recipe.train.get("max_steps", -1) != 1:
         train["warmup_steps"] = 0  # of the recipe's many steps, this is one whose rate is not 0
     train |= {"max_steps": 1, "save_strategy": "no", "report_to": "none", "logging_steps": 1}
     if recipe.data.has_eval:
         train |= {"eval_strategy": "steps", "eval_steps": 1}
-    train.pop("resume_from_checkpoint", None)
     reference = replace(recipe.reference, store="off")
     return replace(recipe, train=train, reference=reference, output_dir=folder)
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infopo import run_state
 from infopo.config import Recipe, parse_recipe, to_yaml
 from infopo.errors import ConfigError
 from infopo.evaluation.results import FOLDER
@@ -101,25 +100,6 @@ def first_round(recipe: Recipe) -> Round:
 def is_evaluated(folder: Path) -> bool:
     """Returns whether a folder has an evaluation."""
     return (folder / EVALUATION).is_file()
-
-
-def refuse_another_run(folder: Path) -> None:
-    """Refuses a folder that is the run directory of one training.
-
-    Raises:
-        ConfigError: It is.
-    """
-    if run_state.holds_run(folder):
-        raise ConfigError(
-            f"output_dir: {folder} holds a run of its own, and those of this command are folders beneath it; name "
-            "another one"
-        )
-
-
-def without_resume(recipe: Recipe) -> Recipe:
-    """Returns a recipe without `train.resume_from_checkpoint`, which several runs do by themselves."""
-    train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
-    return replace(recipe, train=train)
 
 
 def refuse_fewer(recipe: Recipe) -> None:

@@ -44,10 +44,8 @@ from infopo.workflows.round_state import (
     first_round,
     is_evaluated,
     record_of,
-    refuse_another_run,
     refuse_fewer,
     settle_recipe,
-    without_resume,
 )
 from infopo.workflows.train import train_recipe
 
@@ -68,12 +66,12 @@ def rounds(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             "infopo rounds runs in one process; with several, take `infopo pairs` and `infopo train` in turns"
         )
     preflight(recipe_path, overrides, makes_a_run=False, section="rounds")
-    recipe = without_resume(load_recipe(recipe_path, overrides, train_fields()))
+    recipe = load_recipe(recipe_path, overrides, train_fields()).without_resume()
     folder = Path(recipe.output_dir)
     check_writable(folder, "output_dir")
     build_arguments(recipe)
     prompts = _judged(recipe)
-    refuse_another_run(folder)
+    run_state.refuse_to_hold_runs(folder)
     with run_state.in_use(folder):
         refuse_fewer(recipe)
         settle_recipe(recipe, prompts)
@@ -246,13 +244,12 @@ def _train(recipe: Recipe, this: Round) -> None:
 def recipe_of(recipe: Recipe, this: Round) -> Recipe:
     """Returns the recipe of one round, an ordinary one."""
     assert recipe.rounds is not None
-    train = dict(recipe.train)
+    train = recipe.without_resume().train
     if recipe.rounds.reference == "first" and this.number > 1:
         reference = replace(recipe.reference, source=recipe.model.name_or_path)
     else:
         # The policy that has drawn the samples is the reference.
         reference = replace(recipe.reference, samples=str(this.samples))
-    train.pop("resume_from_checkpoint", None)
     if run_state.holds_run(this.folder):
         train["resume_from_checkpoint"] = True
     during = train.get("eval_strategy", "no") not in ("no", None)

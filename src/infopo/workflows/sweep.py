@@ -31,7 +31,6 @@ from infopo.sweep_grid import Cell, cells
 from infopo.workers import Commands
 from infopo.workflows.compare import compare
 from infopo.workflows.report import report_if_possible
-from infopo.workflows.round_state import refuse_another_run, without_resume
 from infopo.workflows.train import train_recipe
 
 MARKER = "sweep.json"
@@ -62,7 +61,7 @@ class Planned:
     @property
     def digest(self) -> str:
         """Hash of its recipe, wherever it is written."""
-        recipe = without_resume(replace(self.recipe, output_dir="run"))
+        recipe = replace(self.recipe.without_resume(), output_dir="run")
         return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()
 
     @property
@@ -113,7 +112,7 @@ def sweep(recipe_path: str | Path, overrides: Sequence[str] = (), *, workers: in
     base = preflight(recipe_path, overrides, makes_a_run=False, section="sweep")
     folder = Path(base.output_dir)
     check_writable(folder, "output_dir")
-    refuse_another_run(folder)
+    run_state.refuse_to_hold_runs(folder)
     if isinstance(base.train.get("resume_from_checkpoint"), str):
         raise ConfigError("train.resume_from_checkpoint: a sweep goes on by itself where it stood; remove it")
     assert base.sweep is not None

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from transformers.trainer_utils import TrainOutput
@@ -108,9 +107,8 @@ def write_recipe(trainer: InfoPOTrainer, recipe: Recipe) -> None:
 
     Without its files, a run of a recipe ends.
     """
-    train = {key: value for key, value in recipe.train.items() if key != "resume_from_checkpoint"}
     files = next(each for each in trainer.callback_handler.callbacks if isinstance(each, RunFiles))
-    files.recipe = to_yaml(replace(recipe, train=train))
+    files.recipe = to_yaml(recipe.without_resume())
 
 
 def final_evaluation(trainer: InfoPOTrainer) -> dict[str, float]:
