@@ -254,13 +254,24 @@ def check_regime(regime: dict, variants: list[str]) -> None:
     assert regime["tokens"]["computed"]["infopo"] < regime["tokens"]["rows"]
 
 
+@pytest.mark.parametrize("beside", [["--threads", "2"], ["--threads", "1", "--end-to-end"]])
+def test_a_processors_seconds_are_those_of_one_thread_and_of_turns(
+    beside: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        speed.parse(["--clock", "processor", "--json", "r.json", *beside])
+    assert "--clock processor: is of turns on a CPU with --threads 1" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_one_round_gives_a_record_of_the_documented_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(
-        tmp_path / "r.json", monkeypatch, "--regimes", "k", "--variants", "infopo,trl_best", "--overhead"
-    )
+        tmp_path / "r.json", monkeypatch, "--regimes", "k", "--variants", "infopo,trl_best", "--overhead",
+        "--clock", "processor",
+    )  # fmt: skip
+    assert result["settings"]["clock"] == "processor"
     assert result["schema"] == 1
     assert set(result) == {
         "schema", "hardware", "versions", "commit", "command", "settings", "regimes", "overhead",
