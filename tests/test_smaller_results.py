@@ -83,21 +83,10 @@ def test_fewer_pairs_and_responses_say_where_the_others_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples, pairs = tmp_path / "samples.jsonl", tmp_path / "pairs.jsonl"
-    made = [
-        "pairs",
-        "lab:policy",
-        "--prompts",
-        "lab",
-        "--verifier",
-        "lab",
-        "--num-generations",
-        4,
-        "--output",
-        pairs,
-    ]
-    assert command(*made, "--limit", 24) == 0
+    made = ["pairs", "lab:policy", "--prompts", "lab", "--verifier", "lab", "--num-generations", "4"]
+    assert command(*made, "--output", pairs, "--limit", 24) == 0
     rows = len(pairs.read_bytes().splitlines())
-    assert command(*made, "--limit", 16) == 0
+    assert command(*made, "--output", pairs, "--limit", 16) == 0
     fewer = len(pairs.read_bytes().splitlines())
     assert 0 < fewer < rows
     assert (
@@ -105,7 +94,7 @@ def test_fewer_pairs_and_responses_say_where_the_others_are(
         in (capsys.readouterr().out)
     )
     before = {path.name: path.read_bytes() for path in tmp_path.glob("pairs.*") if path.is_file()}
-    assert command(*made, "--limit", 1, "--max-new-tokens", 1) == 2
+    assert command(*made, "--output", pairs, "--limit", 1, "--max-new-tokens", 1) == 2
     assert "the earlier file is left as it was" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.glob("pairs.*") if path.is_file()} == before
     generate = ["generate", "lab:policy", "--output", samples, "--max-new-tokens", 2, "--prompt", "1+1=?"]
