@@ -196,7 +196,7 @@ def test_ignored_columns_are_counted_by_name(tmp_path: Path):
     ]
     _, counts = read(write_lines(tmp_path / "rows.jsonl", rows))
     assert counts.ignored == {"score": 2, "source": 1}
-    assert "  ignored columns: score (2 rows), source (1 rows)" in counts.lines()
+    assert "  ignored columns: score (2 rows), source (1 row)" in counts.lines()
     for source in (write_parquet(tmp_path / "rows.parquet", rows), Dataset.from_list(rows)):
         assert read(source)[1].ignored["score"] == 2
 

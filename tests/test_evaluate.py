@@ -23,6 +23,7 @@ from infopo.evaluation.results import Response, read_evaluation, summary
 from infopo.intervals import wilson
 from infopo.lab import make_problems, policy_path
 from infopo.lab.evaluation import accuracy
+from infopo.output import counted
 from servers import Answer, completion, failure, serving
 
 
@@ -123,7 +124,7 @@ def test_given_responses_are_matched_and_marked(
     assert run("--responses", path, "--limit", 5, "--output", tmp_path / "out") == 0
     rule = read_evaluation(tmp_path / "out").record["tasks"]["lab"]["rules"]["lab"]
     assert (rule["correct"], rule["n"], rule["notes"]) == (len(rows) - 1, len(rows), {"no answer": 1})
-    assert f"{5 - len(rows)} items have none" in capsys.readouterr().out
+    assert f"{counted(5 - len(rows), 'item')} without one" in capsys.readouterr().out
     assert len(items) == 5
 
 
@@ -144,7 +145,7 @@ def test_given_responses_are_matched_and_marked(
             [{"item": "lab/0", "response": ""}, {"item": "lab/9999", "response": ""}],
             r":2.*no item of the task",
         ),
-        ([{"response": "Answer: 7"}], "has 1 responses to 5 items"),
+        ([{"response": "Answer: 7"}], "has 1 response to 5 items"),
         ([{"task": "gsm8k", "response": "Answer: 7"}], "no responses to task lab"),
         ([], "no responses"),
         (["text"], "expected an object"),

@@ -22,7 +22,7 @@ from transformers import (
 from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.errors import InfoPOError, ModelError
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.models import add_adapter, cannot_load, load_policy
+from infopo.models import add_adapter, cannot_load, load_policy, resolve_name
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
 LLAMA = LlamaConfig(
@@ -86,6 +86,20 @@ def test_what_the_hub_answers_is_cut_between_words() -> None:
     answer = "We could not connect: see https://host/" + "a" * 30 + " and https://host/" + "b" * 200
     told = str(cannot_load("model", "my-org/nothing", OSError(answer)))
     assert told.endswith(f"the hub has no answer (We could not connect: see https://host/{'a' * 30} and ...)")
+
+
+@pytest.mark.parametrize(("beside", "told"), [("runs/lab", True), ("elsewhere/lab", False)])
+def test_a_name_that_stands_beside_runs_is_said_to_be_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, beside: str, told: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / beside).mkdir(parents=True)
+    (tmp_path / beside / "recipe.yaml").write_text("", encoding="utf-8")
+    name = f"runs/not-{beside.split('/')[0]}"
+    for _ in range(2):
+        assert resolve_name(name) == name
+    warned = f"there is no folder {name} here, only runs/lab; the hub is asked for the model"
+    assert caplog.messages == [warned] * told
 
 
 def test_a_sound_folder_still_loads(tmp_path: Path) -> None:

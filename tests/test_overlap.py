@@ -88,7 +88,7 @@ def test_the_data_of_a_run_are_found_by_its_recipe_and_stated(
     recipe = {"model": "sft", "data": {"path": str(data)}, "output_dir": str(tmp_path)}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     assert overlap_of_run(str(tmp_path), {"t": ITEMS})["t"]["exact"] == ["t/long"]
-    assert "t: 1 of 2 problems are among the 1 rows" in capsys.readouterr().out
+    assert "t: 1 of 2 problems are among the 1 row" in capsys.readouterr().out
 
     data.unlink()
     assert "no such file" in overlap_of_run(str(tmp_path), {"t": ITEMS})["t"]["unknown"]

@@ -25,10 +25,11 @@ def test_there_are_recipes_for_the_lab_for_real_data_for_all_weights_and_for_an_
     assert len(PAPER) == 4
 
 
-def test_the_configuration_of_deepspeed_leaves_to_the_settings_what_they_say():
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_configuration_of_deepspeed_leaves_to_the_settings_what_they_say(stage: int):
     """It is read as accelerate reads it; the library itself needs an accelerator."""
-    config = HfDeepSpeedConfig(str(FOLDER / "deepspeed" / "zero2.json"))
-    assert config.is_zero2()
+    config = HfDeepSpeedConfig(str(FOLDER / "deepspeed" / f"zero{stage}.json"))
+    assert (config.is_zero2(), config.is_zero3()) == (stage == 2, stage == 3)
     assert not config.is_offload()
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         assert config.get_value(name) == "auto"

@@ -100,7 +100,7 @@ def test_fewer_pairs_and_responses_say_where_the_others_are(
     generate = ["generate", "lab:policy", "--output", samples, "--max-new-tokens", 2, "--prompt", "1+1=?"]
     assert command(*generate, "--prompt", "2+2=?") == 0
     assert command(*generate) == 0
-    assert f"{samples}: 1 rows in place of 2" in capsys.readouterr().out
+    assert f"{samples}: 1 row in place of 2" in capsys.readouterr().out
 
 
 def test_fewer_duels_do_not_replace_more(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_duplicates_are_examples_with_the_same_tokens_on_the_same_sides():
     swapped = PreferenceExample([1, 5, 6], A.rejected_ids, A.chosen_ids, "f:3")
     again = PreferenceExample(A.prompt_ids, A.chosen_ids, A.rejected_ids, "f:4")
     (line,) = duplicate_lines(dataset(A, B, swapped, again))
-    assert line == "duplicates: 1 examples (first: f:4); 3 prompts of examples before them"
+    assert line == "duplicates: 1 example (first: f:4); 3 prompts of examples before them"
     assert duplicate_lines(dataset(A))[0].startswith("duplicates: 0 examples; 0 prompts")
 
 

@@ -190,7 +190,7 @@ def test_only_what_named_no_winner_is_asked_again(sides, caplog):
 
     with serving(answer) as served:
         assert winrate(*sides, judge(served), output="out")["result"]["invalid"] == 1
-        assert "1 pairs have an answer that names no winner" in caplog.text
+        assert "left out: 1 pair whose answer names no winner" in caplog.text
         assert winrate(*sides, judge(served), output="out")["result"]["wins"] == 6
         assert len(served.bodies) == 20
 
@@ -206,7 +206,7 @@ def test_answers_that_were_cut_off_are_asked_again_with_more_tokens(sides, caplo
     with serving(answer) as served:
         result = winrate(*sides, judge(served), output="out")["result"]
         assert (result["invalid"], result["cut_off"], result["wins"]) == (1, 1, 5)
-        assert "1 pairs have an answer that was cut off at 400 tokens" in caplog.text
+        assert "left out: 1 pair whose answer was cut off at 400 tokens" in caplog.text
         winrate(*sides, judge(served, answer_tokens=400), output="out")
         assert len(served.bodies) == 18
         result = winrate(*sides, judge(served, answer_tokens=2000), output="out")["result"]

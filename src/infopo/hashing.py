@@ -195,8 +195,8 @@ def _where(tensor: torch.Tensor) -> str:
     """Returns where a weight is that is not in this process, and what to do."""
     if hasattr(tensor, "ds_id"):
         return (
-            "DeepSpeed ZeRO-3 has cut it up. Use FSDP (train.fsdp=true, or accelerate launch --use_fsdp), which this "
-            "library cuts up itself, or ZeRO-2"
+            "DeepSpeed ZeRO-3 has cut it up. Pass the name of the model, or load it before InfoPOConfig(deepspeed=...) "
+            "is made, since from_pretrained cuts models up from then on"
         )
     if hasattr(tensor, "to_local"):
         return "it is sharded already. Pass the model as from_pretrained gives it, and set fsdp to shard it"

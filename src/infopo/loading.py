@@ -29,6 +29,7 @@ class LoadingTrainer(ShardedTrainer):
     args: InfoPOConfig
     train_dataset: ExampleDataset | ExampleStream
     next_step: list[list[PackedBatch]] = []  # noqa: RUF012 - never changed here
+    _num_parameters = 0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Overrides `Trainer`'s for streams, of which it returns batches of this process's share.
@@ -109,13 +110,17 @@ class LoadingTrainer(ShardedTrainer):
         self.next_step = batches
         return batches, counts
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides `Trainer`'s to count the weights, of which DeepSpeed's ZeRO-3 leaves none in its place."""
+        self._num_parameters = self._num_parameters or self.model.num_parameters(exclude_embeddings=True)
+        return super()._prepare_for_training(*args, **kwargs)
+
     def floating_point_ops(self, inputs: Any) -> float:
         """Overrides `Trainer`'s, which expects a dict, to return 6 x parameters x tokens of the batch.
 
         That is the work of forward and backward pass. It leaves out attention.
         """
-        parameters = self.model.num_parameters(exclude_embeddings=True)
-        return 6.0 * parameters * sum(batch.row_tokens() for batch in inputs)
+        return 6.0 * self._num_parameters * sum(batch.row_tokens() for batch in inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Overrides `Trainer`'s, which counts tokens in a dict.

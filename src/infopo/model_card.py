@@ -17,6 +17,8 @@ from infopo.errors import InfoPOError, printable
 from infopo.evaluation.results import TaskFigure, folder_of_run, task_figures
 from infopo.losses.catalog import row_of
 from infopo.models import is_peft_model
+from infopo.output import counted
+from infopo.ranks import autocast_in_words
 from infopo.report.closing import Change, changes
 from infopo.report.reading import read_runs
 from infopo.runs import EVALUATION, read_object
@@ -138,7 +140,8 @@ def _body(card: Card) -> list[str]:
     if card.base_hash:
         lines.append(f"| weights of the base | hash {_cell(card.base_hash)} |")
     if names or card.rows is not None:
-        lines.append(f"| data | {_cell(names)}{f' ({card.rows} rows)' if card.rows is not None else ''} |")
+        rows = f" ({counted(card.rows, 'row')})" if card.rows is not None else ""
+        lines.append(f"| data | {_cell(names)}{rows} |")
     lines += [
         f"| rows, {_cell(role)} | {_cell(_account(counts), 600)} |" for role, counts in card.accounts.items()
     ]
@@ -244,7 +247,6 @@ def card_of(
 
 def _settings(trainer: Any) -> dict[str, Any]:
     args = trainer.args
-    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     found = {
         "learning rate": args.learning_rate,
         "schedule": f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, warm-up {args.warmup_steps}",
@@ -252,8 +254,7 @@ def _settings(trainer: Any) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "limit per row": f"{args.max_length} tokens",
-        "weights": str(trainer.model.dtype).removeprefix("torch.")
-        + (f" with {mixed} autocast" if mixed else ""),
+        "weights": str(trainer.model.dtype).removeprefix("torch.") + autocast_in_words(args),
         "seed": args.seed,
     }
     for config in getattr(trainer.model, "peft_config", {}).values():

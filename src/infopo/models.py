@@ -5,6 +5,7 @@ A name is a local folder, a hub name, or `lab:policy`, the small model that ship
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed
 
 from infopo.errors import ModelError
+from infopo.output import get_logger
+from infopo.runs import runs_named
+
+logger = get_logger(__name__)
 
 LAB_POLICY = "lab:policy"
 LAB_POLICY_FOLDER = Path(__file__).parent / "lab" / "policy"
@@ -56,7 +62,16 @@ def resolve_name(name_or_path: str) -> str:
         raise ModelError(f"model {name_or_path!r}: the lab has only {LAB_POLICY!r}")
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
         raise ModelError(f"model {name_or_path!r}: there is no such folder")
+    if "/" in name_or_path and not Path(name_or_path).is_dir():
+        _warn_beside_runs(name_or_path)
     return name_or_path
+
+
+@functools.cache
+def _warn_beside_runs(name: str) -> None:
+    """Warns, once for a name, if it may be a mistyped run, since it takes minutes until a hub is known to be away."""
+    if runs := runs_named(Path(name).parent):
+        logger.warning("there is no folder %s here, only %s; the hub is asked for the model", name, runs)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -106,7 +121,8 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     if (other := _other_class(folder, kwargs)) is not None:
         raise ModelError(f"model {name_or_path!r} {other}")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+        with _loaded_whole():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     except Exception as error:  # impossible configurations raise whatever their arithmetic does
         raise cannot_load(f"model {name_or_path!r}", name_or_path, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -121,6 +137,19 @@ def load_policy(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             f"e.g. {missing[0]!r}; expected a complete causal language model"
         )
     return model
+
+
+@contextlib.contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Within it, a model is loaded as a whole though DeepSpeed's ZeRO-3 is to train it.
+
+    Checks and the reference come before training, when DeepSpeed cuts up whatever it is given.
+    """
+    config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def load_reward(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:

@@ -33,6 +33,19 @@ def get_logger(name: str) -> logging.Logger:
     return logger
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun.
+
+    Example:
+        >>> counted(1, "row"), counted(2, "row"), counted(0, "process"), counted(3, "try")
+        ('1 row', '2 rows', '0 processes', '3 tries')
+    """
+    if number == 1:
+        return f"1 {noun}"
+    stem, end = (noun[:-1], "ies") if noun.endswith("y") else (noun, "es" if noun.endswith("s") else "s")
+    return f"{number} {stem}{end}"
+
+
 def say(*lines: str, file: Any = None) -> None:
     """Prints lines to standard output, or to another stream, as they are `shown`."""
     print(*map(shown, lines), sep="\n", file=file or sys.stdout, flush=True)

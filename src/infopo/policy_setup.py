@@ -95,7 +95,7 @@ def set_up_policy(
     if peft_config is not None:
         policy = models.add_adapter(policy, peft_config)
     late_failures.check_saving(policy, tokenizer, args)
-    learning.refuse_frozen(policy, optimizer, keeps_float32=bool(args.deepspeed))
+    learning.refuse_frozen(policy, optimizer, keeps_float32=args.deepspeed_plugin is not None)
     if models.is_peft_model(policy) and args.activation_checkpointing:
         models.let_gradients_reach_adapters(policy)
     if args.disable_dropout and ref_model is not None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from infopo.data.examples import ExampleDataset
 from infopo.errors import ConfigError, InfoPOError
+from infopo.output import counted
 from infopo.records import Role
 
 T = TypeVar("T")
@@ -59,8 +60,8 @@ def refuse_strangers(world_size: int) -> None:
     """
     if launched() != world_size:
         raise ConfigError(
-            f"WORLD_SIZE is {launched()} in the environment, but the trainer sees {world_size} "
-            f"process{'' if world_size == 1 else 'es'}: each rank would train alone, into one output_dir. Start with "
+            f"WORLD_SIZE is {launched()} in the environment, but the trainer sees "
+            f"{counted(world_size, 'process')}: each rank would train alone, into one output_dir. Start with "
             "torchrun or accelerate launch, with use_cpu=True if there is no accelerator, or unset WORLD_SIZE"
         )
     # accelerate names an address only if it is asked for several processes, and starts one all the same without MPI.
@@ -195,6 +196,12 @@ class StartLine(TrainerCallback):
             self.say(start_line(args, state, _items(dataset), kwargs["model"].dtype))
 
 
+def autocast_in_words(args: TrainingArguments) -> str:
+    """Returns the end of a text that names the type of weights. DeepSpeed rounds the weights in place of autocast."""
+    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    return f" with {mixed} autocast" if mixed and args.deepspeed_plugin is None else ""
+
+
 def start_line(args: TrainingArguments, state: TrainerState, items: str, dtype: torch.dtype) -> str:
     """Processes, device, precision, steps and rows per step, in one line.
 
@@ -204,12 +211,11 @@ def start_line(args: TrainingArguments, state: TrainerState, items: str, dtype: 
         items: What the rows of a step are called.
         dtype: Type of the weights.
     """
-    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else None
-    precision = str(dtype).removeprefix("torch.") + (f" with {mixed} autocast" if mixed else "")
+    precision = str(dtype).removeprefix("torch.") + autocast_in_words(args)
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     done = f", of which {state.global_step} are done" if state.global_step else ""
-    processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-    steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
+    processes = counted(args.world_size, "process")
+    steps = counted(state.max_steps, "step")
     return f"{processes}, {args.device.type}, {precision}, {steps} of {rows} {items}{done}"
 
 

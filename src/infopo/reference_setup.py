@@ -332,7 +332,7 @@ class ReferenceBuilder:
         Those that are `known`, (responses,) and not NaN, are not computed.
         """
         home = next(model.parameters()).device
-        is_sharded = sharding.is_fsdp(self.accelerator)
+        is_sharded = sharding.is_cut_up(model, self.accelerator)
         is_fixed = is_sharded or getattr(model, "quantization_method", None) is not None
         if not is_fixed:
             model.to(self.args.device)

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 
 from infopo import caches, durable
 from infopo.errors import ReferenceStoreError
-from infopo.output import get_logger
+from infopo.output import counted, get_logger
 from infopo.provenance import environment
 from infopo.runs import write_json_atomic
 
@@ -194,7 +194,7 @@ class ReferenceStore:
 
     def in_words(self) -> str:
         """Returns the folder and the numbers of responses found and computed, in one line."""
-        return f"{self.folder}: {self.reused} responses found, {len(self.computed)} computed"
+        return f"{self.folder}: {counted(self.reused, 'response')} found, {len(self.computed)} computed"
 
     def _read_new_shards(self) -> None:
         with self._os_errors_named():

@@ -35,7 +35,7 @@ def refuse(args: InfoPOConfig, trainer: type[Trainer], *, given: tuple[bool, boo
         *worker_problems(args),
         *compile_problems(args),
     ]
-    if not given[0] and not args.deepspeed and _is_ours(trainer, "create_optimizer"):
+    if not given[0] and args.deepspeed_plugin is None and _is_ours(trainer, "create_optimizer"):
         makes_schedule = not given[1] and _is_ours(trainer, "create_scheduler")
         problems += optimizer_problems(args, with_schedule=makes_schedule)
     if problems:

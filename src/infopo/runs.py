@@ -224,12 +224,16 @@ def holds_run_files(directory: Path) -> bool:
 
 def runs_beneath(directory: Path) -> str:
     """Returns the end of a message that names the runs in the folders of a directory, or "" if there are none."""
+    found = runs_named(directory)
+    return f"; runs in its folders are {found}" if found else ""
+
+
+def runs_named(directory: Path) -> str:
+    """Returns the folders of a directory that hold runs, as a text names them: three, and how many more."""
     files = (path for name in (METRICS, RECIPE) for path in directory.glob(f"*/{name}"))
     found = sorted({str(path.parent) for path in files})
-    if not found:
-        return ""
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"; runs in its folders are {', '.join(found[:3])}{more}"
+    return f"{', '.join(found[:3])}{more}"
 
 
 def read_run(directory: str | Path) -> Run:

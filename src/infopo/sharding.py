@@ -1,8 +1,11 @@
-"""Models whose weights are distributed over processes by FSDP: when they are cut up, and what follows from it.
+"""Models whose weights are distributed over processes: when FSDP or DeepSpeed cuts them up, and what follows from it.
 
 transformers cuts a model up when training starts. The reference pass and the checks of the start come before that, and
 a model that needs FSDP to fit on a device cannot run there as a whole. So the trainer cuts it up in its constructor,
 exactly as accelerate would do it later (`shard_policy`), and training takes the model as it is (`taken_as_it_is`).
+
+DeepSpeed's ZeRO-3 can cut up no model without its optimizer. It does so when training starts, and until then each
+process holds the model whole, as under ZeRO-1 and 2.
 """
 
 import contextlib
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
@@ -23,6 +27,31 @@ from infopo.models import is_peft_model
 def is_fsdp(accelerator: Accelerator) -> bool:
     """Returns whether FSDP, of either version, distributes the models of this run."""
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
+
+
+def is_cut_up(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Returns whether a process now holds a part of a model: FSDP's from the start, ZeRO-3's from training on."""
+    return is_fsdp(accelerator) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def take_precision(model: nn.Module, accelerator: Accelerator) -> None:
+    """Rounds the weights to the type in which DeepSpeed trains them, before they become the reference.
+
+    DeepSpeed does so itself when training starts. A reference with weights that are not rounded would be another
+    function than the policy from the first step on. Buffers, and what a model keeps in float32, stay as they are.
+
+    Args:
+        model: The policy.
+        accelerator: What distributes it.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or getattr(model, "quantization_method", None) is not None:
+        return
+    dtype = plugin.hf_ds_config.dtype()
+    kept = [name for m in model.modules() for name in getattr(m, "_keep_in_fp32_modules_strict", None) or ()]
+    for name, parameter in model.named_parameters() if dtype != torch.float32 else ():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def loads_on_first() -> bool:
@@ -86,6 +115,10 @@ def local_part(value: Tensor) -> Tensor:
         >>> local_part(torch.ones(2))
         tensor([1., 1.])
     """
+    if (part := getattr(value, "ds_tensor", None)) is not None:
+        # That of the last ranks is filled up with memory as it was found.
+        begin = part.numel() * dist.get_rank(value.ds_process_group)  # type: ignore[attr-defined]
+        return part.detach()[: max(value.ds_numel - begin, 0)]  # type: ignore[attr-defined]
     value = value.detach()
     return value.to_local() if hasattr(value, "to_local") else value
 

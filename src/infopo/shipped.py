@@ -11,7 +11,8 @@ FOLDER = Path(__file__).with_name("recipes")
 """Where the files are."""
 
 _TITLES = {
-    "deepspeed/zero2.json": "DeepSpeed's ZeRO-2, for train.deepspeed; it leaves to the recipe what that says"
+    "deepspeed/zero2.json": "DeepSpeed's ZeRO-2, for train.deepspeed; it leaves to the recipe what that says",
+    "deepspeed/zero3.json": "DeepSpeed's ZeRO-3, which shares out the weights as well, during training",
 }
 """First lines of files whose format has no comments."""
 

@@ -5,7 +5,7 @@ These functions have no state. `InfoPOTrainer` calls them.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -43,7 +43,7 @@ from infopo.logps.rounding import moved_by_rounding
 from infopo.logps.wrappers import adapter_moved, base_of
 from infopo.noise import evaluating, first_difference
 from infopo.noise import in_training as noise_free_training
-from infopo.output import get_logger
+from infopo.output import counted, get_logger
 from infopo.records import PackedBatch, PreferenceExample
 from infopo.reference import tolerance
 
@@ -139,11 +139,8 @@ def refuse_processes(
             "`accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
         )
     if ranks.is_sharded(accelerator):
-        if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
-            raise UnsupportedArgumentError(
-                "deepspeed: ZeRO-3 cuts the model up before its weights can be told apart or a reference computed. "
-                "Use FSDP, which cuts it up as finely (fsdp=True, or accelerate launch --use_fsdp), or ZeRO-2"
-            )
+        if not ranks.has_all_weights(accelerator) and accelerator.state.deepspeed_plugin is not None:
+            refuse_zero3_settings(accelerator.state.deepspeed_plugin.deepspeed_config, model)
         if args.max_tokens_per_forward:
             raise UnsupportedArgumentError(
                 "max_tokens_per_forward: ranks would run different numbers of forward passes, on which FSDP and "
@@ -155,6 +152,28 @@ def refuse_processes(
         raise ConfigError(
             f"dataloader_drop_last: {len(dataset)} rows are less than one batch of {per_pass}, so all are "
             "dropped; leave it out, or lower per_device_train_batch_size"
+        )
+
+
+def refuse_zero3_settings(settings: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuses what cannot be trained or saved under ZeRO-3.
+
+    Args:
+        settings: DeepSpeed's, as its file has them.
+        model: The policy.
+
+    Raises:
+        UnsupportedArgumentError: The model would not be saved, or has quantized weights.
+    """
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if not settings.get("zero_optimization", {}).get(key):
+        raise UnsupportedArgumentError(
+            f"deepspeed: under ZeRO-3 no model is saved without {key}: set it to true in zero_optimization (as "
+            "in the file that infopo recipes deepspeed/zero3.json prints), or use ZeRO-2"
+        )
+    if getattr(model, "quantization_method", None) is not None:
+        raise UnsupportedArgumentError(
+            "deepspeed: ZeRO-3 with quantized weights is not supported; use ZeRO-2, or weights that are not quantized"
         )
 
 
@@ -211,7 +230,7 @@ def check_log_probs(
     alone = [select(probes, [response]) for response in range(probes.num_responses)]
     noise = self_test(model, probes, alone, exact=exact)
     unit = noise / (1 + math.sqrt(max(response_lengths(probes))))
-    checked = [f"{probes.num_responses} responses together and alone"]
+    checked = [f"{counted(probes.num_responses, 'response')} together and alone"]
     with adapter_moved(model) as is_moved:
         if is_moved:  # an adapter that is 0 at first would pass whatever it does
             self_test(model, probes, alone, exact=exact)

@@ -189,6 +189,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
 
     def _set_up_reference(self, ref_model: nn.Module | None) -> ReferenceSetup:
         """Returns the reference, and sets the data with its precomputed values. A sharded policy is cut up before."""
+        sharding.take_precision(self.model, self.accelerator)
         if not ranks.is_sharded(self.accelerator):
             self._check_gradients(self.train_dataset)
         with self._compiling():

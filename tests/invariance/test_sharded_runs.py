@@ -10,19 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 
 import infopo
-from infopo.arguments import InfoPOConfig
-from infopo.lab.tokenizer import build_tokenizer
-from infopo.trainer import InfoPOTrainer
-from worlds import PLAIN_SGD, quick, random_dataset, tiny_llama
+from sharded import MEASURED, placed, whole
+from worlds import quick, tiny_llama
 
 EFFICIENT = {"cpu_ram_efficient_loading": True}
 """What `accelerate launch --use_fsdp` sets by default: only the first rank loads weights."""
-
-MEASURED = {"probe_size": 4, "probe_steps": 1, "gradient_size": 2, "gradient_steps": 1, "anchor_size": 0}
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -69,14 +64,6 @@ def results(folder: Path, are_quick: bool) -> list[dict[str, Any]]:
     return launch(folder, ({"refused": dict(REFUSED)} if are_quick else {}) | cases)
 
 
-def placed(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The case with its folders."""
-    folders = {"model", "reference_store"}
-    if case.get("reference") == "other":
-        folders |= {"reference"}
-    return {key: str(folder / value) if key in folders else value for key, value in case.items()}
-
-
 def launch(folder: Path, cases: dict[str, Any], ranks: int = 2) -> list[dict[str, Any]]:
     """What each case gave, for each rank."""
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -88,29 +75,6 @@ def launch(folder: Path, cases: dict[str, Any], ranks: int = 2) -> list[dict[str
         {name: torch.load(folder / f"{name}.rank{rank}.pt", weights_only=True) for name in cases}
         for rank in range(ranks)
     ]
-
-
-def whole(case: dict[str, Any], folder: Path) -> tuple[InfoPOTrainer, dict[str, float]]:
-    """The same run of one process that holds the whole model, and its evaluation before training."""
-    case = {k: v for k, v in placed(case, folder).items() if k not in ("version", "fsdp_config", "late")}
-    model, data = case.pop("model", None), case.pop("data", {})
-    lora = (
-        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        if case.pop("lora", 0)
-        else None
-    )
-    reference = tiny_llama(seed=1) if case.pop("ref_model", False) else None
-    settings = PLAIN_SGD | {"num_train_epochs": 1, "per_device_train_batch_size": 8} | case
-    trainer = InfoPOTrainer(
-        model=tiny_llama() if model is None else model,
-        ref_model=reference,
-        args=InfoPOConfig(output_dir=str(folder / "whole"), **settings | {"reference_store": "off"}),
-        train_dataset=random_dataset(21, **data),
-        eval_dataset=random_dataset(5, seed=9),
-        processing_class=build_tokenizer(),
-        peft_config=lora,
-    )
-    return trainer, trainer.evaluate()
 
 
 @pytest.mark.parametrize("name", quick(CASES, *QUICK))

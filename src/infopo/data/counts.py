@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from infopo.errors import DataError
-from infopo.output import shown
+from infopo.output import counted, shown
 
 TIE = "tie"
 TOO_LONG = "too long"
@@ -86,7 +86,9 @@ class DataCounts:
     def lines(self) -> list[str]:
         """Returns the ledger as lines of text, for the log and for `infopo check`."""
         total_skipped = sum(self.skipped.values())
-        lines = [f"{self.source or 'data'}: {self.rows} rows, {self.used} used, {total_skipped} skipped"]
+        lines = [
+            f"{self.source or 'data'}: {counted(self.rows, 'row')}, {self.used} used, {total_skipped} skipped"
+        ]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         for what, by_source in (("shape", self.shapes), ("columns", self.columns), ("files", self.files)):
             for name, value in by_source.items():
@@ -100,7 +102,7 @@ class DataCounts:
             first = f" (first: {self.first_noted[what]})" if what in self.first_noted else ""
             lines.append(f"  {n} x {what}{first}")
         if self.ignored:
-            columns = [f"{name} ({n} rows)" for name, n in self.ignored.most_common()]
+            columns = [f"{name} ({counted(n, 'row')})" for name, n in self.ignored.most_common()]
             lines.append(f"  ignored columns: {_listed(columns)}")
         return [shown(line) for line in lines]
 

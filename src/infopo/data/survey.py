@@ -13,6 +13,7 @@ from infopo.data.packing import pack
 from infopo.data.templates import ChatTemplate, common_pieces
 from infopo.data.tokenization import Tokenization
 from infopo.errors import DataError, printable
+from infopo.output import counted
 from infopo.records import Message, PreferenceExample, Spans
 
 QUANTILES = (0, 0.5, 0.9, 0.99, 1)
@@ -52,7 +53,8 @@ def duplicate_lines(dataset: ExampleDataset) -> list[str]:
         examples.add(content)
         prompts.add(prompt)
     where = f" (first: {first})" if first else ""
-    return [f"duplicates: {again} examples{where}; {again_prompts} prompts of examples before them"]
+    prompts_again = counted(again_prompts, "prompt")
+    return [f"duplicates: {counted(again, 'example')}{where}; {prompts_again} of examples before them"]
 
 
 def saving_lines(dataset: ExampleDataset, batch_size: int) -> list[str]:
@@ -90,7 +92,10 @@ def token_problem_lines(dataset: ExampleDataset, tokenizer: PreTrainedTokenizerB
         for problem in set(_token_problems(example, tokenizer, ends, written)):
             problems[problem] += 1
             first.setdefault(problem, example.row_id)
-    lines = [f"  {n} examples: {problem} (first: {first[problem]})" for problem, n in problems.most_common()]
+    lines = [
+        f"  {counted(n, 'example')}: {problem} (first: {first[problem]})"
+        for problem, n in problems.most_common()
+    ]
     return ["special tokens: " + ("" if lines else "none out of place"), *lines]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.contenders import Contender, Scored
+from infopo.output import counted
 from infopo.paired import ALPHA, Paired, compare_scores, holm
 
 
@@ -196,16 +197,17 @@ def sentence(row: Row, first: str = "A") -> str:
         power = f"{f.n} items are too few to show any difference" if f.n < 6 else "no item tells them apart"
     else:
         power = f"{f.n} items show a difference of {f.smallest:.3f} or more in 80 % of cases"
-    return f"{row.task}: {means}; {verdict}. {first} wins {f.wins} items, loses {f.losses} and ties {f.ties}; {power}."
+    wins = f"{first} wins {counted(f.wins, 'item')}, loses {f.losses} and ties {f.ties}"
+    return f"{row.task}: {means}; {verdict}. {wins}; {power}."
 
 
 def left_out(row: Row, first: str = "A") -> list[str]:
     """Returns a sentence on the items that only one of the two has, if there are any."""
     parts = []
     if row.only_first:
-        parts.append(f"{row.only_first} items only {first} has")
+        parts.append(f"{counted(row.only_first, 'item')} only {first} has")
     if row.only_other:
-        parts.append(f"{row.only_other} items only {row.other} has")
+        parts.append(f"{counted(row.only_other, 'item')} only {row.other} has")
     return [f"{row.task}: {' and '.join(parts)}; they are left out"] if parts else []
 
 

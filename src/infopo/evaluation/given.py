@@ -9,6 +9,7 @@ from infopo.data.files import object_rows
 from infopo.errors import DataError
 from infopo.evaluation.items import Item, shown_text
 from infopo.evaluation.samples import Sample
+from infopo.output import counted
 
 IDS = ("item", "id", "task_id", "question_id", "idx")
 TEXTS = ("response", "output", "completion", "generation", "answer", "text")
@@ -128,7 +129,8 @@ def _places(
         _found(by_id, _id(rows[0][1][id_field]), id_field, rows[0][0])
     if len(rows) != len(items):
         raise DataError(
-            f"has {len(rows)} responses to {len(items)} items of {task}, and no column says which ({', '.join(IDS)}, "
+            f"has {counted(len(rows), 'response')} to {counted(len(items), 'item')} of {task}, and no column "
+            f"says which ({', '.join(IDS)}, "
             f"or {', '.join(PROMPTS)})",
             str(path),
             "cannot be matched",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infopo.evaluation.items import Item
+from infopo.output import counted
 from infopo.records import Message, PreferenceRow, Text
 
 N = 13
@@ -55,9 +56,9 @@ class Overlap:
     def line(self, task: str) -> str:
         """Returns it as a sentence."""
         return (
-            f"{task}: {len(self.exact)} of {self.items} problems are among the {self.rows} rows of training data word "
-            f"for word, {len(self.shared)} share {N} words in a row with them ({self.short} are too short for that). "
-            f"Not detected: {NOT_DETECTED}."
+            f"{task}: {len(self.exact)} of {self.items} problems are among the {counted(self.rows, 'row')} of training "
+            f"data word for word, {len(self.shared)} share {N} words in a row with them ({self.short} are too short "
+            f"for that). Not detected: {NOT_DETECTED}."
         )
 
 

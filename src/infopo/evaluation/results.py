@@ -19,6 +19,7 @@ from infopo.errors import ConfigError, DataError
 from infopo.evaluation.items import Mark
 from infopo.evaluation.pass_at_k import pass_at_k
 from infopo.intervals import wilson
+from infopo.output import counted
 from infopo.paired import mean_interval
 from infopo.runs import (
     EVALUATION,
@@ -223,7 +224,8 @@ class TaskFigure:
         """
         several = f", {self.samples} samples each" if self.samples > 1 else ""
         low, high = self.ci95
-        return f"{self.task}: {self.accuracy:.3f} [{low:.3f}, {high:.3f}] of {self.items} items{several} ({self.rule})"
+        items = f"{counted(self.items, 'item')}{several}"
+        return f"{self.task}: {self.accuracy:.3f} [{low:.3f}, {high:.3f}] of {items} ({self.rule})"
 
 
 def task_figures(record: Mapping[str, Any] | None) -> list[TaskFigure]:
@@ -303,7 +305,7 @@ def refuse_smaller(folder: Path, model: Mapping[str, Any], sizes: Mapping[str, t
 
 def _of_size(size: tuple[int, int]) -> str:
     items, samples = size
-    return f"{items} items" + (f" with {samples} samples each" if samples > 1 else "")
+    return counted(items, "item") + (f" with {samples} samples each" if samples > 1 else "")
 
 
 def replaced_lines(folder: Path, record: Record) -> list[str]:

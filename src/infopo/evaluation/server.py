@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from infopo.errors import ConfigError, ServerError
-from infopo.output import get_logger
+from infopo.output import counted, get_logger
 from infopo.secrets import keep_secret
 from infopo.texts import Text
 
@@ -258,7 +258,7 @@ class ServedModel:
     def _error(self, error: Any, retries: int | None = None) -> ServerError:
         url, variable = self.settings.url, self.settings.key_variable
         tried = (self.settings.retries if retries is None else retries) + 1
-        tries = "after 1 try" if tried == 1 else f"after {tried} tries"
+        tries = f"after {counted(tried, 'try')}"
         if isinstance(error, self._openai.AuthenticationError | self._openai.PermissionDeniedError):
             has = "the key" if os.environ.get(variable) else "no key"
             return ServerError(

@@ -94,12 +94,13 @@ def objective_name(name: str) -> str:
     return (titles | names).get(bare(name), name)
 
 
-def check_objective(name: str, parameters: Mapping[str, Any]) -> list[str]:
+def check_objective(name: str, parameters: Mapping[str, Any], beside: tuple[str, ...] = ()) -> list[str]:
     """Returns everything that is wrong with an objective's name and parameters.
 
     Args:
         name: Name of the objective.
         parameters: Values by parameter name.
+        beside: Keys that may stand beside the parameters, for what a misspelt one may have meant.
 
     Returns:
         One sentence per problem, which begins with the path of the setting.
@@ -119,7 +120,7 @@ def check_objective(name: str, parameters: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, value in parameters.items():
         if key not in specs:
-            hint, names = suggestion(key, specs), ", ".join(specs) or "none"
+            hint, names = suggestion(key, [*specs, *beside]), ", ".join(specs) or "none"
             problems.append(f"objective.{key}: {name} has no such parameter{hint}; it has {names}")
         elif problem := specs[key].problem(value):
             problems.append(f"objective.{key}: {problem}")

@@ -26,6 +26,8 @@ def read_terms(terms: Sequence[Any]) -> tuple[list[Term], list[str]]:
         ([('infopo', {}, 1.0), ('sft', {}, 0.2)], [])
         >>> read_terms(["infopo", {"name": "dpo", "beta": -1.0}])[1]
         ['objective[1].beta: expected a value > 0, got -1.0']
+        >>> read_terms(["infopo", {"name": "sft", "wieght": 0.2}])[1]
+        ["objective[1].wieght: sft has no such parameter (did you mean 'weight'?); it has token_mean"]
     """
     found: list[Term] = []
     problems = [] if terms else ["objective: is an empty list; name an objective"]
@@ -46,7 +48,7 @@ def read_terms(terms: Sequence[Any]) -> tuple[list[Term], list[str]]:
             continue
         parameters = {key: value for key, value in given.items() if key not in ("name", "weight")}
         name, weight = objective_name(given["name"]), given.get("weight", 1.0)
-        of_term = check_objective(name, parameters)
+        of_term = check_objective(name, parameters, beside=("weight",))
         if not of_term and "weight" in row_of(name).parameters:
             of_term.append(
                 f"objective.weight: is the weight in the sum, but {name} has a parameter of this name"

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from infopo.errors import printable
+from infopo.output import counted
 from infopo.report.comparing import ABSENT, Comparison
 from infopo.report.document import Report, in_words, verdict_size
 from infopo.runs import to_json
@@ -92,7 +93,7 @@ def _verdicts(report: Report) -> list[str]:
             lines.append(f"- {' '.join([parts[0], *(cell(part) for part in parts[1:] if part)])}")
         if not run.verdicts:
             found = "nothing was found" if run.has_verdicts else "no verdicts were recorded"
-            missing = f" ({len(run.unchecked)} checks could not be made)" if run.unchecked else ""
+            missing = f" ({counted(len(run.unchecked), 'check')} could not be made)" if run.unchecked else ""
             lines.append(f"- {cell(run.name)}: {found}{missing}")
     return lines
 

@@ -19,7 +19,7 @@ from infopo.evaluation.judge import (
 )
 from infopo.evaluation.server import KEY_VARIABLE, ServedModel, ServerSettings
 from infopo.evaluation.winrate import Duel, Outcome, is_identical, judged
-from infopo.output import get_logger, say
+from infopo.output import counted, get_logger, say
 
 log = get_logger(__name__)
 
@@ -118,14 +118,14 @@ def run_judge(
     outcomes = judged(duels, store, judge, settings.template)
     if invalid := sum(each.kind == "invalid" and not each.is_cut_off for each in outcomes):
         log.warning(
-            "%s pairs have an answer that names no winner, and are left out; the same command asks for these again",
-            invalid,
+            "left out: %s whose answer names no winner; the same command asks for these again",
+            counted(invalid, "pair"),
         )
     if cut := sum(each.is_cut_off for each in outcomes):
         log.warning(
-            "%s pairs have an answer that was cut off at %s tokens before it named a winner; --answer-tokens N gives "
+            "left out: %s whose answer was cut off at %s tokens before it named a winner; --answer-tokens N gives "
             "more, and asks for these alone again",
-            cut,
+            counted(cut, "pair"),
             judge.limit,
         )
     return outcomes
@@ -165,7 +165,7 @@ def refuse_without_verdicts(
     else:
         remedy = "the same command asks again"
     raise ConfigError(
-        f"--judge: {judge.name} decides none of {len(asked)} pairs; expected "
+        f"--judge: {judge.name} decides none of {counted(len(asked), 'pair')}; expected "
         '{"comparison": "...", "winner": "1"} with "1", "2" or "tie", got '
         f"{said}; {remedy} (answers: {store.path})"
     )
@@ -194,7 +194,7 @@ def estimate(
     others += f", {kept} more are answered already" if kept else ""
     answers = f" and at most {answer_tokens:,} of answers" if judge.limit else ""
     tokens = f"about {prompt_tokens:,} tokens of prompts{answers}"
-    text = f"{len(missing)} questions to {judge.name} (both orders{others}): {tokens}"
+    text = f"{counted(len(missing), 'question')} to {judge.name} (both orders{others}): {tokens}"
     if prices is None:
         return text
     cost = (prompt_tokens * prices[0] + answer_tokens * prices[1]) / 1e6

@@ -16,7 +16,7 @@ from typing import Any
 from infopo import __version__
 from infopo.caches import default_folder
 from infopo.machine import accelerators
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.provenance import own_git_state
 from infopo.runs import to_json
 from infopo.secrets import is_secret, masked_tree
@@ -172,9 +172,9 @@ def _stores() -> dict[str, str]:
     folder, rows = default_folder("reference"), default_folder("examples")
     sizes = [path.stat().st_size for path in rows.rglob("*") if path.is_file()] if rows.is_dir() else []
     return {
-        "reference log-probs": f"{folder}: {len(references)} references, "
+        "reference log-probs": f"{folder}: {counted(len(references), 'reference')}, "
         f"{sum(shelf.size for shelf in references) / 2**20:.1f} MiB{_writable(folder)}",
-        "encoded rows": f"{rows}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB{_writable(rows)}",
+        "encoded rows": f"{rows}: {counted(len(sizes), 'file')}, {sum(sizes) / 2**20:.1f} MiB{_writable(rows)}",
     }
 
 
@@ -191,7 +191,7 @@ def _hub() -> dict[str, Any]:
     return {
         "offline mode (HF_HUB_OFFLINE)": bool(constants.HF_HUB_OFFLINE),
         "endpoint": constants.ENDPOINT,
-        "cache": f"{cache}: {models} models, {data} data sets",
+        "cache": f"{cache}: {counted(models, 'model')}, {counted(data, 'data set')}",
         "signed in": get_token() is not None,
     }
 

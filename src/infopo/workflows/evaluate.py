@@ -34,7 +34,7 @@ from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
 from infopo.evaluation.tasks import TASKS
 from infopo.model_card import refresh
 from infopo.models import load_tokenizer
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.preflight import check_writable
 from infopo.provenance import environment
 from infopo.run_state import MODELS, last
@@ -199,8 +199,8 @@ def _of_responses(path: Path, loaded: Sequence[Loaded], settings: EvaluationSett
         found[each.task.name] = task_record(each, settings, responses) | {"matched_by": how}
         without = len(each.items) - len(given)
         say(
-            f"{each.task.name}: {len(answered)} responses to {len(given)} items, matched by {how}; {without} items "
-            "have none"
+            f"{each.task.name}: {counted(len(answered), 'response')} to {counted(len(given), 'item')}, "
+            f"matched by {how}; {counted(without, 'item')} without one"
         )
         all_responses += responses
     about = {"name": str(path), "weights": None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -271,7 +271,7 @@ def _figure(value: float | None, interval: Sequence[float] | None) -> str:
 def _drawn_line(each: Loaded, needed: int, missing: int, seconds: float) -> str:
     kept = f", {needed - missing} of them from the store" if needed > missing else ""
     speed = f" ({missing / seconds:.1f} a second)" if missing else ""
-    return f"{each.task.name}: {len(each.items)} items, {needed} samples{kept}{speed}"
+    return f"{each.task.name}: {counted(len(each.items), 'item')}, {counted(needed, 'sample')}{kept}{speed}"
 
 
 def model_in(name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from infopo import probes
 from infopo.data.examples import ExampleDataset
 from infopo.diagnostics import Balance, ches
+from infopo.output import counted
 from infopo.records import PreferenceExample
 from infopo.reference import LiveReference
 from infopo.trainer import InfoPOTrainer
@@ -88,7 +89,8 @@ def in_words(found: Balance, pairs: int) -> str:
         'd_w/d_l = 1 is inside the band [0.25, 1]'
     """
     values = found.metrics()
-    text = f"gradients of the first step on {pairs} pairs: chosen {found.chosen:.3g}, rejected {found.rejected:.3g}"
+    text = f"gradients of the first step on {counted(pairs, 'pair')}: "
+    text += f"chosen {found.chosen:.3g}, rejected {found.rejected:.3g}"
     if not found.chosen or not found.rejected:
         return text
     text += f", cosine {found.cosine:.2g}"
@@ -130,14 +132,14 @@ def lines(rows: Sequence[RowForecast]) -> list[str]:
     )
     if rows[0].change is None:
         return [
-            f"forecast: {len(rows)} rows by their hidden states alone, because gradients were not measured, or the "
-            "reference is another model",
+            f"forecast: {counted(len(rows), 'row')} by their hidden states alone, because gradients were not measured, "
+            "or the reference is another model",
             f"most alike (in the study of forecasts, CHES told no better than chance who falls): {named}",
         ]
     falling = sum(row.falls for row in rows)
     return [
-        f"forecast: the first step on {len(rows)} rows together would lower the chosen response of {falling} "
-        f"({falling / len(rows):.0%})".replace("%", " %"),
+        f"forecast: the first step on {counted(len(rows), 'row')} together would lower the chosen response of "
+        f"{falling} ({falling / len(rows):.0%})".replace("%", " %"),
         RELIABILITY,
         f"most likely to fall: {named}",
     ]

@@ -20,7 +20,7 @@ from infopo.evaluation.samples import Sample, SampleStore
 from infopo.evaluation.server import ServerSettings
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import Subject
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.preflight import check_writable
 from infopo.runs import Record, os_errors_named, to_json
 from infopo.workflows.evaluate import subject_of
@@ -162,7 +162,7 @@ def _draw(
         ask(subject, asked, TASK, needed, law, store, on_progress=bar.update)
     if has_bar:
         kept = f", {len(needed) - missing} of them from the store" if missing < len(needed) else ""
-        say(f"{subject.name}: {len(needed)} responses{kept} ({asked.style} prompts)")
+        say(f"{subject.name}: {counted(len(needed), 'response')}{kept} ({asked.style} prompts)")
 
 
 # --- what comes of it ---
@@ -198,7 +198,7 @@ def _write(found: Sequence[tuple[str, Sequence[Answer]]], path: Path, system: st
         with os_errors_named(file):
             durable.write(file, lines)
         say_if_fewer(file, len(given), before, _store(path))
-        say(f"{file}: {len(given)} responses of {name}")
+        say(f"{file}: {counted(len(given), 'response')} of {name}")
 
 
 def _row(name: str, item: Item, sample: Sample, *, several: bool, system: str | None) -> Record:

@@ -11,7 +11,7 @@ from infopo.data.counts import DataCounts
 from infopo.data.sources import read_rows
 from infopo.errors import ConfigError, InfoPOError
 from infopo.machine import BYTES_PER_PARAMETER, Accelerators, accelerators, number_of_parameters
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.preflight import is_installed, model_problem, preflight
 from infopo.scaffold import (
     KIND_OF_SHAPE,
@@ -119,7 +119,7 @@ def _look_at(source: str) -> _Seen:
         return _Seen({}, f"{source}: the rows cannot be read yet: {error}")
     shape = next(iter(counts.shapes.values()), "").partition(" ")[0]
     kind = KIND_OF_SHAPE.get(shape, "paired")
-    number = f"{len(rows)} rows" if len(rows) < ROWS_READ else f"{ROWS_READ} rows or more"
+    number = counted(len(rows), "row") if len(rows) < ROWS_READ else f"{ROWS_READ} rows or more"
     settings: dict[str, Any] = {"kind": kind, "is_text": any(isinstance(row.prompt, str) for row in rows)}
     if len(rows) < ROWS_READ:
         settings["rows"] = len(rows)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infopo.errors import ConfigError
-from infopo.output import say
+from infopo.output import counted, say
 
 
 def write_new(path: Path, text: str) -> None:
@@ -70,4 +70,4 @@ def say_if_fewer(path: Path, rows: int, before: int, kept: Path) -> None:
         kept: Where the samples are that rows are made of.
     """
     if rows < before:
-        say(f"{path}: {rows} rows in place of {before}, whose samples are kept in {kept}")
+        say(f"{path}: {counted(rows, 'row')} in place of {before}, whose samples are kept in {kept}")

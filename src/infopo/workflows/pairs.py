@@ -21,7 +21,7 @@ from infopo.evaluation.samples import Sample, SampleStore, samples_by_item
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.subjects import Subject
 from infopo.evaluation.verifiers import Verifier, verifier_named
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.preflight import check_writable
 from infopo.provenance import environment
 from infopo.records import Text
@@ -86,7 +86,8 @@ class Account:
     def lines(self, output: Path) -> list[str]:
         """Returns it as sentences."""
         found = [
-            f"{output}: {self.rows} rows with {self.pairs} pairs, from {self.samples} samples of {self.prompts} prompts"
+            f"{output}: {counted(self.rows, 'row')} with {counted(self.pairs, 'pair')}, from "
+            f"{counted(self.samples, 'sample')} of {counted(self.prompts, 'prompt')}"
         ]
         for what, counts in (("prompts without a pair", self.why_not), ("samples left out", self.left_out)):
             if counts:

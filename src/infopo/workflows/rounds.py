@@ -26,7 +26,7 @@ from infopo.evaluation.marking import loaded_tasks
 from infopo.evaluation.pairing import PairingSettings
 from infopo.evaluation.settings import EvaluationSettings
 from infopo.evaluation.tasks import TASKS
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.preflight import check_writable, preflight
 from infopo.round_settings import RoundsSettings
 from infopo.runs import to_json, write_json_atomic
@@ -181,13 +181,11 @@ def _all_rounds(recipe: Recipe, folder: Path) -> None:
             best = this.folder
         _show(folder, finished, best, has_marks=held_out is not None)
         if settings.stop_after is not None and since >= settings.stop_after and number < settings.number:
-            say(
-                f"no better result in {since} round{'s' * (since > 1)}: no other is begun (rounds.stop_after)"
-            )
+            say(f"no better result in {counted(since, 'round')}: no other is begun (rounds.stop_after)")
             break
         this = this.next()
-    plural, which = "s" * (len(finished) != 1), "the best" if held_out is not None else "the last"
-    say(f"{folder}: {len(finished)} round{plural}; {which} is {best}")
+    which = "the best" if held_out is not None else "the last"
+    say(f"{folder}: {counted(len(finished), 'round')}; {which} is {best}")
 
 
 def _evaluate_start(model: str, held_out: EvaluationSettings, folder: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infopo.errors import ConfigError, ReferenceStoreError
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.reference_store import counts, exclusive, folder_of, live_claims, provenance
 
 SHOWN = 8
@@ -55,10 +55,10 @@ def list_store(store: str | None) -> None:
     say(f"{_root(store)}: references: {len(references)}, {_size(sum(shelf.size for shelf in references))}")
     for shelf in references:
         used = time.strftime("%Y-%m-%d", time.gmtime(shelf.used))
-        damaged = f", {shelf.damaged} damaged shards" if shelf.damaged else ""
+        damaged = f", {counted(shelf.damaged, 'damaged shard')}" if shelf.damaged else ""
         line = (
-            f"{shelf.folder.name[:SHOWN]}  {shelf.responses} responses, {_size(shelf.size)}{damaged}, last used "
-            f"{used}: {shelf.model or 'a model without a name'} ({shelf.precision})"
+            f"{shelf.folder.name[:SHOWN]}  {counted(shelf.responses, 'response')}, {_size(shelf.size)}{damaged}, "
+            f"last used {used}: {shelf.model or 'a model without a name'} ({shelf.precision})"
         )
         say(line)
 

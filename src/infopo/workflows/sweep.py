@@ -22,7 +22,7 @@ from infopo.build import build_arguments, train_fields
 from infopo.config import Recipe, load_recipe, to_yaml
 from infopo.errors import ConfigError, InfoPOError, TrainingError
 from infopo.evaluation.results import folder_of_run
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.preflight import check_writable, preflight
 from infopo.report.grouped import grouped_table
 from infopo.report.reading import read_runs
@@ -116,10 +116,12 @@ def sweep(recipe_path: str | Path, overrides: Sequence[str] = (), *, workers: in
     if isinstance(base.train.get("resume_from_checkpoint"), str):
         raise ConfigError("train.resume_from_checkpoint: a sweep goes on by itself where it stood; remove it")
     assert base.sweep is not None
-    say(f"{folder}: {math.prod(map(len, base.sweep.values()))} combinations, each of which is judged first")
+    say(
+        f"{folder}: {counted(math.prod(map(len, base.sweep.values())), 'combination')}, each of which is judged first"
+    )
     planned = _planned(base, str(recipe_path), overrides)
     missing = [each for each in planned if not each.is_finished]
-    say(f"{folder}: {len(planned)} runs, {len(planned) - len(missing)} of which are finished")
+    say(f"{folder}: {counted(len(planned), 'run')}, {len(planned) - len(missing)} of which are finished")
     count = min(workers or max(torch.cuda.device_count(), 1), max(len(missing), 1))
     with run_state.in_use(folder):
         try:
@@ -129,7 +131,7 @@ def sweep(recipe_path: str | Path, overrides: Sequence[str] = (), *, workers: in
         _show(folder, [each for each in planned if each.is_finished])
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(planned)} runs failed, and the same command tries them again: "
+            f"{len(failed)} of {counted(len(planned), 'run')} failed, and the same command tries them again: "
             + ", ".join(failed)[:1000]
         )
     return folder

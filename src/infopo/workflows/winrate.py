@@ -23,7 +23,7 @@ from infopo.evaluation.items import Item
 from infopo.evaluation.judge import Judgements
 from infopo.evaluation.server import ServerSettings
 from infopo.evaluation.winrate import Duel, Outcome, win_rate
-from infopo.output import say
+from infopo.output import counted, say
 from infopo.preflight import check_writable
 from infopo.provenance import environment
 from infopo.runs import read_object, to_json, write_json_atomic, write_text_atomic
@@ -205,9 +205,9 @@ def _sentence(record: Mapping[str, Any]) -> str:
         if r["p"] <= 0.05
         else f"the difference may be chance (p = {r['p']:.3g})"
     )
-    text = f"A wins {r['win_rate']:.1%} of {r['prompts']} prompts, ties counted as half; {said}."
+    text = f"A wins {r['win_rate']:.1%} of {counted(r['prompts'], 'prompt')}, ties counted as half; {said}."
     if r["flips"]:
-        text += f" The judge flips with the order on {r['flips']} of {r['answered']} pairs."
+        text += f" The judge flips with the order on {r['flips']} of {counted(r['answered'], 'pair')}."
     if b == "chosen":
         where = "above" if low > CLAIM else "below" if high < CLAIM else "within"
         text += (
@@ -215,9 +215,8 @@ def _sentence(record: Mapping[str, Any]) -> str:
             + (f"lies {where} that." if where != "within" else "contains that.")
         )
     if record["only_a"] or record["only_b"]:
-        text += (
-            f" Left out: {record['only_a']} prompts that only A answers, {record['only_b']} that only B does."
-        )
+        only_a = counted(record["only_a"], "prompt")
+        text += f" Left out: {only_a} that only A answers, {record['only_b']} that only B does."
     return text
 
 
