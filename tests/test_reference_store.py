@@ -383,7 +383,7 @@ def test_list_shows_each_reference_with_its_size(tmp_path: Path, capsys: pytest.
     assert total == f"{tmp_path}: references: 2, {sum(sizes) / 1000:.1f} kB"
     today = time.strftime("%Y-%m-%d", time.gmtime())
     assert lines == [
-        f"{second.folder.name[:8]}  3 responses, {sizes[0] / 1000:.1f} kB, 1 damaged shards, last used {today}: "
+        f"{second.folder.name[:8]}  3 responses, {sizes[0] / 1000:.1f} kB, 1 damaged shard, last used {today}: "
         "org/sft (float32, bfloat16 autocast, naive, sdpa)",
         f"{first.folder.name[:8]}  6 responses, {sizes[1] / 1000:.1f} kB, last used 1970-01-01: "
         "org/sft (float32, forest, sdpa)",
