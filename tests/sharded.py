@@ -1,16 +1,45 @@
-"""Runs of a whole model, with which those of a model that is cut up over two processes are compared."""
+"""Starts runs of a model that is cut up over processes, and the runs of a whole model that they are compared with."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 
+import infopo
 from infopo.arguments import InfoPOConfig
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.trainer import InfoPOTrainer
 from worlds import PLAIN_SGD, random_dataset, tiny_llama
 
 MEASURED = {"probe_size": 4, "probe_steps": 1, "gradient_size": 2, "gradient_steps": 1, "anchor_size": 0}
+
+
+def save_models(folder: Path) -> Path:
+    """Saves the policy and another model into a folder, which is returned."""
+    tiny_llama().save_pretrained(folder / "policy")
+    tiny_llama(seed=1).save_pretrained(folder / "other")
+    return folder
+
+
+def launch(
+    script: Path, folder: Path, cases: dict[str, Any], ranks: int = 2, **environment: str
+) -> list[dict[str, Any]]:
+    """Returns what each case gave, for each rank. The script runs them one after the other in one launch."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    source = {"PYTHONPATH": str(Path(infopo.__file__).parents[1])}
+    subprocess.run(
+        [*command, str(script), str(folder)], check=True, timeout=500, env=os.environ | source | environment
+    )
+    return [
+        {name: torch.load(folder / f"{name}.rank{rank}.pt", weights_only=True) for name in cases}
+        for rank in range(ranks)
+    ]
 
 
 def placed(case: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,9 +1,5 @@
 """Runs whose model FSDP has cut up are the runs of a whole model: two CPU processes, with accelerate's own FSDP."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import infopo
-from sharded import MEASURED, placed, whole
-from worlds import quick, tiny_llama
+from sharded import MEASURED, launch, placed, save_models, whole
+from worlds import quick
+
+SCRIPT = Path(__file__).with_name("two_ranks_sharded.py")
 
 EFFICIENT = {"cpu_ram_efficient_loading": True}
 """What `accelerate launch --use_fsdp` sets by default: only the first rank loads weights."""
@@ -50,10 +47,7 @@ QUICK = ("efficient", "found", "adapter-off")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models."""
-    folder = tmp_path_factory.mktemp("sharded")
-    tiny_llama().save_pretrained(folder / "policy")
-    tiny_llama(seed=1).save_pretrained(folder / "other")
-    return folder
+    return save_models(tmp_path_factory.mktemp("sharded"))
 
 
 @cache
@@ -61,20 +55,7 @@ def results(folder: Path, are_quick: bool) -> list[dict[str, Any]]:
     """What the cases gave on each of two ranks with 4 rows at a time. They run one after the other in one launch."""
     names = [name for name in CASES if (name in QUICK) == are_quick]
     cases = {name: placed(CASES[name], folder) | {"num_train_epochs": 1} for name in names}
-    return launch(folder, ({"refused": dict(REFUSED)} if are_quick else {}) | cases)
-
-
-def launch(folder: Path, cases: dict[str, Any], ranks: int = 2) -> list[dict[str, Any]]:
-    """What each case gave, for each rank."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("two_ranks_sharded.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    source = {"PYTHONPATH": str(Path(infopo.__file__).parents[1])}
-    subprocess.run([*command, str(script), str(folder)], check=True, timeout=500, env=os.environ | source)
-    return [
-        {name: torch.load(folder / f"{name}.rank{rank}.pt", weights_only=True) for name in cases}
-        for rank in range(ranks)
-    ]
+    return launch(SCRIPT, folder, ({"refused": dict(REFUSED)} if are_quick else {}) | cases)
 
 
 @pytest.mark.parametrize("name", quick(CASES, *QUICK))
@@ -153,7 +134,7 @@ def test_a_sharded_run_resumes_where_it_stopped(folder: Path, is_adapter: bool) 
         cases[f"{run} whole"] = settings | {"run": f"{run}-whole"}
         cases[f"{run} stopped"] = settings | {"save_strategy": "steps", "stop": True}
         cases[f"{run} resumed"] = settings | {"save_strategy": "steps", "resume": True}
-    first, _ = launch(folder, cases)
+    first, _ = launch(SCRIPT, folder, cases)
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         run = f"{kind}-{is_adapter}"
         whole, resumed = first[f"{run} whole"], first[f"{run} resumed"]

@@ -1,9 +1,5 @@
 """Runs under DeepSpeed's ZeRO-3 are the runs of a whole model: two CPU processes. It needs the package DeepSpeed."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import infopo
-from sharded import MEASURED, placed, whole
+from sharded import MEASURED, launch, placed, save_models, whole
 from test_ranks import needs_no_accelerator
-from worlds import tiny_llama
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900), needs_no_accelerator]
@@ -39,25 +33,14 @@ ALL = {**CASES, "loaded late": {"model": "policy", "is_loaded": True}, "rounded"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models."""
-    folder = tmp_path_factory.mktemp("zero3")
-    tiny_llama().save_pretrained(folder / "policy")
-    tiny_llama(seed=1).save_pretrained(folder / "other")
-    return folder
+    return save_models(tmp_path_factory.mktemp("zero3"))
 
 
 @cache
 def results(folder: Path) -> list[dict[str, Any]]:
     """What the cases gave on each of two ranks with 4 rows at a time. They run one after the other in one launch."""
     cases = {name: placed(case, folder) | {"num_train_epochs": 1} for name, case in ALL.items()}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("two_ranks_zero3.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    more = {"PYTHONPATH": str(Path(infopo.__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
-    subprocess.run([*command, str(script), str(folder)], check=True, timeout=600, env=os.environ | more)
-    return [
-        {name: torch.load(folder / f"{name}.rank{rank}.pt", weights_only=True) for name in ALL}
-        for rank in range(2)
-    ]
+    return launch(Path(__file__).with_name("two_ranks_zero3.py"), folder, cases, DS_ACCELERATOR="cpu")
 
 
 def test_a_model_that_was_cut_up_when_it_was_loaded_is_refused_by_name(folder: Path) -> None:

@@ -71,6 +71,7 @@ def adapter_moved(model: nn.Module, by: float = 0.02) -> Iterator[bool]:
         ...     is_moved
         False
     """
+    # Under ZeRO-3 a weight that is elsewhere has no elements here, and could not be moved.
     trained = [p for p in model.parameters() if p.requires_grad and type(p) is nn.Parameter and p.numel()]
     trained = trained if _adapters(model) else []
     before = [p.detach().clone() for p in trained]
