@@ -24,6 +24,8 @@ TYPED = "12+5-3=?\n"
 FIRST = """
 infopo --version
 infopo doctor
+infopo docs
+infopo docs data
 infopo completion bash > completion
 infopo objectives infopo
 """

@@ -69,7 +69,7 @@ def test_columns_of_no_shape_are_told_alike_by_every_source(tmp_path: Path):
         messages[kind] = caught.value.problem
         assert "missing among question, yes, no" in caught.value.problem
         assert "data.columns" in caught.value.problem
-        assert "docs/data.md" in caught.value.problem
+        assert "`infopo docs data`" in caught.value.problem
     assert len(set(messages.values())) == 1, messages
 
 

@@ -75,7 +75,7 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
         precompute_ref_log_probs: TRL's name for `reference="precompute"`.
         model_init_kwargs: Keyword arguments of `from_pretrained`, if the model is given by name.
 
-    Further settings are listed at the end of `help(InfoPOConfig)` and, with those of recipes, in `docs/recipes.md`.
+    Further settings are listed at the end of `help(InfoPOConfig)` and, with those of recipes, in `infopo docs recipes`.
 
     Example:
         >>> config = InfoPOConfig("out", objective="ipo", beta=0.2, use_cpu=True)

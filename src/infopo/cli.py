@@ -17,6 +17,7 @@ from infopo.commands import (
     completion,
     convert_recipe,
     demo,
+    docs,
     doctor,
     evaluate,
     export,
@@ -54,6 +55,7 @@ COMMANDS = (
     rounds,
     sweep,
     objectives,
+    docs,
     doctor,
     completion,
 )

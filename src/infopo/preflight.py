@@ -68,12 +68,12 @@ def preflight(
 
 _OTHER_COMMANDS = {
     "rounds": (
-        "is required: a section with at least prompts and verifier; see docs/rounds.md",
+        "is required: a section with at least prompts and verifier; see `infopo docs rounds`",
         "this recipe is trained in rounds: infopo rounds RECIPE. For one training remove the section, or write "
         "rounds=null, and set data.path",
     ),
     "sweep": (
-        "is required: a section with keys of the recipe and a list of values for each; see docs/sweeps.md",
+        "is required: a section with keys of the recipe and a list of values for each; see `infopo docs sweeps`",
         "this recipe is for several runs: infopo sweep RECIPE, which judges each of them before it trains the first. "
         "Remove the section, or write sweep=null, for one run",
     ),

@@ -137,7 +137,7 @@ def _head(case: Case, file_name: str) -> Iterator[str]:
         yield f"# It needs: pip install 'infopo[peft]'{extra}"
     if case.parallel == "deepspeed":
         yield "# It needs: pip install deepspeed"
-    yield "# Every key: docs/recipes.md. `key=value` behind the command overrides one."
+    yield "# Every key: infopo docs recipes. `key=value` behind the command overrides one."
 
 
 def without_sharding(case: Case) -> str:

@@ -413,7 +413,7 @@ class EvaluateSettings(Settings):
     )
     isolation: Annotated[str, OneOf(("namespaces", "uid", "none"))] = setting(
         "uid",
-        "The weakest isolation that such code may run at: `namespaces`, `uid` or `none` (docs/evaluation.md).",
+        "The weakest isolation that such code may run at: `namespaces`, `uid` or `none` (`infopo docs evaluation`).",
     )
 
     @property

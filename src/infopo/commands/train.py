@@ -41,7 +41,7 @@ def _keys() -> str:
     names = textwrap.fill(", ".join(OBJECTIVES), 78, initial_indent="  ", subsequent_indent="  ")
     return (
         "A recipe has the sections model, data, objective, reference and train, and output_dir. All keys stand in\n"
-        "docs/recipes.md; keys of train are those of transformers' TrainingArguments. A key that does not exist is\n"
+        "`infopo docs recipes`; keys of train are those of transformers' TrainingArguments. A key that does not exist is\n"
         f"refused with those that do. Objectives (objective=NAME):\n{names}"
     )
 

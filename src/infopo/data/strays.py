@@ -67,7 +67,7 @@ def no_shape(found: Sequence[str], where: str, shape: str | None = None) -> Data
         )
     else:
         problem += "Columns of other names are read with data.columns: {chosen: YOURS, ...}"
-    return DataError(f"{problem}. Shapes: docs/data.md", where, "missing column")
+    return DataError(f"{problem}. Shapes: `infopo docs data`", where, "missing column")
 
 
 def _as_yaml(column: str) -> str:

@@ -1,0 +1,36 @@
+"""The command `docs`."""
+
+import argparse
+import pydoc
+import sys
+from typing import Any
+
+from infopo.output import say
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    docs = commands.add_parser(
+        "docs",
+        help="list the pages of the documentation; with a name, show one",
+        description="Lists the pages of the documentation, of this version, or shows one: infopo docs data. On a terminal "
+        "it is shown by $PAGER or less, and elsewhere written as it is, in Markdown.",
+    )
+    docs.add_argument("page", nargs="?", metavar="PAGE", help="e.g. data")
+    docs.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from infopo.pages import page, pages
+
+    if arguments.page is not None:
+        text = page(arguments.page).text
+        if sys.stdout.isatty():
+            pydoc.pager(text)
+        else:
+            sys.stdout.write(text)
+        return
+    found = pages()
+    width = max(len(each.name) for each in found)
+    say(*(f"{each.name:{width}}  {each.title}" for each in found))
+    say("", "infopo docs PAGE shows one.")
