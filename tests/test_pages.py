@@ -47,7 +47,9 @@ def texts(path: Path) -> Iterator[str]:
 
 def test_no_message_points_into_a_checkout():
     """A wheel has no folder `docs` where its user would look. Docstrings are for readers of the source."""
-    pointers = [(path.name, text) for path in SOURCES for text in texts(path) if re.search(r"docs/\S+\.md", text)]
+    pointers = [
+        (path.name, text) for path in SOURCES for text in texts(path) if re.search(r"docs/\S+\.md", text)
+    ]
     assert pointers == []
 
 

@@ -13,8 +13,8 @@ def add(commands: Any) -> None:
     docs = commands.add_parser(
         "docs",
         help="list the pages of the documentation; with a name, show one",
-        description="Lists the pages of the documentation, of this version, or shows one: infopo docs data. On a terminal "
-        "it is shown by $PAGER or less, and elsewhere written as it is, in Markdown.",
+        description="Lists the pages of the documentation of this version, or shows one: infopo docs data. On a "
+        "terminal $PAGER or less shows it. Elsewhere it is written as it is, in Markdown.",
     )
     docs.add_argument("page", nargs="?", metavar="PAGE", help="e.g. data")
     docs.set_defaults(run=_run)

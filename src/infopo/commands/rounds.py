@@ -11,8 +11,8 @@ def add(commands: Any) -> None:
     rounds = commands.add_parser(
         "rounds",
         help="sample, mark, train and evaluate, again and again, on the newest policy's own samples",
-        description="Trains in rounds as the section `rounds` of a recipe says (infopo docs rounds). Each round is a run "
-        "directory. The same command goes on where a killed one stood.",
+        description="Trains in rounds as the section `rounds` of a recipe says (infopo docs rounds). Each round is a "
+        "run directory. The same command goes on where a killed one stood.",
     )
     rounds.add_argument("recipe", metavar="RECIPE.yaml")
     rounds.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. rounds.number=5")

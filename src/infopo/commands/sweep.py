@@ -11,7 +11,7 @@ def add(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="train a recipe with every combination of some values: objectives, rates, seeds",
-        description="Trains a run per combination of the values in the section `sweep` of a recipe (infopo docs sweeps), "
+        description="Trains a run per combination of the values in the section `sweep` (infopo docs sweeps) "
         "and writes one table, one report and one comparison. The same command goes on where a killed one stood.",
     )
     sweep.add_argument("recipe", metavar="RECIPE.yaml")

@@ -40,8 +40,8 @@ def _keys() -> str:
     """Returns a text that says where the keys of a recipe are listed, and names the objectives."""
     names = textwrap.fill(", ".join(OBJECTIVES), 78, initial_indent="  ", subsequent_indent="  ")
     return (
-        "A recipe has the sections model, data, objective, reference and train, and output_dir. All keys stand in\n"
-        "`infopo docs recipes`; keys of train are those of transformers' TrainingArguments. A key that does not exist is\n"
+        "A recipe has the sections model, data, objective, reference and train, and output_dir. `infopo docs recipes`\n"
+        "lists all keys; keys of train are those of transformers' TrainingArguments. A key that does not exist is\n"
         f"refused with those that do. Objectives (objective=NAME):\n{names}"
     )
 
