@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from infopo import trl_names
 from infopo.arguments import InfoPOConfig
+from infopo.build import build_arguments
+from infopo.config import parse_recipe
 from infopo.errors import RecipeError, UnsupportedArgumentError
 from infopo.lab import policy_path
 from infopo.losses.catalog import OBJECTIVES
+from infopo.losses.declaration import Parameter
 
 
 def mixture(**settings: Any) -> list[tuple[str, dict[str, Any], float]]:
@@ -84,6 +87,103 @@ def test_settings_of_other_trainers_of_trl_name_the_same_loss(
 ) -> None:
     """That the losses themselves agree is `parity/test_trl_losses.py`."""
     assert mixture(**settings) == [(name, parameters(name, **changed), 1.0)]
+
+
+def other_values(parameter: Parameter) -> list[Any]:
+    """Two values that are not the default, or the one that there is."""
+    tried: list[Any] = [0, 0.3, 0.7, 2, 3.5, True, False, *re.findall(r"\w+", parameter.domain)]
+    return [v for v in tried if v != parameter.default and parameter.problem(v) is None][:2]
+
+
+OTHER_VALUES = [
+    (name, key, value)
+    for name, row in OBJECTIVES.items()
+    for key, parameter in row.parameters.items()
+    for value in other_values(parameter)
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), OTHER_VALUES, ids=lambda value: str(value))
+def test_every_parameter_of_every_objective_reaches_it(name: str, key: str, value: Any) -> None:
+    """From Python and from a recipe: no default of a setting under TRL's names stands in its way."""
+    wanted = [(name, parameters(name, **{key: value}), 1.0)]
+    assert mixture(objective=name, objective_parameters={key: value}) == wanted
+    recipe = parse_recipe(
+        f"model: {{name_or_path: lab:policy}}\ndata: {{path: lab}}\noutput_dir: out\n"
+        f"objective: {{name: {name}, {key}: {json.dumps(value)}}}\ntrain: {{use_cpu: true, max_steps: 1}}\n",
+        source="recipe.yaml",
+    )
+    assert build_arguments(recipe).mixture() == wanted
+
+
+def test_every_parameter_has_another_value() -> None:
+    tried = {(name, key) for name, key, _ in OTHER_VALUES}
+    assert tried == {(name, key) for name, row in OBJECTIVES.items() for key in row.parameters}
+
+
+def test_defaults_of_trls_settings_are_those_of_the_parameters_that_they_are() -> None:
+    defaults = {field.name: field.default for field in fields(trl_names.LossSettings)}
+    for setting, (parameter, owners, _) in trl_names.PARAMETERS.items():
+        if defaults[setting] is not None:
+            assert {OBJECTIVES[owner].parameters[parameter].default for owner in owners} == {
+                defaults[setting]
+            }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"beta": 0.2, "objective_parameters": {"beta": 0.1}},
+            "beta=0.2 and objective_parameters={'beta': 0.1}",
+        ),
+        (
+            {"objective": "simpo", "alpha": 0.3, "objective_parameters": {"alpha": 0.2}},
+            "alpha=0.3 and objective_parameters={'alpha': 0.2}",
+        ),
+        (
+            {"loss_type": "simpo", "simpo_gamma": 0.3, "objective_parameters": {"gamma": 0.2}},
+            "simpo_gamma=0.3 and objective_parameters={'gamma': 0.2}",
+        ),
+        (
+            {"objective": "dpo", "label_smoothing": 0.1, "objective_parameters": {"label_smoothing": 0.2}},
+            "label_smoothing=0.1 and objective_parameters={'label_smoothing': 0.2}",
+        ),
+        (
+            {
+                "objective": "fdpo",
+                "f_divergence_type": "forward_kl",
+                "objective_parameters": {"divergence": "js"},
+            },
+            "f_divergence_type='forward_kl' and objective_parameters={'divergence': 'js'}",
+        ),
+        (
+            {
+                "objective": "fdpo",
+                "f_divergence_type": "alpha_divergence",
+                "f_alpha_divergence_coef": 0.7,
+                "objective_parameters": {"alpha": 0.7},
+            },
+            "f_alpha_divergence_coef=0.7 and objective_parameters={'alpha': 0.7}",
+        ),
+    ],
+    ids=repr,
+)
+def test_a_parameter_that_is_set_twice_is_refused_if_the_values_differ(
+    settings: dict[str, Any], said: str
+) -> None:
+    assert f"{said}: give one of the two" in message(**settings)
+
+
+def test_a_parameter_that_is_set_twice_to_one_value_is_taken() -> None:
+    both = mixture(objective="simpo", beta=2.5, alpha=0.3, objective_parameters={"alpha": 0.3, "beta": 2.5})
+    assert both == [("simpo", parameters("simpo", alpha=0.3, beta=2.5), 1.0)]
+
+
+def test_a_setting_goes_to_the_objective_that_it_is_of_and_not_to_a_namesake() -> None:
+    both = mixture(loss_type=["simpo", "interpolated"], alpha=0.3)
+    assert both[0][1]["alpha"] == 0.3
+    assert both[1][1]["alpha"] == OBJECTIVES["interpolated"].parameters["alpha"].default
 
 
 def test_the_sum_that_trl_makes_of_simpo_and_cpo_alpha_is_a_list_of_losses() -> None:

@@ -157,7 +157,7 @@ class LossSettings:
         problems = self._names() + self._weights()
         if problems:
             return problems
-        problems += self._divergence() + self._weighting() + self._foreign()
+        problems += self._divergence() + self._weighting() + self._foreign() + self._set_twice()
         for name, parameters, _ in self.mixture():
             problems += [in_arguments(problem) for problem in check_objective(name, parameters)]
         # Several losses take the same β.
@@ -253,33 +253,55 @@ class LossSettings:
         if isinstance(self.objective, list):
             return read_terms(self.objective)[0]
         if not self.loss_type:
-            return [self._as_divergence(self.objective or "infopo", self._given(), 1.0)]
+            name = self.objective or "infopo"
+            return [self._as_divergence(name, self._given(name), 1.0)]
         weights = self.loss_weights or [1.0] * len(self.loss_type)
         return [
             self._as_divergence(LOSS_TYPES.get(loss, loss), self._of_trl(loss), weight)
             for loss, weight in zip(self.loss_type, weights, strict=True)
         ]
 
-    def _given(self) -> dict[str, Any]:
-        """All parameters that were set, whatever objective has them."""
-        given = dict(self.objective_parameters or {})
-        if self.beta is not None:
-            given["beta"] = self.beta
-        if self.label_smoothing:
-            given["label_smoothing"] = self.label_smoothing
-        names = [self.objective] if self.objective else [LOSS_TYPES.get(n, n) for n in self.loss_type or []]
-        for setting, (parameter, owners, _) in PARAMETERS.items():
-            if getattr(self, setting) is not None and set(owners) & set(names):
-                given[parameter] = getattr(self, setting)
-        return given
+    def _given(self, objective: str) -> dict[str, Any]:
+        """All parameters that were set, whether the objective has them or not."""
+        return dict(self.objective_parameters or {}) | {
+            parameter: getattr(self, setting) for setting, parameter in self._set_alone(objective).items()
+        }
+
+    def _set_alone(self, objective: str) -> dict[str, str]:
+        """The settings that are a parameter of the objective and were set -> that parameter.
+
+        A setting at its default says nothing. Otherwise the defaults of `alpha` and `discopop_tau`, which are numbers as
+        in TRL, would replace what `objective_parameters` gives.
+        """
+        found = {"beta": "beta", "label_smoothing": "label_smoothing"}
+        found |= {setting: p for setting, (p, owners, _) in PARAMETERS.items() if objective in owners}
+        return {setting: p for setting, p in found.items() if getattr(self, setting) != _DEFAULTS[setting]}
+
+    def _set_twice(self) -> list[str]:
+        """Parameters that are set both alone and in `objective_parameters`, to different values."""
+        inside = self.objective_parameters or {}
+        alone = [
+            (setting, parameter, getattr(self, setting))
+            for name, _, _ in self.mixture()
+            for setting, parameter in self._set_alone(name).items()
+        ]
+        alone += [
+            (setting, parameter, value) for setting, (parameter, value) in self._of_divergence().items()
+        ]
+        return [
+            f"{setting}={getattr(self, setting)!r} and objective_parameters={{{parameter!r}: {inside[parameter]!r}}}: "
+            "give one of the two"
+            for setting, parameter, value in alone
+            if parameter in inside and inside[parameter] != value
+        ]
 
     def _of_trl(self, loss_type: str) -> dict[str, Any]:
         """Parameters in the sense of TRL: one β for all, SFT as a mean over tokens.
 
         Of several losses each takes what it knows; a single one takes all that is given, to refuse what it does not.
         """
-        known = row_of(LOSS_TYPES.get(loss_type, loss_type)).parameters
-        given = self._given()
+        name = LOSS_TYPES.get(loss_type, loss_type)
+        known, given = row_of(name).parameters, self._given(name)
         if len(self.loss_type or []) > 1:
             given = {name: value for name, value in given.items() if name in known}
         is_trls = loss_type in _DEFAULT_BETA_OF_TRL
@@ -291,15 +313,22 @@ class LossSettings:
         self, name: str, parameters: dict[str, Any], weight: float
     ) -> tuple[str, dict[str, Any], float]:
         """DPO under `f_divergence_type` is fdpo, whose α is 1 - TRL's. With `use_weighting`, DPO is wpo."""
-        divergence = DIVERGENCES.get(self.f_divergence_type)
-        if self.use_weighting and divergence is None and name == "dpo":
+        of_divergence = dict(self._of_divergence().values())
+        if self.use_weighting and not of_divergence and name == "dpo":
             return "wpo", parameters, weight
-        if divergence is None or name not in ("dpo", "fdpo"):
+        if not of_divergence or name not in ("dpo", "fdpo"):
             return name, parameters, weight
-        of_divergence: dict[str, Any] = {"divergence": divergence}
-        if divergence == "alpha":
-            of_divergence["alpha"] = 1 - self.f_alpha_divergence_coef
         return "fdpo", of_divergence | parameters, weight
+
+    def _of_divergence(self) -> dict[str, tuple[str, Any]]:
+        """The settings that choose a divergence and were set -> the parameter of fdpo that each is, and its value."""
+        divergence = DIVERGENCES.get(self.f_divergence_type)
+        found: dict[str, tuple[str, Any]] = {}
+        if divergence is not None:
+            found["f_divergence_type"] = ("divergence", divergence)
+        if divergence == "alpha":
+            found["f_alpha_divergence_coef"] = ("alpha", 1 - self.f_alpha_divergence_coef)
+        return found
 
 
 _NEUTRAL = {"cpo_alpha": 0, "alpha": 0, "discopop_tau": 0.05}
