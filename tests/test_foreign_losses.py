@@ -1,13 +1,19 @@
 """Losses from outside the package: found by name, judged before training, recorded, and noticed when they change."""
 
+import copy
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,6 +217,33 @@ def test_closures_of_one_name_are_told_apart_and_keep_their_values() -> None:
     torch.testing.assert_close(values[1], 3 * values[0])
 
 
+class Scale:
+    """An object whose values no hash of a function covers."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+def test_closures_whose_hashes_are_equal_are_told_apart_too() -> None:
+    def made(scale: Scale) -> Any:
+        @objective(pairs=True)
+        def loss(logps: ResponseLogps) -> list[LossTerm]:
+            return [LossTerm(-scale.scale * margins(logps), per="pair")]
+
+        return loss
+
+    one, three = made(Scale(1.0)), made(Scale(3.0))
+    assert digest(one) == digest(three)
+    config = InfoPOConfig("unused", objective=[one, three, one], use_cpu=True)
+    logps = random_logps(MANY)
+    values = [loss_function(name)(logps)[0].values.detach() for name, _, _ in config.mixture()]
+    assert [float((value / values[0]).mean()) for value in values] == pytest.approx([1, 3, 1])
+    assert len({name for name, _, _ in config.mixture()}) == 2
+    assert {foreign.plain_name(name) for name, _, _ in config.mixture()} == {
+        foreign.plain_name(config.mixture()[0][0])
+    }
+
+
 def test_partials_objects_and_own_losses_are_taken_too() -> None:
     class Loss:
         def __call__(self, logps: ResponseLogps, *, margin: float = 1.0) -> list[LossTerm]:
@@ -245,6 +278,25 @@ def test_a_recipe_finds_a_loss_in_its_own_folder_before_the_current_one(here: Pa
     assert row_of("my_module:my_loss").location == str(folder / "my_module.py")
     with pytest.raises(ConfigError, match=r"objective\.margin .*: expected a value >= 0, got -1"):
         load_recipe(folder / "recipe.yaml", ["objective={name: 'my_module:my_loss', margin: -1}"])
+
+
+def test_each_recipe_finds_the_loss_of_its_own_folder(here: Path) -> None:
+    """Whichever was found before, as in a script that trains one after the other."""
+    text = (RECIPES / "lab.yaml").read_text(encoding="utf-8")
+    folders = [here / name for name in ("one", "two")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "my_module.py").write_text(
+            MODULE.replace("SCALE = 1.0", f"SCALE = {number}"), encoding="utf-8"
+        )
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    found = []
+    for folder in (*folders, folders[0]):
+        load_recipe(folder / "recipe.yaml", ["objective=my_module:my_loss"])
+        found.append((row_of("my_module:my_loss").location, row_of("my_module:my_loss").digest))
+    assert [location for location, _ in found] == [str(f / "my_module.py") for f in (*folders, folders[0])]
+    assert found[0] == found[2]
+    assert found[0][1] != found[1][1]
 
 
 @pytest.mark.parametrize(
@@ -335,6 +387,88 @@ def test_the_hash_sees_what_is_computed_and_not_how_it_is_written(here: Path) ->
 def test_the_hash_sees_functions_of_the_same_module(here: Path) -> None:
     text = MODULE.replace("SCALE *", "scaled() *") + "\ndef scaled():\n    return SCALE\n"
     assert loaded(here, text) != loaded(here, text.replace("return SCALE", "return 2 * SCALE"))
+
+
+def over(value: Any) -> Any:
+    """A closure over a value, which it takes from its cell."""
+    return lambda logps: value
+
+
+@dataclass(frozen=True)
+class Setting:
+    values: tuple[int, ...]
+
+
+class Loss:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, logps: ResponseLogps) -> float:
+        return self.scale
+
+    def bound(self, logps: ResponseLogps) -> float:
+        return self.scale
+
+
+DIFFERENT = {
+    "small numbers, which are one object each": ((1, 2, 1), (1, 2, 2)),
+    "flags": ((True, False, True), (True, False, False)),
+    "lengths": ([1, 1], [1, 1, 1]),
+    "how values are nested": ([[1], [2, 3]], [[1, 2], [3]]),
+    "kinds of numbers": (1, 1.0),
+    "tensors": (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])),
+    "tensors of another shape": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "bfloat16": (torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)),
+    "arrays": (np.array([1, 2]), np.array([2, 1])),
+    "dataclasses": (Setting((1, 2)), Setting((2, 2))),
+    "namespaces": (SimpleNamespace(beta=1), SimpleNamespace(beta=2)),
+    "sets": ({"a", "b"}, {"a", "c"}),
+    "types of torch": (torch.float16, torch.float32),
+    "paths": (Path("a"), Path("b")),
+    "objects that can be called": (Loss(1.0), Loss(2.0)),
+    "methods": (Loss(1.0).bound, Loss(2.0).bound),
+    "partials": (partial(max, 1), partial(max, 2)),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_the_hash_sees_the_values_that_a_closure_holds(what: str) -> None:
+    one, other = DIFFERENT[what]
+    assert digest(over(one)) != digest(over(other))
+    assert digest(over(one)) == digest(over(copy.deepcopy(one)))
+
+
+def test_the_hash_of_methods_sees_whose_they_are() -> None:
+    assert digest(Loss(1.0).bound) != digest(Loss(2.0).bound)
+    assert digest(Loss(1.0).bound) == digest(Loss(1.0).bound)
+
+
+def test_the_hash_is_the_same_in_every_process_without_source_too() -> None:
+    """As of `python -c` and of a console. Inner functions have an address in their `repr`, and sets an order."""
+    code = """
+from infopo.losses.fingerprint import digest
+import logging, torch
+logger = logging.getLogger("mine")
+TABLE = {"a": {"x", "y", "z"}, "b": torch.arange(3)}
+def loss(logps, *, flag=True):
+    inner = lambda value: value in {"red", "green", "blue"}
+    logger.info("called")
+    return [inner(each) for each in TABLE]
+print(digest(loss))
+"""
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, text=True,
+            capture_output=True, check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(seen) == 1
+    changed = code.replace('"blue"', '"brown"')
+    other = subprocess.run(
+        [sys.executable, "-c", changed], env=dict(os.environ), text=True, capture_output=True, check=True
+    ).stdout
+    assert other not in seen
 
 
 # --- training ---------------------------------------------------------------------------------------------------

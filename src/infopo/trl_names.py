@@ -270,8 +270,8 @@ class LossSettings:
     def _set_alone(self, objective: str) -> dict[str, str]:
         """The settings that are a parameter of the objective and were set -> that parameter.
 
-        A setting at its default says nothing. Otherwise the defaults of `alpha` and `discopop_tau`, which are numbers as
-        in TRL, would replace what `objective_parameters` gives.
+        A setting at its default says nothing. Otherwise the defaults of `alpha` and `discopop_tau`, which are numbers
+        as in TRL, would replace what `objective_parameters` gives.
         """
         found = {"beta": "beta", "label_smoothing": "label_smoothing"}
         found |= {setting: p for setting, (p, owners, _) in PARAMETERS.items() if objective in owners}

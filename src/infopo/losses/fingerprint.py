@@ -9,8 +9,9 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import partial
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -30,56 +31,95 @@ def code_of(function: Callable[..., Any]) -> CodeType | None:
 def digest(function: Callable[..., Any]) -> str:
     """Returns a SHA-256 in hexadecimal of what a function computes.
 
-    It covers the function's source, the numbers and texts that it takes from its module or encloses, and the functions
-    of the same module that it calls. What it takes from other modules is not part of it.
+    It covers the function's source, the numbers, texts, tensors and dataclasses that it takes from its module or
+    encloses, and the functions and classes of the same module that it uses. What it takes from other modules is not
+    part of it.
 
     Example:
         >>> def one(x): return x + 1
         >>> digest(one) == digest(one)
         True
     """
-    parts = "\n".join(_parts(function, set()))
+    parts = "\n".join(_parts(function, {}))
     return hashlib.sha256(parts.encode("utf-8")).hexdigest()
 
 
-def _parts(value: Any, seen: set[int]) -> Iterator[str]:
-    """Returns the pieces of text that stand for a value: a plain one itself, a function's source and what it uses."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
+def _parts(value: Any, seen: dict[int, Any]) -> Iterator[str]:
+    """Returns the pieces of text that stand for a value: a plain one itself, a function's source and what it uses.
+
+    Args:
+        value: Any value.
+        seen: The values that have been described, by `id`. They are kept, because another value may have the `id` of
+            one that is gone.
+    """
     if isinstance(value, _PLAIN):
+        # This comes before the test below: equal numbers may be one object, and each of them counts.
         yield repr(value)
-    elif isinstance(value, tuple | list):
+        return
+    if id(value) in seen:
+        yield "seen"
+        return
+    seen[id(value)] = value
+    yield f"{type(value).__qualname__}("
+    if isinstance(value, tuple | list):
         for each in value:
             yield from _parts(each, seen)
+    elif isinstance(value, set | frozenset):
+        yield from sorted("\n".join(_parts(each, seen)) for each in value)
     elif isinstance(value, dict):
         for key in sorted(value, key=repr):
             yield repr(key)
             yield from _parts(value[key], seen)
     elif isinstance(value, partial):
         yield from _parts((value.func, value.args, value.keywords), seen)
+    elif hasattr(value, "dtype") and hasattr(value, "shape"):
+        yield _array(value)
+    elif isinstance(value, type):
+        yield value.__module__
     elif callable(value):
-        inner = inspect.unwrap(value)
-        yield from _function(getattr(inner, "__func__", inner), seen)
+        yield from _function(inspect.unwrap(value), seen)
+    elif is_dataclass(value):
+        yield from _parts({each.name: getattr(value, each.name) for each in fields(value)}, seen)
+    elif isinstance(value, SimpleNamespace):
+        yield from _parts(vars(value), seen)
+    elif not hasattr(value, "__dict__") and " at 0x" not in (text := repr(value)):
+        # Such as a path or a `torch.dtype`. Other objects, such as a logger, have a state that is no part of a loss.
+        yield text
+    yield ")"
 
 
-def _function(function: Any, seen: set[int]) -> Iterator[str]:
+def _array(value: Any) -> str:
+    """Returns shape, type and a hash of the values of a tensor or an array. A tensor on `meta` has no values."""
+    said = f"{tuple(value.shape)} {value.dtype}"
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            # NumPy has no bfloat16, and float32 has all its values.
+            value = (value.float() if "bfloat16" in said else value).numpy()
+        return f"{said} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    except (TypeError, RuntimeError):
+        return said
+
+
+def _function(function: Any, seen: dict[int, Any]) -> Iterator[str]:
+    if (owner := getattr(function, "__self__", None)) is not None and hasattr(function, "__func__"):
+        yield from _parts(getattr(owner, "__dict__", {}), seen)
+        function = function.__func__
     yield _source(function)
     if not isinstance(function, FunctionType):
         # An object that can be called: its class above, its values here.
-        yield from _parts(dict(getattr(function, "__dict__", {})), seen)
+        yield from _parts(getattr(function, "__dict__", {}), seen)
         return
     yield from _parts((function.__defaults__, function.__kwdefaults__), seen)
     for cell in function.__closure__ or ():
         yield from _parts(cell.cell_contents, seen)
-    for name in sorted(_names(function.__code__)):
-        value = function.__globals__.get(name)
-        is_own = getattr(value, "__module__", None) == function.__module__
-        if isinstance(value, (*_PLAIN, tuple, list, dict)) and value is not None:
-            yield name
-            yield from _parts(value, seen)
-        elif isinstance(value, FunctionType) and is_own:
-            yield from _parts(value, seen)
+    for name in sorted(_names(function.__code__) & function.__globals__.keys()):
+        value = function.__globals__[name]
+        places = (getattr(value, "__module__", None), type(value).__module__)
+        if isinstance(value, ModuleType) or (callable(value) and function.__module__ not in places):
+            continue
+        yield name
+        yield from [_source(value)] if isinstance(value, type) else _parts(value, seen)
 
 
 def _names(code: CodeType) -> set[str]:
@@ -90,12 +130,21 @@ def _names(code: CodeType) -> set[str]:
 def _source(function: Any) -> str:
     """Returns the source as a tree, without docstrings. Without source, as in `python -c`, it is the bytecode."""
     try:
-        target = function if isinstance(function, FunctionType) else type(function)
+        target = function if isinstance(function, FunctionType | type) else type(function)
         tree = ast.parse(textwrap.dedent(inspect.getsource(target)))
     except (OSError, TypeError, SyntaxError):
         code = code_of(function)
-        return repr((code.co_code, code.co_names, code.co_consts)) if code else repr(type(function))
+        return _bytecode(code) if code else repr(type(function))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.dump(tree)
+
+
+def _bytecode(code: CodeType) -> str:
+    """Returns what code does, without the addresses that the `repr` of inner functions has."""
+    consts = [
+        _bytecode(const) if isinstance(const, CodeType) else "\n".join(_parts(const, {}))
+        for const in code.co_consts
+    ]
+    return repr((code.co_code, code.co_names, consts))

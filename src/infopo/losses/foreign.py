@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,16 @@ _loaded_here: set[str] = set()
 
 
 def look_in(folder: str | Path) -> None:
-    """Adds a folder, as that of a recipe, in which modules of losses are looked for before the current one."""
+    """Adds a folder, as that of a recipe, in which modules of losses are looked for before the current one.
+
+    A name that was found in another folder, and leads to a file of this one now, is looked up again.
+    """
     folder = Path(folder).resolve()
     if folder in _folders:
         _folders.remove(folder)
     _folders.insert(0, folder)
+    for name in [name for name in _found if ":" in name and _leads_elsewhere(_top(name))]:
+        del _found[name]
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -73,7 +79,8 @@ def find(name: str) -> Foreign:
 def register(function: Callable[..., Any]) -> str:
     """Returns the name under which a callable is from now on known, `module:function`.
 
-    Two callables of one name, such as two closures, differ in what follows `#`.
+    Two callables of one name, such as two closures, differ in what follows `#`. They do so even if their hashes are
+    equal, because a hash does not cover all that a closure may hold.
 
     Raises:
         ConfigError: The declaration of the callable does not fit it.
@@ -85,8 +92,9 @@ def register(function: Callable[..., Any]) -> str:
         return qualified
     name = f"{module}:{qualified}"
     found = _described(function, name)
-    if name in _found and _found[name].row.digest != found.row.digest:
-        name = f"{name}#{found.row.digest[:8]}"
+    marked = f"{name}#{found.row.digest[:8]}"
+    names = chain([name, marked], (f"{marked}-{number}" for number in count(2)))
+    name = next(each for each in names if each not in _found or _found[each].function is function)
     _found[name] = found
     return name
 
@@ -178,9 +186,10 @@ def load_module(name: str, target: str) -> Any:
     Raises:
         ConfigError: There is no such module, or it cannot be imported.
     """
-    folders = [*_folders, Path.cwd()]
-    top = name.partition(".")[0]
-    _forget_another(top, folders)
+    folders, top = _searched_folders(), _top(name)
+    if _leads_elsewhere(top):
+        for key in [key for key in sys.modules if _top(key) == top]:
+            del sys.modules[key]
     try:
         with _searched(folders):
             importlib.invalidate_caches()
@@ -202,15 +211,21 @@ def load_module(name: str, target: str) -> Any:
         ) from error
 
 
-def _forget_another(top: str, folders: list[Path]) -> None:
-    """Unloads a module that was loaded for a loss from another folder, where one of the same name is now nearer."""
-    here = [
-        f for folder in folders for f in (folder / f"{top}.py", folder / top / "__init__.py") if f.is_file()
-    ]
+def _searched_folders() -> list[Path]:
+    return [*_folders, Path.cwd()]
+
+
+def _top(name: str) -> str:
+    """Returns the package or module at the top of `package.module:function`."""
+    return name.partition(":")[0].partition(".")[0]
+
+
+def _leads_elsewhere(top: str) -> bool:
+    """Returns whether a module was loaded for a loss from another folder, and one of the same name is now nearer."""
+    names = (f"{top}.py", f"{top}/__init__.py")
+    here = [path for folder in _searched_folders() for name in names if (path := folder / name).is_file()]
     loaded = getattr(sys.modules.get(top), "__file__", None)
-    if top in _loaded_here and here and loaded and Path(loaded).resolve() != here[0].resolve():
-        for key in [key for key in sys.modules if key == top or key.startswith(f"{top}.")]:
-            del sys.modules[key]
+    return bool(top in _loaded_here and here and loaded and Path(loaded).resolve() != here[0].resolve())
 
 
 @contextmanager
