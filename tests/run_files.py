@@ -91,6 +91,8 @@ def metrics(steps: int, fall: float, seed: int) -> list[dict[str, Any]]:
                 "learning_rate": 1e-5 * (1 - done),
                 "rewards/margins": chosen - rejected,
                 "probe/n": 64,
+                "probe/n_pairs": 64,
+                "probe/n_chosen": 64,
                 "probe/logps/chosen": chosen - 9,
                 "probe/logps/rejected": rejected - 11,
                 "probe/change/chosen": chosen,

@@ -215,3 +215,18 @@ def test_the_page_on_metrics_is_the_table_in_the_code() -> None:
             metric.formula, metric.unit, metric.over, better[metric.better],
         )  # fmt: skip
     assert re.findall(r"`(eval_[\w/]+)`", page)
+
+
+@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if row.ratio])
+def test_a_ratio_is_that_of_the_loss_with_a_cap_only_where_the_loss_has_one_on_it(objective: str) -> None:
+    """A rejected response with a critic of 10 nats, twice the usual cap, and one with 1 nat."""
+    parameters = {k: p.default for k, p in OBJECTIVES[objective].parameters.items()} | {"beta": 1.0}
+    logps = logps_of([-3.0, -8.0, -8.0], [-3.0, -18.0, -9.0], [2, 4, 4], chosen=1)
+    values = values_of(logps, MetricRule.of([(objective, parameters, 1.0)]), {"chosen", "rejected"})
+    if objective in ("infopo", "interpolated", "chi2", "hellinger"):
+        assert values["ratio/max"] == pytest.approx(math.exp(5))
+        assert values["ratio/capped"] == 0.5
+    else:
+        assert values["ratio/max"] == pytest.approx(math.exp(10))
+        assert values["ratio/mean"] == pytest.approx((math.exp(10) + math.e) / 2)
+        assert "ratio/capped" not in values

@@ -15,9 +15,12 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack
 from infopo.errors import CheckpointError, NonFiniteLossError
 from infopo.generate import sample_ids
+from infopo.intervals import wilson
 from infopo.logps import spread
 from infopo.logps.forward import prepare, response_logps
 from infopo.records import Role
+from infopo.report.headline import column
+from infopo.report.reading import read_runs
 from infopo.runs import JsonLines
 from infopo.trainer import InfoPOTrainer
 from infopo.workflows.forecast import forecast
@@ -269,7 +272,18 @@ def test_a_live_reference_that_moves_is_seen(tmp_path: Path) -> None:
 def test_one_sided_rows_and_little_data_are_measured(tmp_path: Path) -> None:
     rows = ExampleDataset.from_examples(random_examples(5, chosen=(0, 2), rejected=(1, 2)))
     last = records(measured(tmp_path, rows, objective="infopo", per_device_train_batch_size=2))[-1]
-    assert last["probe/n"] == 5
+    pairs = sum(len(row.chosen_ids) * len(row.rejected_ids) for row in rows)
+    chosen = sum(len(row.chosen_ids) for row in rows)
+    assert len({5, pairs, chosen}) == 3
+    assert (last["probe/n"], last["probe/n_pairs"], last["probe/n_chosen"]) == (5, pairs, chosen)
+    (run,) = read_runs([tmp_path])
+    for title, name, n in (
+        ("Chosen that fell", "probe/chosen_fell", chosen),
+        ("Ranking accuracy", "probe/ranking_accuracy", pairs),
+    ):
+        found = column(title).estimate(run)
+        assert found is not None
+        assert (found.low, found.high) == pytest.approx(wilson(last[name], n))
 
 
 def test_intervals_follow_from_what_measuring_costs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from infopo.evidence import Evidence, History
+from infopo.intervals import wilson
 from infopo.runs import to_json
 from infopo.verdicts import CHECKS, Verdict, judge, line_of, record_of, verdicts_in
 
@@ -18,6 +19,8 @@ PAGE = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
 START = {
     "step": 0,
     "probe/n": 64,
+    "probe/n_pairs": 64,
+    "probe/n_chosen": 64,
     "probe/logps/chosen_per_token": -0.1,
     "probe/logps/rejected_per_token": -0.2,
     "probe/ranking_accuracy": 0.8,
@@ -77,6 +80,25 @@ def verdicts(
 
 def fired(found: Mapping[str, Verdict]) -> list[str]:
     return [name for name, verdict in found.items() if verdict.fired]
+
+
+def test_an_interval_is_that_of_the_effect_beside_it():
+    """In a healthy run, and beyond and within the threshold of each check."""
+    seen = set()
+    for values in ({}, *(each for pair in BEYOND.values() for each in pair)):
+        metrics = {name: value for name, value in values.items() if name not in ("facts", "start")}
+        for verdict in verdicts(metrics, values.get("facts"), **values.get("start", {})).values():
+            if verdict.interval is not None:
+                low, high = verdict.interval
+                assert low - 1e-12 <= verdict.effect <= high + 1e-12, verdict
+                seen.add(verdict.name)
+    assert len(seen) >= 7
+
+
+def test_the_interval_of_suspect_labels_is_the_one_that_it_is_called():
+    found = verdicts(facts=data(prefers=0.8))["suspect labels"]
+    n = data(prefers=0.8)["reference_prefers_rejected"]["n"]
+    assert found.interval == pytest.approx(wilson(0.8, n))
 
 
 def test_a_healthy_run_has_no_verdict_and_all_was_checked():

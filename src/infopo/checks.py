@@ -36,7 +36,7 @@ class Finding:
     Attributes:
         fired: Whether the effect and its interval are both beyond the threshold.
         effect: Size of the effect, in the check's unit.
-        interval: Its 95 % interval, or None if it has none.
+        interval: The 95 % interval of the effect, or None if it has none.
         text: One sentence with the numbers.
     """
 
@@ -90,18 +90,17 @@ def labels(evidence: Evidence) -> Outcome:
         share, per_token, n = known["share"], known["share_per_token"], known["n"]
         is_so_per_token = per_token > 0.5
     else:
-        right, n = (_at_start(evidence.history, name) for name in ("probe/ranking_accuracy", "probe/n"))
+        right, n = (_at_start(evidence.history, name) for name in ("probe/ranking_accuracy", "probe/n_pairs"))
         sides = [
             _at_start(evidence.history, f"probe/logps/{side}_per_token") for side in ("chosen", "rejected")
         ]
         if right is None or not n or None in sides:
             return "log-probs of both sides before the first update are not known"
         share, is_so_per_token = 1 - right, sides[0] < sides[1]  # type: ignore[operator]
-    interval = wilson(share, n, z=Z_99)
     # A longer response is less likely by its length alone.
-    fired = share >= 0.6 and interval[0] > 0.5 and is_so_per_token
+    fired = share >= 0.6 and wilson(share, n, z=Z_99)[0] > 0.5 and is_so_per_token
     text = f"Before training, the rejected response is the more likely one in {share:.0%} of {n:.0f} pairs."
-    return Finding(fired, share, interval, text)
+    return Finding(fired, share, wilson(share, n), text)
 
 
 def _at_start(history: History, name: str) -> float | None:
@@ -187,7 +186,7 @@ def squeezing(evidence: Evidence) -> Outcome:
         f"Chosen responses changed by {change[0]:+.3f} nats per token while the most likely token gained {peak:+.3f}: "
         f"{'the probability goes to responses that are in no pair' if fired else 'no squeezing'}."
     )
-    return Finding(fired, peak, _around(change), text)
+    return Finding(fired, change[0], _around(change), text)
 
 
 def chosen_falling(evidence: Evidence) -> Outcome:

@@ -85,8 +85,10 @@ class ProbeValues:
         if len(self.chosen):
             # A change below the rounding of a sum of float32 log-probs is none.
             found["probe/chosen_fell"] = float((change[self.chosen] < -1e-4).mean())
+            found["probe/n_chosen"] = float(len(self.chosen))
         if len(self.pairs):
             chosen, rejected = self.pairs.T
+            found["probe/n_pairs"] = float(len(self.pairs))
             found["probe/ranking_accuracy"] = _share_above(self.now[chosen] - self.now[rejected])
         return found | self._against_the_reference()
 
@@ -255,18 +257,18 @@ def ches(chosen: Values, rejected: Values, tokens_chosen: int, tokens_rejected: 
 # ---- tails of ratios ---------------------------------------------------------------------------------------------
 
 
-def ratio_tail(log_ratios: Values, critics: Values | None, cap: float) -> dict[str, float]:
+def ratio_tail(log_ratios: Values, critics: Values | None, cap: float | None) -> dict[str, float]:
     """Returns quantiles of log r_l, and what the tail of the weights e^f of rejected responses is like.
 
     Args:
         log_ratios: log r_l of each rejected response since the last record (nats).
         critics: f, the exponent of its weight in the loss: β log r_l, or its mean per token. None if the loss contains
             no such weight, of which there are quantiles only.
-        cap: f above which the loss continues linearly.
+        cap: f above which the loss continues linearly, or None if it does so nowhere.
 
     Returns:
-        `ratio_tail/q50`, `q90`, `q99` and `max` (nats), `ess`, which is (Σw)² / (n Σw²), `capped` (share), and `k_hat`
-        where there are enough responses to estimate it.
+        `ratio_tail/q50`, `q90`, `q99` and `max` (nats), `ess`, which is (Σw)² / (n Σw²), `capped` (share) if there is a
+        cap, and `k_hat` where there are enough responses to estimate it.
 
     Example:
         >>> ratio_tail(np.zeros(4), np.zeros(4), cap=5.0)["ratio_tail/ess"]
@@ -284,7 +286,8 @@ def ratio_tail(log_ratios: Values, critics: Values | None, cap: float) -> dict[s
     critics = critics[is_known]
     weights = np.exp(critics - critics.max())
     found["ratio_tail/ess"] = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
-    found["ratio_tail/capped"] = float((critics > cap).mean())
+    if cap is not None:
+        found["ratio_tail/capped"] = float((critics > cap).mean())
     return without_nan({**found, "ratio_tail/k_hat": pareto_k_hat(critics)})
 
 

@@ -46,8 +46,10 @@ METRICS: Mapping[str, Metric] = {
     "rewards/rejected": Metric("reward(l)", "nats x β", "rejected responses"),
     "rewards/margins": Metric("reward(w) - reward(l)", "nats x β", "pairs", True),
     "rewards/accuracies": Metric("share with reward(w) > reward(l)", "share", "pairs", True),
-    "ratio/mean": Metric("r(l)^β, at most e^cap", "-", "rejected responses"),
-    "ratio/max": Metric("r(l)^β, at most e^cap", "-", "rejected responses (maximum)"),
+    "ratio/mean": Metric("r(l)^β, at most e^cap if the loss has a cap on it", "-", "rejected responses"),
+    "ratio/max": Metric(
+        "r(l)^β, at most e^cap if the loss has a cap on it", "-", "rejected responses (maximum)"
+    ),
     "ratio/capped": Metric("share with β log r(l) > cap", "share", "rejected responses"),
     "kl": Metric("max(0, kl_unclamped)", "nats", "the whole step or set"),
     "kl_unclamped": Metric("log π_θ(y') - log π_ref(y')", "nats", "mismatched responses y'"),
@@ -66,14 +68,14 @@ class MetricRule:
             β log π_θ / |y|.
         has_ratio: Whether the loss contains r(l)^β itself, so that its tail has to be watched.
         length_normalized: Whether the critic of that ratio is divided by the response's length, as in the loss.
-        cap: β log r(l) beyond which the loss is extended linearly (nats).
+        cap: β log r(l) beyond which the loss is extended linearly (nats), or None if the loss contains all of r(l)^β.
     """
 
     beta: float = 1.0
     reward: str = "log_ratio"
     has_ratio: bool = True
     length_normalized: bool = False
-    cap: float = 5.0
+    cap: float | None = 5.0
 
     @classmethod
     def of(cls, mixture: Sequence[tuple[str, Mapping[str, Any], float]]) -> "MetricRule":
@@ -88,7 +90,8 @@ class MetricRule:
             reward=spec.reward,
             has_ratio=spec.ratio,
             length_normalized=spec.ratio and bool(parameters.get("length_normalized")),
-            cap=parameters.get("cap", 5.0),
+            # With a statistic of the step, the cap is on the distance of β log r(l) from it.
+            cap=None if spec.statistic else parameters.get("cap"),
         )
 
 
@@ -129,9 +132,10 @@ def preference_metrics(
         sums |= _of_pairs("rewards", rewards, logps)
     if rule.has_ratio and "rejected" in reference_sides:
         critic = (rewards / logps.length if rule.length_normalized else rewards)[rejected]
-        ratio = critic.clamp(max=rule.cap).exp()
+        ratio = (critic if rule.cap is None else critic.clamp(max=rule.cap)).exp()
         sums["ratio/mean"] = (ratio.sum(), len(rejected))
-        sums["ratio/capped"] = ((critic > rule.cap).sum(), len(rejected))
+        if rule.cap is not None:
+            sums["ratio/capped"] = ((critic > rule.cap).sum(), len(rejected))
         maxima["ratio/max"] = ratio.max() if len(rejected) else ratio.new_tensor(float("-inf"))
     return sums, maxima
 

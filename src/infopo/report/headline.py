@@ -72,11 +72,11 @@ def _with_interval(record: Record, name: str, source: str) -> Estimate:
     )
 
 
-def _probe_share(run: ReportRun, *, name: str) -> Estimate | None:
-    """Returns a share of the probe set's pairs, whose number stands in the same record."""
+def _probe_share(run: ReportRun, *, name: str, of: str) -> Estimate | None:
+    """Returns a share of the probe set, whose denominator stands in the same record under the name `of`."""
     for record in reversed(run.having(name)):
         if is_number(record[name]):
-            n = record.get("probe/n")
+            n = record.get(of)
             n = int(n) if is_number(n) and n > 0 else None
             return proportion(record, name, n, f"{run.source}, step {record['step']}: {name}")
     return None
@@ -112,9 +112,9 @@ def _evaluated(*names: str) -> tuple[Finder, ...]:
     return tuple(partial(_evaluation, name=name) for name in names)
 
 
-def _shares(probe: str, evaluation: str | None = None) -> tuple[Finder, ...]:
-    finders: list[Finder] = [partial(_probe_share, name=probe)]
-    return (*finders, partial(_evaluation_share, name=evaluation)) if evaluation else tuple(finders)
+def _shares(probe: str, of: str, *evaluated: str) -> tuple[Finder, ...]:
+    of_evaluation = (partial(_evaluation_share, name=name) for name in evaluated)
+    return (partial(_probe_share, name=probe, of=of), *of_evaluation)
 
 
 _CHOSEN = (*_last("probe/change/chosen"), *_evaluated("chosen_logp_change", "eval_logratios/chosen"))
@@ -132,13 +132,17 @@ COLUMNS: tuple[Column, ...] = (
         (*_REJECTED, *_last("logratios/rejected")),
         sign=True,
     ),
-    Column("Chosen that fell", "share of pairs", _shares("probe/chosen_fell")),
+    Column("Chosen that fell", "share of chosen responses", _shares("probe/chosen_fell", "probe/n_chosen")),
     Column("Margin", "nats per pair", _last("probe/margin"), sign=True),
-    Column("Reward accuracy", "share of pairs", _shares("probe/accuracy", "eval_rewards/accuracies")),
+    Column(
+        "Reward accuracy",
+        "share of pairs",
+        _shares("probe/accuracy", "probe/n_pairs", "eval_rewards/accuracies"),
+    ),
     Column(
         "Ranking accuracy",
         "share of pairs, no reference",
-        _shares("probe/ranking_accuracy", "eval_logps/accuracies"),
+        _shares("probe/ranking_accuracy", "probe/n_pairs", "eval_logps/accuracies"),
     ),
     Column("Forward KL", "nats per response", _last("kl/forward")),
     Column("Reverse KL", "nats per response", (*_last("kl/reverse"), *_evaluated("kl_from_reference"))),

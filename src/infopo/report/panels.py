@@ -88,7 +88,7 @@ PANELS: tuple[Panel, ...] = (
         zero=True,
     ),
     Panel(
-        "fell", "Chosen responses that fell", "share of pairs",
+        "fell", "Chosen responses that fell", "share of chosen responses",
         "The share of chosen responses that are less likely than at the start (solid), and the share that the next "
         "step on each pair alone would lower (dashed), which is no forecast: far more fall in the end.",
         (
