@@ -56,15 +56,20 @@ WAYS: dict[str, Any] = {
 }
 
 
+each_store = pytest.mark.parametrize("stores", [False, True], ids=["in memory", "stored"])
+
+
+@each_store
 @pytest.mark.parametrize("way", WAYS)
 def test_a_set_that_comes_after_training_is_evaluated_as_if_the_constructor_had_it(
-    tmp_path: Path, way: str
+    tmp_path: Path, way: str, stores: bool
 ) -> None:
+    store = {"reference_store": str(tmp_path / "store") if stores else "off"}
     tiny_llama().save_pretrained(tmp_path / "sft")
     tiny_llama(seed=1).save_pretrained(tmp_path / "other")
-    given = trained(tmp_path / "a", eval_dataset=LATE, **WAYS[way](tmp_path))
+    given = trained(tmp_path / "a", eval_dataset=LATE, **store, **WAYS[way](tmp_path))
     expected = numbers(given.evaluate())
-    trainer = trained(tmp_path / "b", **WAYS[way](tmp_path))
+    trainer = trained(tmp_path / "b", **store, **WAYS[way](tmp_path))
     training = [module.training for module in trainer.model.modules()]
     before = [p.detach().clone() for p in trainer.model.parameters()]
     assert numbers(trainer.evaluate(LATE)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -88,9 +93,11 @@ GONE: dict[str, Any] = {
 }
 
 
+@each_store
 @pytest.mark.parametrize("way", GONE)
-def test_where_it_is_gone_the_message_names_every_way_out(tmp_path: Path, way: str) -> None:
-    trainer = trained(tmp_path, **GONE[way](tmp_path))
+def test_where_it_is_gone_the_message_names_every_way_out(tmp_path: Path, way: str, stores: bool) -> None:
+    store = str(tmp_path / "store") if stores else "off"
+    trainer = trained(tmp_path, reference_store=store, **GONE[way](tmp_path))
     gc.collect()
     with pytest.raises(RecipeError) as caught:
         trainer.evaluate(LATE)

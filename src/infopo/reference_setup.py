@@ -378,18 +378,25 @@ class ReferenceBuilder:
             return data
         assert setup.late is not None
 
-        def values(sides: frozenset[str], dataset: ExampleDataset, model: nn.Module, context: Context) -> Any:
+        def values(
+            sides: frozenset[str],
+            store: ReferenceStore | None,
+            dataset: ExampleDataset,
+            model: nn.Module,
+            context: Context,
+        ) -> Any:
             with evaluating(model), context():
-                return self.with_values(dataset, model, sides, setup.store)
+                return self.with_values(dataset, model, sides, store)
 
         model, context = setup.late.find(
             self.accelerator.unwrap_model(policy),
             train_data,
-            partial(values, self.sides("train")),
+            # Whether a model is the reference cannot be asked of the store, which would answer for the reference.
+            partial(values, self.sides("train"), None),
             has_trained=has_trained,
             is_exact=is_exact(policy, self.args.device, self.accelerator.autocast),
         )
-        sides = self.sides("eval")
+        computed = partial(values, self.sides("eval"), setup.store)
         if isinstance(data, dict):
-            return {name: values(sides, dataset, model, context) for name, dataset in data.items()}
-        return values(sides, data, model, context)
+            return {name: computed(dataset, model, context) for name, dataset in data.items()}
+        return computed(data, model, context)
