@@ -160,7 +160,6 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
     def __post_init__(self) -> None:
         if problems := wrong_arguments(vars(self)) + self._unknown_names():
             raise ConfigError(problems)
-        self.objective = with_names(_terms_of(self.objective))
         if ranks.must_use_cpu():
             self.use_cpu = True
         if self.bf16 is None:
@@ -180,19 +179,42 @@ class InfoPOConfig(RowSettings, TrainSettings, TrainingArguments):
         for name in ("reference", "reference_store", "reference_samples"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
+        is_contradiction = old is not None and new is not None and old != new
+        self.check(
+            [f"gradient_checkpointing={old} contradicts activation_checkpointing={new}"]
+            if is_contradiction
+            else []
+        )
+        ranks.refuse_strangers(self.world_size)
+
+    def check(self, problems: Sequence[str] = ()) -> None:
+        """Judges the settings as they are now. The trainer calls this, because a script may have changed them since.
+
+        Args:
+            problems: What else is wrong with them, one sentence each.
+
+        Raises:
+            UnsupportedArgumentError: A setting cannot be honoured.
+            ConfigError: Settings are wrong, or contradict each other.
+
+        Example:
+            >>> config = InfoPOConfig("out", use_cpu=True)
+            >>> config.beta = -1.0
+            >>> config.check()
+            Traceback (most recent call last):
+            infopo.errors.ConfigError: beta: expected a value > 0, got -1.0
+        """
+        self.objective = with_names(_terms_of(self.objective))
         # TRL takes one name as well as a list of names.
         loss_type: Any = self.loss_type
         names = [loss_type] if isinstance(loss_type, str) else loss_type
         self.loss_type = names and [trl_names.canonical(name) for name in names]
         refused = trl_names.refused(self)
-        problems = self._problems()
-        if old is not None and new is not None and old != new:
-            problems.append(f"gradient_checkpointing={old} contradicts activation_checkpointing={new}")
+        problems = self._problems() + list(problems)
         if refused:
             raise UnsupportedArgumentError(refused + problems)
         if problems:
             raise ConfigError(problems)
-        ranks.refuse_strangers(self.world_size)
 
     def _unknown_names(self) -> list[str]:
         """Returns what is wrong with texts for which transformers declares choices that it does not check."""

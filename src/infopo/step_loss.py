@@ -160,6 +160,9 @@ class StepLoss:
     Args:
         run: The loss of the run.
         reference: Gives the reference log-probs of a batch.
+
+    Attributes:
+        share: The part of its device batch's tokens that the piece has which `pieces` has yielded last.
     """
 
     def __init__(self, run: RunLoss, reference: Reference) -> None:
@@ -174,7 +177,7 @@ class StepLoss:
         self._tail = RatioTail(self._run.metric_rule, self._run.gather)
         self._finite = FiniteWatch()
         self._seen: list[tuple[Piece, LossTerms]] = []
-        self._share = 1.0
+        self.share = 1.0
 
     def look_ahead(
         self,
@@ -207,7 +210,7 @@ class StepLoss:
         """Yields the pieces of a device batch that have a gradient, and whether each is the last."""
         if Role.KL in self._run.coupling.roles:  # their part is done: the KL term has no gradient
             batches = [_only(batch, {Role.CHOSEN, Role.REJECTED}) for batch in batches]
-        for number, (batch, self._share) in enumerate(_with_shares(batches)):
+        for number, (batch, self.share) in enumerate(_with_shares(batches)):
             yield batch, number == len(batches) - 1
 
     def of_piece(
@@ -223,7 +226,7 @@ class StepLoss:
             counts: Counts of the whole optimizer step (order: `PER`), or None for those of the piece.
             accumulation_steps: Number of device batches in the optimizer step.
         """
-        piece = self._run.piece(model, batch, self._reference, self._share)
+        piece = self._run.piece(model, batch, self._reference, self.share)
         policy = piece.logps.policy
         terms = self._run.terms(piece.logps, self._run.coupling.values)
         self._run.add_metrics(self._sums, piece, self._reference.sides)

@@ -51,7 +51,7 @@ from infopo.policy_setup import name_of, set_up_policy, short_name
 from infopo.records import PackedBatch
 from infopo.reference import StoredReference, is_exact, tolerance
 from infopo.reference_setup import ReferenceBuilder, ReferenceSetup
-from infopo.refusals import RefusingTrainer
+from infopo.refusals import RefusingTrainer, refuse_uses
 from infopo.run_files import RunFiles
 from infopo.step_loss import EvaluationLoss, RunLoss, StepLoss
 
@@ -122,12 +122,14 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
         peft_config: Any = None,
         **others: Any,
     ) -> None:
+        refuse_uses(type(self), callbacks or [])
         refuse_arguments(
             model, ref_model, args, data_collator, train_dataset, compute_metrics, quantization_config,
             optimizers, processing_class, callbacks, others,
         )  # fmt: skip
         self.base_name = name_of(model)
         args = args or InfoPOConfig(output_dir=f"{short_name(self.base_name)}-InfoPO")
+        args.check()
         rehearsal.refuse(args, type(self), given=(optimizers[0] is not None, optimizers[1] is not None))
         # The seed is set before an adapter is initialised at random.
         set_seed(args.seed)
@@ -175,7 +177,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
         self.add_callback(Judge())
         self.add_callback(ClosingSummary())
         if hasattr(policy, "add_model_tags"):
-            policy.add_model_tags(tags_of(self.mixture))  # type: ignore[operator]
+            policy.add_model_tags([*tags_of(self.mixture), *self._tag_names])  # type: ignore[operator]
         self._take_path(self.logps_in_words)
         self._setup = self._set_up_reference(ref_model)
         both = (policy, ref_model, self.ref_model)
@@ -319,7 +321,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
         self._steps.look_ahead(model, ahead, self.compute_loss_context_manager)
         loss = torch.zeros((), device=self.args.device)
         for batch, is_last in self._steps.pieces(inputs):
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model), self._weighing():
                 loss = loss + super().training_step(model, batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._steps.refuse_non_finite(self.state.global_step + 1, self.args.output_dir)
@@ -334,7 +336,9 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
     ) -> Tensor:
         """Overrides `Trainer`'s, which reads the loss from the model's output, to return a piece's share of the step's.
 
-        It leaves out label smoothing, because there are no logits.
+        It leaves out label smoothing, because there are no logits. If it is overridden, it returns the loss that the
+        step would have if all of it were like this piece, as TRL's does of a batch, so that what is added to it or
+        multiplied by has the same weight however the step is cut. `_weighing` then takes the piece's share.
 
         Raises:
             UnsupportedArgumentError: Outputs are asked for.
@@ -344,8 +348,43 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
                 "compute_loss: no logits are kept to return; leave return_outputs out"
             )
         noise.silence(self._quiet)
-        steps = getattr(self, "current_gradient_accumulation_steps", 1)
-        return self._steps.of_piece(model, inputs, num_items_in_batch, steps)
+        loss = self._steps.of_piece(model, inputs, num_items_in_batch, self._accumulated)
+        if not self._has_own_loss:
+            return loss
+        return loss / (self.args.world_size if num_items_in_batch is None else self._weight or 1.0)
+
+    @property
+    def _accumulated(self) -> int:
+        return getattr(self, "current_gradient_accumulation_steps", 1)
+
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether `compute_loss` is that of a subclass, or one that a script has set."""
+        return "compute_loss" in vars(self) or type(self).compute_loss is not InfoPOTrainer.compute_loss
+
+    @property
+    def _weight(self) -> float:
+        """The part of the optimizer step's tokens that the current piece has."""
+        return self._steps.share / self._accumulated
+
+    @contextlib.contextmanager
+    def _weighing(self) -> Iterator[None]:
+        """Multiplies what an overridden `compute_loss` returns by the weight of its piece, within the block."""
+        if not self._has_own_loss:
+            yield
+            return
+        given, own = vars(self).get("compute_loss"), self.compute_loss
+
+        def weighed(*args: Any, **kwargs: Any) -> Tensor:
+            return own(*args, **kwargs) * self._weight
+
+        self.compute_loss = weighed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.compute_loss
+            if given is not None:
+                self.compute_loss = given  # type: ignore[method-assign]
 
     def _check_model(self, model: nn.Module, batch: PackedBatch) -> None:
         """Runs the checks of the first step (see `startup`) on the model as it is distributed."""
@@ -425,6 +464,10 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
         model.eval()
         self._set_optimizer("eval")
         self.callback_handler.eval_dataloader = dataloader
+        if self._has_own_loss:
+            logger.warning(
+                "compute_loss is overridden: it trains, and evaluation gives the loss of the objective"
+            )
         loss = EvaluationLoss(self._loss, self._setup.evaluation)
         with torch.no_grad(), self.accelerator.autocast():
             if not self._is_tried:  # nothing was trained yet, and numbers should not be wrong before
