@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from trl.experimental.bema_for_ref_model import BEMACallback as BEMAOfReference
 from trl.trainer.callbacks import BEMACallback, LogCompletionsCallback, SyncRefModelCallback
 
 from infopo.arguments import InfoPOConfig
-from infopo.errors import ConfigError, UnsupportedArgumentError
+from infopo.errors import ConfigError, DataError, UnsupportedArgumentError
 from infopo.refusals import FIXED, NEVER_CALLED
 from infopo.trainer import InfoPOTrainer
 from trainers import SETTINGS, TOKENIZER, step_records, trainer_of, weights
@@ -236,3 +237,28 @@ def test_a_moving_average_of_the_policy_is_taken_and_one_of_the_reference_is_not
     trainer_of(tmp_path / "policy", callbacks=[BEMACallback(update_freq=1)]).train()
     with pytest.raises(UnsupportedArgumentError, match="BEMACallback: update_ref_model=True"):
         trainer_of(tmp_path / "reference", callbacks=[BEMAOfReference(update_ref_model=True)])
+
+
+# ---- errors of data ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3", "context": "Of natural numbers."},
+            "leave it out (columns={'context': None})",
+        ),
+        ({"ask": "1 + 1 =", "yes": " 2", "no": " 3"}, "are read with columns: {chosen: YOURS, ...}"),
+        ({"prompt": "1 + 1 =", "chosen": "", "rejected": " 3"}, "on_bad_row='skip' leaves such rows out"),
+    ],
+)
+def test_errors_of_data_name_arguments_to_a_script(
+    tmp_path: Path, row: dict[str, str], said: str, streams: bool
+) -> None:
+    data = datasets.Dataset.from_list([row] * 3)
+    with pytest.raises(DataError) as caught:
+        trainer_of(tmp_path, data.to_iterable_dataset() if streams else data)
+    assert said in str(caught.value)
+    assert "data." not in caught.value.problem

@@ -186,6 +186,13 @@ def test_a_setting_goes_to_the_objective_that_it_is_of_and_not_to_a_namesake() -
     assert both[1][1]["alpha"] == OBJECTIVES["interpolated"].parameters["alpha"].default
 
 
+def test_dpo_under_a_divergence_stands_beside_sft_as_in_trl() -> None:
+    both = mixture(loss_type=["sigmoid", "sft"], f_divergence_type="js_divergence", loss_weights=[1.0, 0.5])
+    assert [(name, weight) for name, _, weight in both] == [("fdpo", 1.0), ("sft", 0.5)]
+    assert both[0][1]["divergence"] == "js"
+    assert both[1] == ("sft", parameters("sft", token_mean=True), 0.5)
+
+
 def test_the_sum_that_trl_makes_of_simpo_and_cpo_alpha_is_a_list_of_losses() -> None:
     both = mixture(loss_type=["simpo", "sft"], loss_weights=[1.0, 0.5], simpo_gamma=0.3)
     assert both == [
@@ -227,6 +234,17 @@ def test_an_objective_is_found_by_name_and_title_in_any_case(name: str) -> None:
         ({"f_divergence_type": "js_divergence"}, "loss_type='sigmoid'"),
         ({"f_divergence_type": "js_divergence", "loss_type": "hinge"}, "loss_type='sigmoid'"),
         ({"f_divergence_type": "js", "loss_type": "sigmoid"}, "js_divergence"),
+        ({"f_divergence_type": "js_divergence", "loss_type": "sigmoid_norm"}, "'sigmoid_norm') has no divergence"),
+        ({"f_divergence_type": "js_divergence", "loss_type": ["sigmoid", "ipo"]}, "not to sigmoid + ipo"),
+        ({"f_divergence_type": "js_divergence", "loss_type": "sft"}, "belongs to DPO's loss, not to sft"),
+        (
+            {
+                "f_divergence_type": "alpha_divergence",
+                "f_alpha_divergence_coef": 2.0,
+                "loss_type": "sigmoid",
+            },
+            "f_alpha_divergence_coef: expected a value in (0, 1), got 2.0",
+        ),
         ({"loss_type": "sigmod"}, "did you mean 'sigmoid'?"),
         ({"objective": "KT0"}, "did you mean 'kto'?"),
         ({"objective": "infop"}, "objective: no objective 'infop' (did you mean 'infopo'?)"),

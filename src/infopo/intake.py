@@ -1,12 +1,15 @@
 """Takes in the data of a run: rows become examples, which are judged for the objective. It needs no trainer."""
 
+import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import datasets
+import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +27,7 @@ from infopo.losses.catalog import UNPAIRED, Objective, row_of
 from infopo.losses.mixture import mixture_in_words
 from infopo.output import get_logger
 from infopo.records import PreferenceExample, PreferenceRow, Role
-from infopo.settings import RowSettings
+from infopo.settings import DataSettings, RowSettings, arguments_of
 
 logger = get_logger(__name__)
 
@@ -46,6 +49,32 @@ def encoder_of(settings: RowSettings, tokenizer: PreTrainedTokenizerBase) -> Enc
 def rule_of(settings: RowSettings) -> ScoreRule:
     """Returns how responses with scores are split into chosen and rejected ones."""
     return ScoreRule(settings.score_rule, settings.score_threshold)
+
+
+@contextlib.contextmanager
+def _told_to_a_script() -> Iterator[None]:
+    """Within it, errors name settings as arguments of `InfoPOConfig`, and not as keys of a recipe."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(as_arguments(error.problem), error.row_id, error.reason) from error
+
+
+def as_arguments(problem: str) -> str:
+    """Returns a text in which settings of a recipe's `data` are named as arguments of `InfoPOConfig`.
+
+    Example:
+        >>> as_arguments("leave it out (data.columns: {context: null}); on_bad_row: skip counts it")
+        "leave it out (columns={'context': None}); on_bad_row='skip' counts it"
+    """
+    names = arguments_of(DataSettings)
+
+    def as_argument(found: re.Match[str]) -> str:
+        name = names.get(found["name"], found[0])
+        return f"{name}={yaml.safe_load(found['value'])!r}" if found["value"] else name
+
+    problem = re.sub(r"\bdata\.(?P<name>\w+)(?:: (?P<value>\{[\w ,:\"'-]*\}))?", as_argument, problem)
+    return problem.replace("on_bad_row: skip", "on_bad_row='skip'")
 
 
 @dataclass(frozen=True)
@@ -103,7 +132,8 @@ class Intake:
             ModelError: The first example of a stream does not fit a model.
         """
         if not isinstance(dataset, datasets.IterableDataset | ExampleStream):
-            return self._encoded(dataset, "train_dataset", "train")
+            with _told_to_a_script():
+                return self._encoded(dataset, "train_dataset", "train")
         if self.needs_mismatches:
             raise ConfigError(
                 f"{mixture_in_words(self.args.mixture())}: responses to other prompts cannot be drawn from a stream; "
@@ -119,11 +149,12 @@ class Intake:
         """
         if dataset is None:
             return dataset
-        if isinstance(dataset, Mapping):
-            return {
-                name: self._encoded(rows, f"eval_dataset[{name}]", name) for name, rows in dataset.items()
-            }
-        return self._encoded(dataset, "eval_dataset", "eval")
+        with _told_to_a_script():
+            if isinstance(dataset, Mapping):
+                return {
+                    name: self._encoded(rows, f"eval_dataset[{name}]", name) for name, rows in dataset.items()
+                }
+            return self._encoded(dataset, "eval_dataset", "eval")
 
     def _encoded(self, dataset: RawDataset, source: str, name: str) -> ExampleDataset:
         if isinstance(dataset, ExampleDataset):
@@ -148,13 +179,17 @@ class Intake:
     def _opened(self, dataset: Any) -> Callable[[DataCounts], Iterator[PreferenceRow]]:
         return partial(read_rows, dataset, rule=rule_of(self.args), columns=self.args.column_names())
 
+    def _opened_in_steps(self, dataset: Any, counts: DataCounts) -> Iterator[PreferenceRow]:
+        with _told_to_a_script():
+            yield from self._opened(dataset)(counts)
+
     def _streamed(
         self, dataset: datasets.IterableDataset | ExampleStream, fit: Sequence[nn.Module]
     ) -> ExampleStream:
         """Returns the stream, which judges each example when it is read, as a dataset is judged as a whole."""
         if not isinstance(dataset, ExampleStream):
             counts = DataCounts(on_bad_row=self.args.on_bad_row, source="train_dataset")
-            dataset = ExampleStream(self._opened(dataset), self.encoder, counts)
+            dataset = ExampleStream(partial(self._opened_in_steps, dataset), self.encoder, counts)
         self.counts["train"] = dataset.counts
 
         def judge(example: PreferenceExample) -> None:

@@ -214,8 +214,18 @@ class LossSettings:
                 f"f_divergence_type: expected one of reverse_kl, {', '.join(DIVERGENCES)}, got {kind!r}"
                 f"{suggestion(str(kind), DIVERGENCES)}"
             ]
+        if kind == "alpha_divergence" and not 0 < self.f_alpha_divergence_coef < 1:
+            return [
+                f"f_alpha_divergence_coef: expected a value in (0, 1), got {self.f_alpha_divergence_coef!r}"
+            ]
         losses = [*([self.objective] if isinstance(self.objective, str) else []), *(self.loss_type or [])]
-        if not losses or any(LOSS_TYPES.get(loss, loss) not in ("dpo", "fdpo") for loss in losses):
+        if "sigmoid_norm" in losses:
+            return [
+                f"f_divergence_type={kind!r}: a mean over tokens (loss_type='sigmoid_norm') has no divergence here"
+            ]
+        # Beside DPO under a divergence, TRL's `sft` is what it is alone.
+        kinds = {LOSS_TYPES.get(loss, loss) for loss in losses}
+        if not kinds & {"dpo", "fdpo"} or kinds - {"dpo", "fdpo", "sft"}:
             return [
                 f"f_divergence_type={kind!r}: belongs to DPO's loss, not to {' + '.join(losses) or 'InfoPO'}; "
                 f"write loss_type='sigmoid' beside it (or objective='fdpo', objective_parameters="

@@ -56,9 +56,9 @@ def no_shape(found: Sequence[str], where: str, shape: str | None = None) -> Data
     )
     if guess:
         mapping = ", ".join(f"{target}: {_as_yaml(column)}" for target, column in guess.items())
-        problem += f"Perhaps data.columns: {{{mapping}}} (`columns` of InfoPOConfig) reads them"
+        problem += f"Perhaps data.columns: {{{mapping}}} reads them"
     elif missing == ["prompt"] and (asking := [column for column in PROMPTS if column in found]):
-        problem += f"Perhaps data.columns: {{prompt: {asking[0]}}} (`columns` of InfoPOConfig) reads them"
+        problem += f"Perhaps data.columns: {{prompt: {asking[0]}}} reads them"
     elif set(_ANSWERS) & set(found) and "rejected_response" not in found:
         answer = next(column for column in _ANSWERS if column in found)
         problem += (
