@@ -51,6 +51,7 @@ Outcome = Finding | str
 
 
 def frozen(evidence: Evidence) -> Outcome:
+    """Fires if log-probs of the reference, computed again on the same rows, differ by more than rounding (`MOVED`)."""
     moved = evidence.history.last("reference/moved")
     if moved is None:
         return "the reference is stored or absent, so that it cannot move"
@@ -63,10 +64,12 @@ def frozen(evidence: Evidence) -> Outcome:
 
 
 def conflicts(evidence: Evidence) -> Outcome:
+    """Fires if at least 1 % of the rows prefer what another row of the same prompt rejects."""
     return _share_of_rows(evidence, "conflicts", 0.01, 0.005, "contradict another row")
 
 
 def near_duplicates(evidence: Evidence) -> Outcome:
+    """Fires if the sides of at least 10 % of the rows differ in hardly any token."""
     return _share_of_rows(evidence, "near_duplicates", 0.1, 0.05, "have sides that are nearly the same")
 
 
@@ -108,6 +111,10 @@ def _at_start(history: History, name: str) -> float | None:
 
 
 def poor_chosen(evidence: Evidence) -> Outcome:
+    """Fires if chosen responses surprise the policy more than its own samples do, by 1.5 nats per token.
+
+    The surprise is -log π per token; that of its own samples is the entropy of the next token.
+    """
     history = evidence.history
     chosen, entropy = (_at_start(history, n) for n in ("probe/logps/chosen_per_token", "anchor/entropy"))
     if chosen is None or entropy is None:
@@ -124,6 +131,7 @@ def poor_chosen(evidence: Evidence) -> Outcome:
 
 
 def instability(evidence: Evidence) -> Outcome:
+    """Fires if the loss is not finite, if chosen responses lost `DAMAGE`, or if the loss spikes at three records."""
     number, found = len(evidence.history.series.get("loss", [])), evidence.history.spikes
     if not number:
         return "no loss was logged yet"
@@ -141,6 +149,7 @@ def instability(evidence: Evidence) -> Outcome:
 
 
 def length(evidence: Evidence) -> Outcome:
+    """Fires if the lengths of the sides differ by 0.8 standard deviations (Cohen's d) and by a tenth of a mean."""
     if evidence.facts is None:
         return STREAMED
     fact = evidence.facts["length"]
@@ -177,6 +186,7 @@ def longer_samples(evidence: Evidence) -> Outcome:
 
 
 def squeezing(evidence: Evidence) -> Outcome:
+    """Fires if chosen responses fall while the most likely token gains: probability leaves both sides of pairs."""
     change = evidence.history.with_interval("probe/change/chosen_per_token")
     peak = evidence.history.since_start("probe/p_max")
     if change is None or peak is None:
@@ -190,6 +200,7 @@ def squeezing(evidence: Evidence) -> Outcome:
 
 
 def chosen_falling(evidence: Evidence) -> Outcome:
+    """Fires if chosen responses lost more than `FELL` on the probe set, beyond the interval of the mean."""
     history = evidence.history
     change = history.with_interval("probe/change/chosen_per_token")
     if change is None:
@@ -216,6 +227,7 @@ def _around(mean_and_half: tuple[float, float]) -> tuple[float, float]:
 
 
 def drift(evidence: Evidence) -> Outcome:
+    """Fires if the KL from the start, with its interval, is above the budget of the run."""
     kl, error = evidence.history.last("kl/forward"), evidence.history.last("kl/forward_se")
     if kl is None or error is None:
         return "the run has no anchor set, or no record of it yet"
@@ -226,6 +238,7 @@ def drift(evidence: Evidence) -> Outcome:
 
 
 def entropy(evidence: Evidence) -> Outcome:
+    """Fires if the entropy of the next token has halved, and samples, if there are any, repeat themselves more."""
     history = evidence.history
     for name in ("anchor/entropy", "probe/entropy"):
         now, start = history.last(name), _at_start(history, name)
@@ -243,6 +256,7 @@ def entropy(evidence: Evidence) -> Outcome:
 
 
 def nothing_learned(evidence: Evidence) -> Outcome:
+    """Fires at the end of a run whose margin, or chosen log-prob without pairs, moved by less than `LEARNED`."""
     history = evidence.history
     if not evidence.finished:
         return "this is judged at the end of training"

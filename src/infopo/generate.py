@@ -19,6 +19,7 @@ from infopo.data.templates import ChatTemplate, check_variables
 from infopo.data.tokenization import Tokenization
 from infopo.errors import ConfigError, DataError, ModelError, UnsupportedArgumentError
 from infopo.logps.wrappers import base_of
+from infopo.noise import evaluating
 from infopo.records import Text
 
 
@@ -139,7 +140,7 @@ def _draws(
     longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     # Not inference_mode: buffers that rotary embeddings make anew within it could not be used in a backward pass.
     with (
-        evaluation_mode(model),
+        evaluating(model),
         without_shipped_settings(model),
         _private_random_state(seed, model.device),
         torch.no_grad(),
@@ -271,21 +272,6 @@ def _check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, context: in
                 row_id=f"prompts[{index}]",
                 reason="prompt too long",
             )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode within the block, and afterwards each submodule into the mode that it had.
-
-    `model.train()` would be wrong, because a frozen part of a model may be in evaluation mode while the rest trains.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

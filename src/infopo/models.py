@@ -152,7 +152,7 @@ def _loaded_whole() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def load_reward(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
+def load_reward(name_or_path: str) -> PreTrainedModel:
     """Loads a sequence-classification model with one output, a reward, for use.
 
     Raises:
@@ -161,7 +161,7 @@ def load_reward(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             resolve_name(name_or_path),
-            dtype=DTYPES.get(dtype, "auto"),
+            dtype="auto",
             use_safetensors=True,
             output_loading_info=True,
         )

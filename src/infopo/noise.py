@@ -75,10 +75,10 @@ def in_training(model: nn.Module, quiet: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model in evaluation mode, until it is left. Each module then has the mode that it had before.
+    """Puts the model into evaluation mode within the block, and afterwards each module into the mode that it had.
 
-    `model.train()` would put quiet modules in training mode too, and the forward pass that activation checkpointing
-    repeats during the backward pass would then be of another function.
+    `model.train()` would put frozen and quiet modules into training mode too, and the forward pass that activation
+    checkpointing repeats during the backward pass would then be of another function.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -81,7 +81,7 @@ class RefusingTrainer(Trainer):
     _tag_names: ClassVar[list[str]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Overrides `object`'s to refuse settings of the loss as attributes, which nothing would read.
+        """Overrides `Trainer`'s to refuse settings of the loss as attributes, which nothing would read.
 
         Raises:
             UnsupportedArgumentError: The attribute is one of TRL's trainers that holds such a setting.

@@ -49,15 +49,6 @@ def checkpoints_in(run_dir: str | Path) -> list[Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def step_of(checkpoint: Path) -> int:
-    """Returns the optimizer steps of a checkpoint by its `trainer_state.json`, or 0 if it does not say."""
-    try:
-        step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return step if isinstance(step, int) else 0
-
-
 def last(run_dir: str | Path) -> str | None:
     """The newest checkpoint of a run, or None."""
     return next(map(str, checkpoints_in(run_dir)), None)

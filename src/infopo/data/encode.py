@@ -30,7 +30,7 @@ prompt that leaves no room for a response is refused. (TRL's `keep_start` with `
 `on_too_long="drop"` nothing is cut off: a row with a prompt or a response beyond these limits is left out and counted
 as `too long`.
 
-`NOTES` are counted in `DataCounts.notes`, once per response (`PROMPT_CUT` once per row).
+Changes and findings are counted in `DataCounts.notes`, once per response (`PROMPT_CUT` once per row).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,17 +42,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from infopo.data.conversation import (
-    EMPTY_BLOCK_DROPPED,
-    MERGED_TOKENS,
-    NOT_A_PREFIX,
-    PROMPT_NOT_WRITTEN,
-    REASONING_DROPPED,
-    USERS_BETWEEN,
-    WRITTEN_AS_DATA,
     Conversation,
 )
 from infopo.data.counts import TOO_LONG, DataCounts
-from infopo.data.endings import END_OF_TURN_APPENDED, END_OF_TURN_DOUBLED, Endings, Response
+from infopo.data.endings import Endings, Response
 from infopo.data.examples import ExampleDataset
 from infopo.data.plain_text import PlainText, as_text
 from infopo.data.pool import in_processes
@@ -76,13 +69,6 @@ DATE_FIXED = (
     f"chat_template_kwargs: {{{DATE}: ...}} sets one"
 )
 
-NOTES = (
-    PROMPT_CUT, RESPONSE_CUT, END_OF_TURN_LOST, END_OF_TURN_DOUBLED, END_OF_TURN_APPENDED, NOT_A_PREFIX, MERGED_TOKENS,
-    WRITTEN_AS_DATA, REASONING_DROPPED, EMPTY_BLOCK_DROPPED, PROMPT_NOT_WRITTEN, UNKNOWN_TEXT,
-    USERS_BETWEEN,
-)  # fmt: skip
-"""Names of all changes and findings that are counted."""
-
 _SHOWN = 400
 """Number of characters of a row that a warning shows."""
 
@@ -93,7 +79,7 @@ class EncodedRow:
 
     Attributes:
         example: The token ids.
-        notes: Names from `NOTES`, one entry per occurrence.
+        notes: Names of changes and findings, one entry per occurrence.
         warnings: Sentences about all rows like this one, which are shown once.
     """
 

@@ -83,6 +83,11 @@ def _vote(row: Mapping[str, Any], column: str, row_id: str) -> int:
 
 
 def check_responses(prompt: Text, chosen: list[Text], rejected: list[Text], row_id: str) -> None:
+    """Checks that there is a response, that none is blank, and that turns of the policy follow those of others.
+
+    Raises:
+        DataError: It is not so.
+    """
     if not chosen and not rejected:
         raise DataError("expected a chosen or a rejected response, there is none", row_id, "no responses")
     check_not_blank(chosen, rejected, row_id)
@@ -111,6 +116,11 @@ def _with_sides(chosen: Sequence[Text], rejected: Sequence[Text]) -> Iterable[tu
 
 
 def check_not_blank(chosen: Sequence[Text], rejected: Sequence[Text], row_id: str) -> None:
+    """Checks that each response contains more than white space.
+
+    Raises:
+        DataError: One does not.
+    """
     for name, side, response in _with_sides(chosen, rejected):
         if _is_blank(response):
             problem = f"expected a {name}, it is empty ({shown(response)})"
@@ -150,6 +160,15 @@ def _check_response_roles(response: Text, name: str, row_id: str) -> None:
 
 
 def refuse_no_common_prompt(detail: str, row_id: str) -> None:
+    """Refuses a row whose sides have no prompt in common.
+
+    Args:
+        detail: What they have in place of one.
+        row_id: Name of the row.
+
+    Raises:
+        DataError: Always.
+    """
     problem = f"expected chosen and rejected to begin with the same prompt: {detail}"
     raise DataError(problem, row_id, "no common prompt")
 

@@ -21,7 +21,8 @@ from transformers import (
 
 from infopo.errors import ConfigError, ModelError
 from infopo.evaluation.law import Law
-from infopo.generate import evaluation_mode, left_pad, pad_id, without_shipped_settings
+from infopo.generate import left_pad, pad_id, without_shipped_settings
+from infopo.noise import evaluating
 from infopo.output import get_logger
 
 logger = get_logger(__name__)
@@ -164,7 +165,7 @@ def _draw_batch(
         stop_strings=list(law.stop) or None,
     )
     # Not inference_mode: buffers that rotary embeddings make anew within it could not be used in a backward pass.
-    with evaluation_mode(model), without_shipped_settings(model), torch.no_grad():
+    with evaluating(model), without_shipped_settings(model), torch.no_grad():
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),

@@ -11,7 +11,7 @@ from infopo.report.completions import Completions, completions
 from infopo.report.evaluations import Evaluations, evaluations
 from infopo.report.headline import Headline, headline, progress
 from infopo.report.numbers import number
-from infopo.report.panels import Plot, Series, read_plots
+from infopo.report.panels import Plot, read_plots
 from infopo.report.reading import ReportRun, is_number, read_runs
 
 
@@ -205,8 +205,3 @@ def in_words(plot: Plot, names: Sequence[str]) -> str:
             )
         parts.append(f"{line.label}: {ends}" if len(plot.panel.lines) > 1 else ends)
     return f"Last values: {'; '.join(parts)}."
-
-
-def line_label(plot: Plot, series: Series) -> str:
-    """Returns the label of a series within its panel."""
-    return plot.panel.lines[series.line].label

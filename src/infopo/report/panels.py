@@ -57,8 +57,6 @@ class Panel:
     zero: bool = False
 
 
-_BOTH = ("chosen", "rejected")
-
 PANELS: tuple[Panel, ...] = (
     Panel(
         "change", "Likelihood: change since the start", "nats per response",
