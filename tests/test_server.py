@@ -174,6 +174,26 @@ def test_parameters_that_a_server_does_not_know(caplog):
     assert caplog.text.count("takes no temperature") == 1
 
 
+def test_a_refused_parameter_costs_no_request_of_those_under_way(caplog):
+    """All that were sent with it are sent again, whichever answer comes first."""
+    barrier = threading.Barrier(4, timeout=10)
+
+    def picky(body, n):
+        for name, said in (("max_tokens", "Use 'max_completion_tokens'"), ("seed", "It is not supported")):
+            if name in body:
+                barrier.wait()
+                return failure(400, f"Unsupported parameter: {name!r}. {said}.")
+        return completion("yes")
+
+    with serving(picky) as served:
+        model = ServedModel(settings(served.url, concurrency=4))
+        asked = [request(seed=place, dispensable=frozenset({"seed"})) for place in range(4)]
+        found = dict(model.ask_all(asked))
+    assert [(reply.text, reply.refusal) for reply in found.values()] == [("yes", None)] * 4
+    assert len(served.bodies) == 12
+    assert caplog.text.count("takes no seed") == 1
+
+
 def test_requests_go_side_by_side_and_keep_their_places():
     barrier = threading.Barrier(4, timeout=10)
 

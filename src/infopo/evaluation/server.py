@@ -151,7 +151,8 @@ class ServedModel:
             max_retries=settings.retries,
         )
         self._pace = _Pace(settings.per_minute)
-        self._left_out: set[str] = set()
+        self._left_out: frozenset[str] = frozenset()
+        self._noting = threading.Lock()
         self.name = self._model()
 
     def ask(self, request: Request) -> Reply:
@@ -162,10 +163,11 @@ class ServedModel:
         """
         for attempt in range(NONSENSE_TRIES):
             self._pace.wait()
+            parameters = self._parameters(request)
             try:
-                reply = self._send(request)
+                reply = self._send(request, parameters)
             except self._openai.BadRequestError as error:
-                if self._leaves_out(request, error):
+                if self._leaves_out(request, parameters, error):
                     return self.ask(request)
                 return Reply("", False, refusal=_said(error))
             except self._openai.OpenAIError as error:
@@ -193,7 +195,8 @@ class ServedModel:
         """
         yield from in_threads(self.ask, requests, self.settings.concurrency, self._client.close)
 
-    def _send(self, request: Request) -> Reply | None:
+    def _parameters(self, request: Request) -> dict[str, Any]:
+        """Returns what a request is sent with, without what the server is known to refuse."""
         arguments: dict[str, Any] = {
             "model": self.name,
             "temperature": request.temperature,
@@ -207,30 +210,42 @@ class ServedModel:
         if request.schema is not None:
             schema = {"name": "answer", "schema": dict(request.schema), "strict": True}
             arguments["response_format"] = {"type": "json_schema", "json_schema": schema}
-        if "max_tokens" in self._left_out:  # newer models of OpenAI know it by another name
-            arguments["max_completion_tokens"] = request.max_tokens
         left_out = self._left_out & (request.dispensable | {"max_tokens"})
-        kept = {key: value for key, value in arguments.items() if value is not None and key not in left_out}
-        kept["extra_body"] = dict(request.extra) or None
+        if "max_tokens" in left_out:  # newer models of OpenAI know it by another name
+            arguments["max_completion_tokens"] = request.max_tokens
+        return {key: value for key, value in arguments.items() if value is not None and key not in left_out}
+
+    def _send(self, request: Request, parameters: Mapping[str, Any]) -> Reply | None:
+        extra = dict(request.extra) or None
         if isinstance(request.prompt, str):
-            answer = self._client.completions.create(prompt=request.prompt, **kept)
+            answer = self._client.completions.create(prompt=request.prompt, extra_body=extra, **parameters)
         else:
-            answer = self._client.chat.completions.create(messages=request.prompt, **kept)
+            answer = self._client.chat.completions.create(
+                messages=request.prompt, extra_body=extra, **parameters
+            )
         return _reply(answer, self.name)
 
-    def _leaves_out(self, request: Request, error: Any) -> bool:
-        """Notes that a parameter is not to be sent again, if the server names one that can be left out."""
-        sent = {"temperature", "seed", "top_p", "response_format"} & request.dispensable
+    def _leaves_out(self, request: Request, sent: Mapping[str, Any], error: Any) -> bool:
+        """Returns whether a request is to be sent again without a parameter that the server names, and notes which.
+
+        Of several requests under way, each was sent with it, and the first one's answer is only the first to come.
+        """
+        dispensable = {"temperature", "seed", "top_p", "response_format"} & request.dispensable
         said = f"{getattr(error, 'param', None) or ''} {_said(error)}"
-        for name in sorted((sent | {"max_tokens"}) - self._left_out):
+        for name in sorted((dispensable | {"max_tokens"}) & sent.keys()):
             if name in said and (name != "max_tokens" or "max_completion_tokens" in said):
-                self._left_out.add(name)
-                if name != "max_tokens":
-                    log.warning(
-                        "%s takes no %s, which is left out: %s", self.settings.url, name, _said(error)
-                    )
+                self._note_left_out(name, error)
                 return True
         return False
+
+    def _note_left_out(self, name: str, error: Any) -> None:
+        """Notes that a parameter is not to be sent again, and says so once, since threads may find it together."""
+        with self._noting:
+            is_new = name not in self._left_out
+            # A new set, since another thread may be reading the old one.
+            self._left_out = self._left_out | {name}
+        if is_new and name != "max_tokens":
+            log.warning("%s takes no %s, which is left out: %s", self.settings.url, name, _said(error))
 
     def _model(self) -> str:
         """Returns the name of the model. A server that is not there is found here, before anything is asked."""
