@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -264,6 +265,20 @@ def test_a_claim_ends_with_its_block_even_if_that_fails(tmp_path: Path) -> None:
     assert list((store.folder / "claims").iterdir()) == []
     with store_in(tmp_path).claim(deque([KEYS]), 1) as mine:
         assert mine == [KEYS]
+
+
+def test_a_claim_that_cannot_be_written_is_none(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(KEYS[0]), before[1]))
+    try:
+        with pytest.raises(ReferenceStoreError) as held, store.claim(deque([KEYS]), 1):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with store_in(tmp_path).claim(deque([KEYS]), 1) as mine:
+        assert mine == [KEYS]
+    assert held.tb is not None
 
 
 def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:

@@ -99,6 +99,18 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         assert [store[sample(number).key] for number in (0, 1)] == [sample(0), sample(1)]
 
 
+def test_a_store_that_cannot_be_read_lets_go_of_its_file(tmp_path: Path) -> None:
+    """A notebook keeps the last exception, with all that it came through."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text("no JSON\n")
+    with pytest.raises(DataError) as held:
+        SampleStore(tmp_path)
+    path.write_text("")
+    with SampleStore(tmp_path) as store:
+        assert len(store) == 0
+    assert held.tb is not None
+
+
 def test_lines_of_later_versions_with_further_fields_are_read(tmp_path: Path) -> None:
     with SampleStore(tmp_path) as store:
         store.add([sample(0)])

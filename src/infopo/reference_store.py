@@ -252,9 +252,8 @@ class ReferenceStore:
         Yields:
             Batches of keys. There are none if others are computing all that is left.
         """
-        name = f"{os.getpid()}-{uuid.uuid4().hex}"
         claims = self.folder / "claims"
-        own = _lock(claims / f"{name}.lock")
+        own = _lock(claims / f"{os.getpid()}-{uuid.uuid4().hex}.lock")
         with self._os_errors_named():
             claims.mkdir(parents=True, exist_ok=True)
             # Most shards are read before the lock is taken, so that others wait for a short time only.
@@ -266,8 +265,7 @@ class ReferenceStore:
                 self._read_new_shards()
                 claimed = self._choose(queue, taken, batches)
                 if claimed:
-                    own.acquire(timeout=0)
-                    (claims / f"{name}.keys").write_bytes(b"".join(k for batch in claimed for k in batch))
+                    _make_claim(own, claimed)
         try:
             yield claimed
         finally:
@@ -384,6 +382,18 @@ def live_claims(folder: Path) -> set[bytes]:
 def _lock(path: Path) -> FileLock:
     """Returns a lock that the system releases when its process ends. A mere file would outlive the process."""
     return FileLock(path, fallback_to_soft=False)
+
+
+def _make_claim(lock: FileLock, batches: Sequence[Sequence[bytes]]) -> None:
+    """Makes a claim of these responses, as a whole or not at all."""
+    lock.acquire(timeout=0)
+    try:
+        keys = Path(lock.lock_file).with_suffix(".keys")
+        keys.write_bytes(b"".join(key for batch in batches for key in batch))
+    except BaseException:
+        # Whoever holds the exception holds the lock, and others would wait for what nobody computes.
+        _remove_claim(lock)
+        raise
 
 
 def _remove_claim(lock: FileLock) -> None:

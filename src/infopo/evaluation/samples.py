@@ -117,9 +117,15 @@ class SampleStore:
         self._lines = JsonLines(self.path)
         self._places = Places()
         self._lock = FileLock(folder / f".{name}.lock")
-        self._open()
+        self._take_lock()
+        try:
+            self._read()
+        except BaseException:
+            # Whoever holds the exception holds this store, and the file may be mended and opened again meanwhile.
+            self._lock.release()
+            raise
 
-    def _open(self) -> None:
+    def _take_lock(self) -> None:
         with os_errors_named(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -129,6 +135,8 @@ class SampleStore:
                     f"--output: another process draws samples into {self.path}; wait for it, name another folder, or "
                     "divide the work with --shard"
                 ) from None
+
+    def _read(self) -> None:
         # An empty append ends half a line that a kill has left. Of a process that is writing, it would end a whole one.
         self._lines.append()
         for number, path in enumerate(sorted(self.path.parent.glob("samples*.jsonl"))):
