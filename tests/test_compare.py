@@ -364,6 +364,20 @@ def test_samples_of_lm_evaluation_harness(tmp_path):
         compare([a, b], rule="f1")
 
 
+def test_the_filter_none_is_one_of_several(tmp_path):
+    """Rows of the other filter are other marks of the same responses, not further samples."""
+    rows = [
+        {"doc_id": i, "metrics": ["exact_match"], "exact_match": value, **named}
+        for named, value in (({"filter": "none"}, 0.0), ({"filter": "flexible-extract"}, 1.0))
+        for i in range(3)
+    ]
+    file = lines(tmp_path / "samples.jsonl", rows)
+    for rule, score in ((None, 0.0), ("exact_match", 0.0), ("exact_match,flexible-extract", 1.0)):
+        (found,) = read_contender(file, rule=rule).tasks.values()
+        assert found.scores == {"0": [score], "1": [score], "2": [score]}
+    assert found.rules == ["exact_match", "exact_match,flexible-extract"]
+
+
 def test_targets_of_lm_evaluation_harness_are_compared(tmp_path):
     def rows(targets):
         return [
@@ -383,6 +397,25 @@ def test_ratings_that_are_no_shares(tmp_path, capsys):
     (row,) = compare([a, b])
     assert row.found.test == "sign flips"
     assert "the mean score is 8.000 with A, 5.500 with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "n", "said", "unsaid"),
+    [
+        (0.75, 0.25, 30, "A is better (p = 1e-04). A wins 30 items, loses 0 and ties 0.", "tells them apart"),
+        (0.5, 0.5, 30, "A wins 0 items, loses 0 and ties 30; no item tells them apart.", "is better"),
+        (0.75, 0.25, 3, "loses 0 and ties 0; 3 items are too few to show any difference.", "is better"),
+    ],
+)
+def test_equal_differences_tell_two_apart_unless_they_are_none(tmp_path, capsys, a, b, n, said, unsaid):
+    files = [
+        lines(tmp_path / f"{name}.jsonl", [{"id": i, "score": score} for i in range(n)])
+        for name, score in (("a", a), ("b", b))
+    ]
+    compare(files)
+    text = capsys.readouterr().out
+    assert said in text
+    assert unsaid not in text
 
 
 def test_responses_are_graded_by_a_task(tmp_path):

@@ -193,12 +193,17 @@ def sentence(row: Row, first: str = "A") -> str:
         verdict = f"{first if f.difference > 0 else row.other} is better (p = {p_text(row.p_holm)})"
     else:
         verdict = f"the difference may be chance (p = {p_text(row.p_holm)})"
-    if f.smallest is None:
-        power = f"{f.n} items are too few to show any difference" if f.n < 6 else "no item tells them apart"
-    else:
-        power = f"{f.n} items show a difference of {f.smallest:.3f} or more in 80 % of cases"
     wins = f"{first} wins {counted(f.wins, 'item')}, loses {f.losses} and ties {f.ties}"
-    return f"{row.task}: {means}; {verdict}. {wins}; {power}."
+    return f"{row.task}: {means}; {verdict}. {wins}{_power(f)}."
+
+
+def _power(found: Paired) -> str:
+    """Returns what so many items could have shown, as a clause, or nothing if equal differences do not tell."""
+    if found.smallest is not None:
+        return f"; {found.n} items show a difference of {found.smallest:.3f} or more in 80 % of cases"
+    if found.n < 6:
+        return f"; {found.n} items are too few to show any difference"
+    return "" if found.wins or found.losses else "; no item tells them apart"
 
 
 def left_out(row: Row, first: str = "A") -> list[str]:

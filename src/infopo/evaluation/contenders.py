@@ -36,6 +36,9 @@ _WRONG = ("false", "no", "f", "n", "fail", "failed", "incorrect", "wrong")
 
 RESULT_IDS = (*IDS, "doc_id")
 
+_NO_FILTER = "none"
+"""The harness's name for the response as it is. A rule of it has the metric's name alone."""
+
 GENERATED = "generations"
 """Name under which marks of a run's last samples are compared, if the run was not evaluated."""
 
@@ -247,20 +250,22 @@ def _of_scores(
     ids = next((name for name in (*RESULT_IDS, *PROMPTS) if first.get(name) is not None), None)
     if not columns or ids is None:
         return None
-    filters = list(dict.fromkeys(row.get("filter") for _, row in rows))
-    rules = [
-        column if each in (None, "none") else f"{column},{each}" for column in columns for each in filters
-    ]
-    chosen = rule or rules[0]
+    filters = list(dict.fromkeys(_filter(row) for _, row in rows))
+    rules = {
+        column if each == _NO_FILTER else f"{column},{each}": (column, each)
+        for column in columns
+        for each in filters
+    }
+    chosen = rule or next(iter(rules))
     if chosen not in rules:
         raise ConfigError(f"--rule: there is no rule {chosen!r}; there are {', '.join(rules)}")
-    column, _, wanted = chosen.partition(",")
+    column, wanted = rules[chosen]
     found: dict[str, dict[str, list[float]]] = {}
     prompts: dict[str, dict[str, str]] = {}
     golds: dict[str, dict[str, str]] = {}
     prompt = next((name for name in PROMPTS if first.get(name) is not None), None)
     for row_id, row in rows:
-        if wanted and row.get("filter") != wanted:
+        if _filter(row) != wanted:
             continue
         name = str(row.get("task") or (tasks[0] if len(tasks) == 1 else "results"))
         if row.get(ids) is None:
@@ -272,9 +277,15 @@ def _of_scores(
         if metrics and row.get("target") is not None:
             golds.setdefault(name, {})[item] = gold_text(str(row["target"]))
     return {
-        name: Scored(chosen, scores, prompts.get(name, {}), {}, rules, golds.get(name, {}))
+        name: Scored(chosen, scores, prompts.get(name, {}), {}, list(rules), golds.get(name, {}))
         for name, scores in found.items()
     }
+
+
+def _filter(row: Mapping[str, Any]) -> str:
+    """Returns the filter that a row's response went through, as lm-evaluation-harness names it."""
+    found = row.get("filter")
+    return _NO_FILTER if found is None else str(found)
 
 
 def _score(value: Any, column: str, row_id: str) -> float:
