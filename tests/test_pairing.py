@@ -41,7 +41,14 @@ def test_every_rule_keeps_these_laws(
         assert good.score > bad.score
         assert threshold is None or good.score >= threshold > bad.score
     assert rule == "lists" or len(paired.chosen) <= n
-    assert paired.left_out.get("unfinished", 0) == sum(not each.finished for each in samples)
+    # Each sample may be used or is left out for one reason.
+    may_be_used = {
+        each.text.strip()
+        for each in samples
+        if each.score is not None and (each.finished or reject_unfinished)
+    }
+    assert sum(paired.left_out.values()) == len(samples) - len(may_be_used - {""})
+    assert not reject_unfinished or "unfinished" not in paired.left_out
 
 
 @given(candidates(MARKS), st.sampled_from(sorted(set(RULES) - {"lists"})))
@@ -77,6 +84,14 @@ def test_what_sets_the_rules_apart() -> None:
     drawn = {pair_up(samples, PairingSettings(seed=seed), "p").chosen[0].sample for seed in range(20)}
     assert len(drawn) > 1
     assert first("random") == first("random")
+
+
+def test_a_sample_that_is_used_is_not_left_out() -> None:
+    cut, empty = Candidate(1, "cut", False, finished=False), Candidate(2, "", False, finished=False)
+    samples = [Candidate(0, "whole", True), cut, empty]
+    paired = pair_up(samples, PairingSettings(reject_unfinished=True), "p")
+    assert (paired.rejected, paired.left_out) == ([cut], {"empty": 1})
+    assert pair_up(samples, PairingSettings(), "p").left_out == {"unfinished": 1, "empty": 1}
 
 
 def test_prompts_are_left_out_by_their_pass_rate_and_say_why() -> None:

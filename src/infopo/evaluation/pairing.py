@@ -90,7 +90,7 @@ class Paired:
         rejected: Rejected response of each pair, or all others.
         pass_rate: Share of all samples that are right, cut off ones included. None if scores have no threshold.
         why_not: Why the prompt gives no pair, or None if it does.
-        left_out: Number of samples that were left out, by reason.
+        left_out: Number of samples that were left out, by reason. Each is counted once, by the first that holds.
     """
 
     chosen: Sequence[Candidate]
@@ -158,7 +158,10 @@ def _pass_rate(candidates: Sequence[Candidate], threshold: float | None, is_veri
 def _usable(
     candidates: Sequence[Candidate], reject_unfinished: bool
 ) -> tuple[list[Candidate], list[Candidate], Counter[str]]:
-    """Returns those that may be chosen, those that may only be rejected, and how many were left out and why."""
+    """Returns those that may be chosen, those that may only be rejected, and how many were left out and why.
+
+    Each sample is in one of the three.
+    """
     good: list[Candidate] = []
     poor: list[Candidate] = []
     left_out: Counter[str] = Counter()
@@ -166,16 +169,18 @@ def _usable(
     for each in candidates:
         # A model that says the same twice gives one response. Spaces around it are no difference.
         text = each.text.strip()
-        if not each.finished:
-            left_out[UNFINISHED] += 1
-        reasons = {EMPTY: not text, NO_SCORE: each.score is None, DUPLICATE: text in seen}
+        reasons = {
+            EMPTY: not text,
+            NO_SCORE: each.score is None,
+            DUPLICATE: text in seen,
+            UNFINISHED: not (each.finished or reject_unfinished),
+        }
         why = next((name for name, holds in reasons.items() if holds), None)
         if why is not None:
             left_out[why] += 1
             continue
-        if each.finished or reject_unfinished:
-            seen.add(text)
-            (good if each.finished else poor).append(each)
+        seen.add(text)
+        (good if each.finished else poor).append(each)
     return good, poor, left_out
 
 
