@@ -15,9 +15,13 @@ from infopo.cli import main
 from infopo.config import parse_recipe
 from infopo.data.counts import DataCounts
 from infopo.data.sources import read_rows
+from infopo.errors import ConfigError
+from infopo.evaluation.settings import EvaluationSettings
 from infopo.lab.problems import solve, verify
 from infopo.models import load_tokenizer
 from infopo.trainer import InfoPOTrainer
+from infopo.workflows.ask_judge import JudgeSettings
+from infopo.workflows.pairs import marker_of
 from servers import Answer, completion, serving
 
 LAB = ["--prompts", "lab", "--verifier", "lab", "--limit", "24"]
@@ -224,6 +228,27 @@ def test_a_judge_scores_by_wins_against_the_other_responses(prompts: Path) -> No
     rows = lines(Path("pairs.jsonl"))
     assert rows
     assert all(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "judge", "problem"),
+    [
+        ("judge:http://localhost:9/v1", None, r"JudgeSettings\('http://localhost:9/v1'\)"),
+        ("judge:my_module:my_judge", None, r"JudgeSettings\('my_module:my_judge'\)"),
+        (
+            "lab",
+            "my_module:my_judge",
+            "expected judge:my_module:my_judge beside settings of a judge, got 'lab'",
+        ),
+        ("judge:other:judge", "my_module:my_judge", "expected judge:my_module:my_judge beside"),
+    ],
+)
+def test_a_judge_by_name_and_its_settings_go_together(
+    tmp_path: Path, name: str, judge: str | None, problem: str
+) -> None:
+    settings = EvaluationSettings(["pairs"], num_samples=2)
+    with pytest.raises(ConfigError, match=problem):
+        marker_of(name, settings, JudgeSettings(judge) if judge else None, tmp_path, limit=None)
 
 
 @pytest.mark.parametrize(

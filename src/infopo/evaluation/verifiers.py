@@ -56,7 +56,8 @@ def verifier_named(
     """Returns the verifier of that name.
 
     Args:
-        name: A task (`gsm8k`, `lab`, ...), `module:function`, or `reward:MODEL`.
+        name: A task (`gsm8k`, `lab`, ...), `module:function`, or `reward:MODEL`. `judge:URL` is none of them, since
+            a judge has settings (`infopo.workflows.pairs.marker_of`).
         limit: Number of prompts of the lab, which makes as many as are wanted.
         allow_code_execution: Whether code that the model wrote may run.
         isolation: The weakest level of isolation that it may run at (see `infopo.evaluation.sandbox`).
@@ -72,6 +73,11 @@ def verifier_named(
     if name in TASKS:
         return _of_task(name, limit, isolation if allow_code_execution else None)
     kind, colon, rest = name.partition(":")
+    if kind == "judge" and rest:
+        raise ConfigError(
+            f"--verifier {name}: says who judges and not how; expected a JudgeSettings beside it: "
+            f"infopo.workflows.pairs.pairs(..., judge=JudgeSettings({rest!r}))"
+        )
     if kind == "reward" and rest:
         return _of_reward(name, rest)
     if colon and rest.isidentifier():

@@ -202,6 +202,10 @@ def marker_of(
     Raises:
         ConfigError: There is no such verifier, or it may not run.
     """
+    if judge is not None and verifier != f"judge:{judge.judge}":
+        raise ConfigError(
+            f"--verifier: expected judge:{judge.judge} beside settings of a judge, got {verifier!r}"
+        )
     if judge is not None:
         return judge_verifier(judge, folder, settings.num_samples)
     return verifier_named(
