@@ -80,8 +80,8 @@ def compare_scores(
         (3, 1, 0, 0.333, 1.0)
     """
     shared = [item for item in a if item in b and a[item] and b[item]]
-    mean_a = np.array([_mean(a[item]) for item in shared])
-    mean_b = np.array([_mean(b[item]) for item in shared])
+    mean_a = np.array([mean_score(a[item]) for item in shared])
+    mean_b = np.array([mean_score(b[item]) for item in shared])
     differences = mean_a - mean_b
     n = len(shared)
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
@@ -101,6 +101,16 @@ def compare_scores(
         p = sign_flips(differences, seed=seed)
         smallest, test = smallest_mean(differences), "sign flips"
     return Paired(n, samples, *ends, ends[0] - ends[1], interval, p, wins, losses, smallest, test)
+
+
+def mean_score(scores: Sequence[float]) -> float:
+    """Returns the mean of one or more scores, as the samples of an item have them, whatever their order.
+
+    Example:
+        >>> mean_score([0.1] * 10)
+        0.1
+    """
+    return math.fsum(scores) / len(scores)
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -431,7 +441,3 @@ def smallest_mean(differences: npt.ArrayLike, *, power: float = POWER, alpha: fl
         return None
     factor = float(special.ndtri(1 - alpha / 2) + special.ndtri(power))
     return factor * spread / math.sqrt(len(values))
-
-
-def _mean(scores: Sequence[float]) -> float:
-    return math.fsum(scores) / len(scores)

@@ -1,13 +1,12 @@
 """Comparisons of contenders, task by task: what is paired, what is refused, what is said. Imports no torch."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from infopo.errors import ConfigError, DataError
 from infopo.evaluation.contenders import Contender, Scored
 from infopo.output import counted
-from infopo.paired import ALPHA, Paired, compare_scores, holm
+from infopo.paired import ALPHA, Paired, compare_scores, holm, mean_score
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _row(first: Contender, other: Contender, task: str, seed: int) -> Row:
         a, b = _without(a, otherwise), _without(b, otherwise)
         shared = [item for item in a.scores if item in b.scores]
     found = compare_scores(a.scores, b.scores, seed)
-    mean = {item: (_mean(a.scores[item]), _mean(b.scores[item])) for item in shared}
+    mean = {item: (mean_score(a.scores[item]), mean_score(b.scores[item])) for item in shared}
     return Row(
         first.name,
         other.name,
@@ -224,7 +223,3 @@ def p_text(value: float) -> str:
         ('0.012', '4e-07')
     """
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value > 0 else "0"
-
-
-def _mean(scores: Sequence[float]) -> float:
-    return math.fsum(scores) / len(scores)

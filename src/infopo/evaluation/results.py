@@ -289,7 +289,8 @@ def refuse_smaller(folder: Path, model: Mapping[str, Any], sizes: Mapping[str, t
     Raises:
         ConfigError: A task has more items or samples there.
     """
-    for name, task in _earlier_of(folder, model).items():
+    earlier, is_same = _earlier(folder, model)
+    for name, task in earlier.items() if is_same else ():
         asked = next(
             (key for key in sizes if name == key or ("harness" in task and name.startswith(f"{key}_"))), ""
         )
@@ -319,14 +320,13 @@ def replaced_lines(folder: Path, record: Record) -> list[str]:
     ]
 
 
-def _earlier_of(folder: Path, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tasks of the evaluation in a folder if it is of the same model, by name."""
-    earlier = read_object(folder / EVALUATION)
-    if earlier is None or earlier.get("schema_version") != SCHEMA_VERSION:
-        return {}
-    before, tasks = earlier.get("model") or {}, earlier.get("tasks")
-    is_same = all(before.get(key) == model.get(key) for key in ("weights", "sha256", "server"))
-    return tasks if is_same and isinstance(tasks, dict) else {}
+def _earlier(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Returns the tasks of the evaluation in a folder by name, and whether it is of the same model."""
+    record = read_object(folder / EVALUATION) or {}
+    before, tasks = record.get("model") or {}, record.get("tasks")
+    if record.get("schema_version") != SCHEMA_VERSION or not isinstance(tasks, dict):
+        return {}, False
+    return tasks, all(before.get(key) == model.get(key) for key in ("weights", "sha256", "server"))
 
 
 def with_earlier_tasks(
@@ -338,13 +338,9 @@ def with_earlier_tasks(
         The record, the responses, and the names of tasks that are dropped, because the model is not known to be the
         same, or their responses cannot be read.
     """
-    earlier = read_object(folder / EVALUATION)
-    if earlier is None or earlier.get("schema_version") != SCHEMA_VERSION:
-        return record, list(responses), []
-    others = {name: task for name, task in earlier.get("tasks", {}).items() if name not in record["tasks"]}
-    same = ("weights", "sha256", "server")
-    before = earlier.get("model") or {}
-    if any(before.get(key) != record["model"].get(key) for key in same):
+    earlier, is_same = _earlier(folder, record["model"])
+    others = {name: task for name, task in earlier.items() if name not in record["tasks"]}
+    if not is_same:
         return record, list(responses), sorted(others)
     try:
         kept = [each for each in read_items(folder / ITEMS) if each.task in others]

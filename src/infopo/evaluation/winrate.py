@@ -1,6 +1,5 @@
 """Win rates: what both orders of a judge add up to, with intervals over prompts. Imports no torch."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from scipy import special
 
 from infopo.evaluation.judge import Judge, Judgements, Question, messages, verdict
 from infopo.intervals import wilson
-from infopo.paired import mean_interval, sign_flips, smallest_mean, varies
+from infopo.paired import mean_interval, mean_score, sign_flips, smallest_mean, varies
 
 RIDGE = 0.01
 """Weight of the squares of θ and φ, which keeps them finite if one side wins everything."""
@@ -113,7 +112,7 @@ def win_rate(duels: Sequence[Duel], outcomes: Sequence[Outcome], seed: int = 0) 
     scores: dict[str, list[float]] = {}
     for duel, score in kept:
         scores.setdefault(duel.item, []).append(score)
-    means = np.array([math.fsum(each) / len(each) for each in scores.values()])
+    means = np.array([mean_score(each) for each in scores.values()])
     decided = [(len(duel.a) - len(duel.b), score) for duel, score in kept if score != 0.5]
     longer = [float((delta > 0) == (score == 1)) for delta, score in decided if delta]
     return {
