@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infopo.cli import main
+from infopo.evaluation.grading import graded
 from infopo.evaluation.items import Mark
 from infopo.evaluation.lab_task import lab_task
 from infopo.evaluation.pass_at_k import pass_at_k
@@ -129,9 +131,65 @@ def test_given_responses_are_matched_and_marked(
 
 
 @pytest.mark.parametrize(
+    ("suffix", "written"),
+    [
+        (".jsonl", lambda rows: "".join(json.dumps(row) + "\n" for row in rows)),
+        (
+            ".csv",
+            lambda rows: (
+                "item,response,finished\n" + "".join(",".join(map(str, r.values())) + "\n" for r in rows)
+            ),
+        ),
+    ],
+)
+def test_a_given_response_that_was_cut_off_is_marked_as_one(
+    tmp_path: Path, suffix: str, written: Callable[[list[dict[str, object]]], str]
+) -> None:
+    """`numeric` reads a number without a marker from a finished response only, as of one that was drawn."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{n}?", "answer": "#### 7"}) + "\n" for n in range(2)))
+    path = tmp_path / f"responses{suffix}"
+    rows: list[dict[str, object]] = [
+        {"item": f"gsm8k/{n}", "response": "It is 7", "finished": finished}
+        for n, finished in enumerate([True, False])
+    ]
+    path.write_text(written(rows))
+    out = tmp_path / "out"
+    assert run("--responses", path, "--data", data, "--output", out, tasks="gsm8k") == 0
+    found = read_evaluation(out)
+    marks = [
+        (each.finished, each.marks["numeric"].correct, each.marks["numeric"].note) for each in found.responses
+    ]
+    assert marks == [(True, True, None), (False, False, "unfinished")]
+    assert found.record["tasks"]["gsm8k"]["finished_share"] == 0.5
+    graded_scores = graded(path, "gsm8k", "numeric", {"gsm8k": str(data)}).scores
+    assert graded_scores == {"gsm8k/0": [1.0], "gsm8k/1": [0.0]}
+
+
+def test_samples_of_given_responses_are_counted(tmp_path: Path) -> None:
+    """Of items with more and with fewer, each has the fewest."""
+    path = tmp_path / "responses.jsonl"
+    rows = [{"item": f"lab/{n}", "response": ["Answer: 7"] * (3 + n % 2)} for n in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--responses", path, "--output", tmp_path / "out") == 0
+    record = read_evaluation(tmp_path / "out").record
+    task = record["tasks"]["lab"]
+    assert (task["items"], task["samples"], task["rules"]["lab"]["n"]) == (5, 3, 17)
+    assert "temperature" not in record["settings"], "nothing was drawn"
+
+
+@pytest.mark.parametrize(
     ("rows", "problem"),
     [
         ([{"item": "lab/0"}], "expected a column"),
+        (
+            [{"item": "lab/0", "response": "7", "finished": "maybe"}],
+            r"responses\.jsonl:1.*finished: expected true",
+        ),
+        (
+            [{"item": "lab/0", "response": ["7", "8"], "finished": [True]}],
+            "finished: expected true or false, or 2",
+        ),
         ([{"item": "lab/0", "response": {"a": 1}}], r"responses\.jsonl:1.*expected a text"),
         (
             [{"item": "lab/0", "response": "7"}, {"item": "lab/1", "reply": "7"}],
@@ -171,8 +229,8 @@ def test_responses_that_cannot_be_matched_are_named(
         (["lab:policy", "--tasks", "lab,lab"], "named twice"),
         (["lab:policy", "--tasks", "lab", "--limit", "0"], "--limit"),
         (["lab:policy", "--tasks", "lab", "--num-samples", "2", "--temperature", "0"], "--temperature above 0"),
-        (["lab:policy", "--tasks", "lab", "--temperature", "nan"], "temperature"),
-        (["lab:policy", "--tasks", "lab", "--top-p", "1.5"], "top_p"),
+        (["lab:policy", "--tasks", "lab", "--temperature", "nan"], "--temperature: expected"),
+        (["lab:policy", "--tasks", "lab", "--top-p", "1.5"], "--top-p: expected"),
         (["lab:policy", "--tasks", "lab", "--seed", "-1"], "--seed"),
         (["lab:policy", "--tasks", "lab", "--shard", "3/2"], "--shard"),
         (["lab:policy", "--tasks", "lab", "--num-fewshot", "3"], "--num-fewshot"),

@@ -58,6 +58,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["rounds.temperature=0"], "rounds.temperature: expected a finite number above 0"),
         (["rounds.temperature=.nan"], "rounds.temperature: expected a finite number above 0"),
         (["rounds.top_p=2"], "rounds.top_p: expected a number in (0, 1]"),
+        (["rounds.judge_model=big"], "rounds.judge_model: does not apply to the verifier lab"),
+        (
+            ["rounds.rule=lists", "rounds.pairs_per_prompt=2"],
+            "rounds.pairs_per_prompt: does not apply to the rule",
+        ),
         (["rounds.seed=4294967295"], "rounds.seed: expected a number below 2**32"),
         (["output_dir=other"], "other holds a run of its own"),
         (["rounds.rule=best"], "rounds.rule: expected one of random"),

@@ -98,6 +98,12 @@ class RoundsSettings(Settings):
             yield "top_p", f"expected a number in (0, 1], got {given.top_p}"
         if numbers.get("seed", 0) + numbers.get("number", 1) > 2**32:
             yield "seed", f"expected a number below 2**32 with one more for each round, got {given.seed}"
+        if given.judge_model is not None and not str(given.verifier).startswith(
+            ("judge:http://", "judge:https://")
+        ):
+            yield "judge_model", f"does not apply to the verifier {given.verifier}, only to judge:URL"
+        if given.rule == "lists" and given.pairs_per_prompt != 1:
+            yield "pairs_per_prompt", "does not apply to the rule lists, which takes all in one row"
         number, slice_, limit = given.number, given.prompts_per_round, given.limit
         if all(isinstance(each, int) for each in (number, slice_, limit)) and number * slice_ > limit:
             yield (

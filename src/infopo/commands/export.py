@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from infopo.commands.shared import importing
+from infopo.commands.shared import importing, refuse_unread
 
 
 def add(commands: Any) -> None:
@@ -30,6 +30,8 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.push_to_hub is None:
+        refuse_unread(arguments, ("private",), "an export that no --push-to-hub uploads")
     with importing():
         from infopo.workflows.export import export
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from infopo.commands.shared import add_subject, importing
+from infopo.commands.shared import add_subject, importing, served
 
 
 def add(commands: Any) -> None:
@@ -53,14 +53,10 @@ _SETTINGS = (
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from infopo.evaluation.server import ServerSettings
     from infopo.evaluation.settings import EvaluationSettings
 
-    server = None
-    if arguments.server is not None:
-        server = ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
     named = {name: getattr(arguments, name) for name in _SETTINGS}
-    settings = EvaluationSettings(tasks=["generate"], server=server, **named)
+    settings = EvaluationSettings(tasks=["generate"], server=served(arguments), **named)
     with importing():
         from infopo.workflows.generate import generate
 

@@ -9,6 +9,7 @@ from infopo.commands.shared import (
     add_shard,
     add_subject,
     importing,
+    refuse_unread,
     sampling_settings,
 )
 
@@ -103,6 +104,8 @@ def _add_pairing(pairs: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.samples is not None:
+        refuse_unread(arguments, ("num_generations",), "--samples, of which all are paired")
     settings = sampling_settings(arguments, [arguments.verifier], num_samples=arguments.num_generations)
     from infopo.evaluation.pairing import PairingSettings
     from infopo.workflows.ask_judge import JudgeSettings
@@ -111,7 +114,9 @@ def _run(arguments: argparse.Namespace) -> None:
         from infopo.workflows.pairs import pairs
 
     judge = None
-    if arguments.verifier.startswith("judge:"):
+    if not arguments.verifier.startswith("judge:"):
+        refuse_unread(arguments, ("judge_model", "template"), f"the verifier {arguments.verifier}")
+    else:
         target = arguments.verifier.removeprefix("judge:")
         judge = JudgeSettings(target, arguments.judge_model, arguments.template, yes=arguments.yes)
     pairing = PairingSettings(**{name: getattr(arguments, name) for name in _PAIRING})

@@ -47,6 +47,31 @@ def tasks_and_data(arguments: argparse.Namespace) -> tuple[list[str], dict[str, 
     return tasks, data
 
 
+def refuse_unread(arguments: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    """Ends with an error if one of these arguments was given, to which nothing applies that the command does.
+
+    Args:
+        arguments: What was parsed.
+        names: Names of arguments. One that has its default is taken for not given.
+        where: To what they do not apply.
+    """
+    parser = arguments.parser
+    given = [name for name in names if getattr(arguments, name) != parser.get_default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"{options}: {'does' if len(given) == 1 else 'do'} not apply to {where}")
+
+
+def served(arguments: argparse.Namespace) -> Any:
+    """Returns the ServerSettings of a command that takes `add_subject`, or None if the model is loaded."""
+    from infopo.evaluation.server import ServerSettings
+
+    if arguments.server is None:
+        refuse_unread(arguments, ("concurrency",), "a model that no --server serves")
+        return None
+    return ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
+
+
 def add_subject(command: argparse.ArgumentParser) -> None:
     """Adds the model that is asked, here or on a server."""
     command.add_argument(
@@ -145,14 +170,10 @@ def sampling_settings(arguments: argparse.Namespace, tasks: Sequence[str], **oth
         others: Settings that have no argument above.
     """
     shard = _shard(arguments.shard, arguments.parser)
-    from infopo.evaluation.server import ServerSettings
     from infopo.evaluation.settings import EvaluationSettings
 
-    server = None
-    if arguments.server is not None:
-        server = ServerSettings(arguments.server, arguments.model, concurrency=arguments.concurrency)
     named = {name: getattr(arguments, name) for name in _SAMPLING}
-    return EvaluationSettings(tasks=tasks, shard=shard, server=server, **named, **others)
+    return EvaluationSettings(tasks=tasks, shard=shard, server=served(arguments), **named, **others)
 
 
 def _shard(text: str | None, parser: argparse.ArgumentParser) -> tuple[int, int] | None:

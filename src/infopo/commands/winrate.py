@@ -3,10 +3,13 @@
 import argparse
 from typing import Any
 
-from infopo.commands.shared import importing
+from infopo.commands.shared import importing, refuse_unread
 
 _JUDGE = ("template", "key_variable", "concurrency", "per_minute", "timeout", "answer_tokens", "yes")
 """Arguments that are settings of a judge under the same names."""
+
+_OF_SIDES = ("prompts", "max_new_tokens", "temperature", "seed")
+"""Arguments that are of A and B alone."""
 
 
 def add(commands: Any) -> None:
@@ -92,6 +95,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.b is None
     ):
         arguments.parser.error("expected A and B, or --calibrate FILE")
+    if arguments.calibrate is not None:
+        refuse_unread(arguments, _OF_SIDES, "--calibrate")
     from infopo.workflows.ask_judge import JudgeSettings
 
     judge = JudgeSettings(

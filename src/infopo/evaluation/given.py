@@ -15,6 +15,12 @@ IDS = ("item", "id", "task_id", "question_id", "idx")
 TEXTS = ("response", "output", "completion", "generation", "answer", "text")
 PROMPTS = ("prompt", "question", "instruction")
 
+FINISHED = "finished"
+"""Column that says of a response whether the model ended it itself, as `infopo generate` writes it."""
+
+_YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
+"""What formats without types make of a bool."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -23,10 +29,12 @@ class Given:
     Attributes:
         item: The item.
         responses: One or more, in the order of the file.
+        finished: Whether the model ended each of them itself. Those of which the file does not say it are taken to be.
     """
 
     item: Item
     responses: Sequence[str]
+    finished: Sequence[bool]
 
 
 def given_responses(path: Path, task: str, items: Sequence[Item]) -> tuple[list[Given], str]:
@@ -35,7 +43,8 @@ def given_responses(path: Path, task: str, items: Sequence[Item]) -> tuple[list[
     A row has the response as `response`, `output`, `completion`, `generation`, `answer` or `text` (a text, or a list of
     samples), and says what it answers by the item's id (`item`, `id`, `task_id`, ...), with or without the task's name
     before it, or by the question itself (`prompt`, `question`, `instruction`). Rows that say neither are taken in the
-    order of the items, if there are as many. A row with another `task` is left out.
+    order of the items, if there are as many. A row with another `task` is left out. A response with `finished: false`
+    was cut off.
 
     Returns:
         Items with their responses, and how they were matched: "id", "prompt" or "order".
@@ -60,13 +69,15 @@ def given_responses(path: Path, task: str, items: Sequence[Item]) -> tuple[list[
             "no response",
         )
     places, how = _places(path, task, items, rows, id_field, prompt_field)
-    found: dict[int, list[str]] = {}
+    found: dict[int, list[tuple[str, bool]]] = {}
     for (row_id, row), place in zip(rows, places, strict=True):
-        found.setdefault(place, []).extend(_texts(row.get(text_field), text_field, row_id))
-    return [Given(items[place], found[place]) for place in sorted(found)], how
+        texts = _texts(row.get(text_field), text_field, row_id)
+        ends = _finished(row.get(FINISHED), len(texts), row_id)
+        found.setdefault(place, []).extend(zip(texts, ends, strict=True))
+    return [Given(items[place], *map(list, zip(*found[place], strict=True))) for place in sorted(found)], how
 
 
-def as_sample(task: str, item: Item, number: int, text: str) -> Sample:
+def as_sample(task: str, item: Item, number: int, text: str, *, finished: bool) -> Sample:
     """Returns a response from a file in the form of a drawn one, of which less is known."""
     return Sample(
         key="",
@@ -80,7 +91,7 @@ def as_sample(task: str, item: Item, number: int, text: str) -> Sample:
         text=text,
         token_ids=(),
         tokens=None,
-        finished=True,
+        finished=finished,
         logp=None,
     )
 
@@ -99,6 +110,19 @@ def _texts(value: Any, field: str, row_id: str) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{field}: expected a text or a list of texts, got {value!r:.60}", row_id, "no text")
     return list(texts)
+
+
+def _finished(value: Any, count: int, row_id: str) -> list[bool]:
+    """Returns whether each of a row's responses is finished: one value for all of them, or a list."""
+    values = value if isinstance(value, list) else [value] * count
+    words = [str(True if each is None else each).strip().casefold() for each in values]
+    if len(words) != count or not all(word in (*_YES, *_NO) for word in words):
+        raise DataError(
+            f"{FINISHED}: expected true or false, or {counted(count, 'value')} of these, got {value!r:.60}",
+            row_id,
+            "no bool",
+        )
+    return [word in _YES for word in words]
 
 
 def _places(

@@ -33,7 +33,11 @@ def graded(path: Path, name: str, rule: str | None, data: Mapping[str, str]) -> 
     if chosen not in task.rules:
         raise ConfigError(f"--rule: {name} has no rule {chosen!r}; it has {', '.join(task.rules)}")
     given, _ = given_responses(path, name, task.load(data.get(name)))
-    answered = [Answered(each.item, text) for each in given for text in each.responses]
+    answered = [
+        Answered(each.item, *response)
+        for each in given
+        for response in zip(each.responses, each.finished, strict=True)
+    ]
     scores: dict[str, list[float]] = {}
     for one, mark in zip(answered, task.rules[chosen](answered), strict=True):
         scores.setdefault(one.item.id, []).append(float(mark.correct))

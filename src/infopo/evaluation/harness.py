@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infopo.errors import ConfigError, InfoPOError
 from infopo.evaluation.items import Mark
 from infopo.evaluation.results import Response, gold_text, summary
-from infopo.evaluation.settings import EvaluationSettings
+from infopo.evaluation.settings import EvaluationSettings, unread
 from infopo.evaluation.subjects import LoadedModel, Subject
 from infopo.evaluation.tasks import TASKS
 from infopo.intervals import Z_95, wilson
@@ -95,14 +95,8 @@ def check_harness(names: Sequence[str], settings: EvaluationSettings) -> None:
             "pip install 'infopo[eval]' those of lm-evaluation-harness"
         )
     which = f"{', '.join(names)}, tasks of lm-evaluation-harness"
-    given = {
-        "--server": settings.server, "--shard": settings.shard, "--temperature": settings.temperature,
-        "--max-new-tokens": settings.max_new_tokens, "--num-samples": settings.num_samples > 1,
-        "--top-p": settings.top_p < 1,
-    }  # fmt: skip
-    problems = [
-        f"{name}: does not apply to {which}" for name, value in given.items() if value not in (None, False)
-    ]
+    names_unread = ("server", "shard", "temperature", "max_new_tokens", "num_samples", "top_p")
+    problems = unread(settings, names_unread, which)
     problems += [f"--data: {name} is a task of lm-evaluation-harness, whose data its task file names; give a task file "
                  "of your own with --include-path" for name in names if name in settings.data]  # fmt: skip
     if problems:

@@ -31,6 +31,11 @@ class Law:
             problems.append(f"temperature: expected a finite number of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if self.temperature == 0 and 0 < self.top_p < 1:
+            problems.append(
+                "top_p: does not apply to greedy decoding (temperature 0), which takes the likeliest token; expected 1 "
+                f"or a temperature above 0, got {self.top_p}"
+            )
         if not all(self.stop):
             problems.append("stop: expected texts, got an empty one")
         if problems:

@@ -1,6 +1,7 @@
 """Loads the items of tasks, and marks answers to them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,11 +106,13 @@ def task_record(
         responses: All responses to it.
         logps: Σ log π of each response (nats), for the entropy.
     """
+    by_item = Counter(response.item for response in responses)
     lengths = [response.tokens for response in responses if response.tokens is not None]
     return {
         "headline": each.task.headline,
-        "items": len({response.item for response in responses}),
-        "samples": settings.num_samples,
+        "items": len(by_item),
+        # Files may have more responses to some items than to others.
+        "samples": min(by_item.values(), default=0),
         "data": {"source": each.source, "sha256": each.sha256},
         "rules": {rule: summary(responses, rule) for rule in each.task.rules},
         "tokens_mean": sum(lengths) / len(lengths) if lengths else None,

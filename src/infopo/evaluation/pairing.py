@@ -75,6 +75,10 @@ class PairingSettings:
         for name, rate in (("--min-pass-rate", low), ("--max-pass-rate", high)):
             if rate is not None and not 0 <= rate <= 1:
                 problems.append(f"{name}: expected a share in [0, 1], got {rate}")
+        if self.rule == "lists" and self.pairs_per_prompt != 1:
+            problems.append(
+                "--pairs-per-prompt: does not apply to the rule lists, which takes all in one row"
+            )
         if low is not None and high is not None and low > high:
             problems.append(f"--min-pass-rate: {low} is above --max-pass-rate {high}")
         if problems:
@@ -108,6 +112,9 @@ def pair_up(candidates: Sequence[Candidate], settings: PairingSettings, prompt: 
         settings: The rule and its limits.
         prompt: Id of the prompt, from which (and from the seed) the random numbers follow.
 
+    Raises:
+        ConfigError: Prompts are to be left out by their pass rate, and nothing says what is right.
+
     Example:
         >>> samples = [Candidate(0, "2", True), Candidate(1, "3", False), Candidate(2, "2", True)]
         >>> paired = pair_up(samples, PairingSettings(), "lab/0")
@@ -116,6 +123,10 @@ def pair_up(candidates: Sequence[Candidate], settings: PairingSettings, prompt: 
     """
     is_verified = all(isinstance(each.score, bool) for each in candidates if each.score is not None)
     pass_rate = _pass_rate(candidates, settings.threshold, is_verified)
+    if candidates and pass_rate is None and (settings.min_pass_rate, settings.max_pass_rate) != (None, None):
+        raise ConfigError(
+            "--min-pass-rate, --max-pass-rate: the verifier gives scores; set --threshold, from which one is right"
+        )
     good, poor, left_out = _usable(candidates, settings.reject_unfinished)
 
     def none(why: str) -> Paired:

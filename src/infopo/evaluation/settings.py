@@ -1,7 +1,8 @@
 """How an evaluation is made. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from infopo.errors import ConfigError
 from infopo.evaluation.items import Task
@@ -70,12 +71,66 @@ class EvaluationSettings:
             problems.append(f"--seed: expected a number in [0, 2**32), got {self.seed}")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             problems.append(f"--shard: expected I/N with 1 <= I <= N, got {self.shard[0]}/{self.shard[1]}")
+        try:
+            Law(1, self._temperature, self.top_p)
+        except ConfigError as error:
+            problems += [f"--{each.replace('_', '-', 1)}" for each in error.problems]
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def _temperature(self) -> float:
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.num_samples == 1 else 1.0
+
     def law(self, task: Task, stop: tuple[str, ...]) -> Law:
         """Returns the distribution that answers to a task are drawn from."""
-        temperature = self.temperature
-        if temperature is None:
-            temperature = 0.0 if self.num_samples == 1 else 1.0
-        return Law(self.max_new_tokens or task.max_new_tokens, temperature, self.top_p, stop)
+        return Law(self.max_new_tokens or task.max_new_tokens, self._temperature, self.top_p, stop)
+
+
+DRAWING = (
+    "num_samples", "temperature", "top_p", "max_new_tokens", "prompting", "num_fewshot", "batch_size", "dtype", "shard",
+)  # fmt: skip
+"""Settings of how responses are drawn, which nothing reads of responses that are there."""
+
+LOADING = ("batch_size", "dtype")
+"""Settings of a model that is loaded, which nothing reads of one behind a server."""
+
+
+def unread(
+    settings: Any, names: Collection[str], where: str, usual: Mapping[str, Collection[Any]] | None = None
+) -> list[str]:
+    """Returns a problem for each setting that differs from its default though nothing would read it.
+
+    A setting that is accepted and ignored is recorded with a result that it did not make.
+
+    Args:
+        settings: A dataclass of settings, whose fields are named as the options of commands.
+        names: Names of the fields that are not read.
+        where: To what they do not apply.
+        usual: Further values of fields that say nothing, as the default of a command.
+
+    Example:
+        >>> unread(EvaluationSettings(["lab"], top_p=0.5, temperature=1.0), DRAWING, "answers.jsonl")
+        ['--temperature: does not apply to answers.jsonl', '--top-p: does not apply to answers.jsonl']
+    """
+    found = []
+    for each in fields(settings):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        said = getattr(settings, each.name) not in (default, *(usual or {}).get(each.name, ()))
+        if each.name in names and said:
+            found.append(f"--{each.name.replace('_', '-')}: does not apply to {where}")
+    return found
+
+
+def refuse_unread(
+    settings: Any, names: Collection[str], where: str, usual: Mapping[str, Collection[Any]] | None = None
+) -> None:
+    """Refuses settings that nothing would read (see `unread`).
+
+    Raises:
+        ConfigError: There are some. Names all of them.
+    """
+    if problems := unread(settings, names, where, usual):
+        raise ConfigError(problems)

@@ -18,6 +18,7 @@ from infopo.evaluation.judge import (
     verdict,
 )
 from infopo.evaluation.server import KEY_VARIABLE, ServedModel, ServerSettings
+from infopo.evaluation.settings import unread
 from infopo.evaluation.winrate import Duel, Outcome, is_identical, judged
 from infopo.output import counted, get_logger, say
 
@@ -25,6 +26,12 @@ log = get_logger(__name__)
 
 CHARACTERS_A_TOKEN = 4
 """For the estimate of tokens before anything is asked."""
+
+
+_OF_SERVER = (
+    "model", "key_variable", "concurrency", "per_minute", "timeout", "retries", "answer_tokens", "prices",
+)  # fmt: skip
+"""Settings of a judge behind a server. `yes` is not among them: it allows what need not come to be asked."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,13 @@ class JudgeSettings:
             raise ConfigError(f"--template: expected one of {', '.join(TEMPLATES)}, got {self.template!r}")
         if self.answer_tokens < 1:
             raise ConfigError(f"--answer-tokens: expected at least 1, got {self.answer_tokens}")
-        if not self.is_server and ":" not in self.judge:
+        if self.is_server:
+            return
+        if ":" not in self.judge:
             raise ConfigError(f"--judge: expected a URL or MODULE:FUNCTION, got {self.judge!r}")
+        where = f"{self.judge}, a function"
+        if problems := [each.replace("--model", "--judge-model") for each in unread(self, _OF_SERVER, where)]:
+            raise ConfigError(problems)
 
     @property
     def is_server(self) -> bool:
@@ -84,6 +96,18 @@ class JudgeSettings:
             retries=self.retries,
         )
         return ServedJudge(ServedModel(server), self.answer_tokens)
+
+
+def refuse_arguments(format: str, formats: Sequence[str], limit: int | None) -> None:
+    """Refuses a format that is none of these, and a limit that leaves nothing, before anything is asked.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    if format not in formats:
+        raise ConfigError(f"--format: expected one of {', '.join(formats)}, got {format!r}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit: expected at least 1, got {limit}")
 
 
 def run_judge(

@@ -14,7 +14,9 @@ from infopo.output import say
 from infopo.preflight import check_writable
 from infopo.provenance import environment
 from infopo.runs import to_json, write_json_atomic
-from infopo.workflows.ask_judge import JudgeSettings, refuse_without_verdicts, run_judge
+from infopo.workflows.ask_judge import JudgeSettings, refuse_arguments, refuse_without_verdicts, run_judge
+
+FORMATS = ("markdown", "json")
 
 
 def calibrate(
@@ -36,10 +38,11 @@ def calibrate(
         format: "markdown" or "json".
 
     Raises:
-        ConfigError: Nobody has agreed to the cost, or the judge decides no pair.
+        ConfigError: A setting is wrong, nobody has agreed to the cost, or the judge decides no pair.
         DataError: A row has other columns.
         ServerError: The judge does not answer. What it has answered is kept.
     """
+    refuse_arguments(format, FORMATS, limit)
     folder = Path(output) if output is not None else Path("infopo-winrate") / "calibration"
     check_writable(folder, "--output")
     duels, people = read_votes(votes)

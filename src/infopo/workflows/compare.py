@@ -51,17 +51,26 @@ def compare(
         raise ConfigError("expected two or more to compare, got one")
     if format not in FORMATS:
         raise ConfigError(f"--format: expected {' or '.join(FORMATS)}, got {format!r}")
+    if format == "json" and items != SHOWN_ITEMS:
+        raise ConfigError("--items: does not apply to --format json, which lists all")
     if output is not None:
         check_output(Path(output))
         refuse_what_is_read(Path(output), sources)
+
+    graded_tasks = set()
 
     def grade(path: Path, task: str, by: str | None) -> Scored:
         # Tasks load torch, which comparisons of what is marked already do not need.
         from infopo.evaluation.grading import graded
 
+        graded_tasks.add(task)
         return graded(path, task, by, data or {})
 
     contenders = [read_contender(source, tasks, rule, grade) for source in sources]
+    if unused := sorted(set(data or {}) - graded_tasks):
+        raise ConfigError(
+            f"--data: no file of responses is graded by {', '.join(unused)}; all have scores already"
+        )
     rows = comparisons(contenders, seed)
     notes = [each.note for each in contenders if each.note]
     text = as_json(rows, notes) if format == "json" else "\n".join([*as_markdown(rows, notes, items), ""])

@@ -29,7 +29,7 @@ from infopo.evaluation.results import (
 )
 from infopo.evaluation.samples import SampleStore
 from infopo.evaluation.server import ServerSettings
-from infopo.evaluation.settings import EvaluationSettings
+from infopo.evaluation.settings import DRAWING, LOADING, EvaluationSettings, unread
 from infopo.evaluation.subjects import LoadedModel, ServedSubject, Subject
 from infopo.evaluation.tasks import TASKS
 from infopo.model_card import refresh
@@ -68,6 +68,7 @@ def evaluate(
     """
     if (model is None and settings.server is None) == (responses is None):
         raise ConfigError("expected either a model (or --server URL) or --responses FILE")
+    _refuse_unread(settings, responses)
     own = [name for name in settings.tasks if name in TASKS]
     standard = Standard.of([name for name in settings.tasks if name not in TASKS], settings, responses)
     name = model or (settings.server.url if settings.server is not None else str(responses))
@@ -86,6 +87,25 @@ def evaluate(
     ):
         say(f"{Path(model) / 'README.md'}: results are in the model card")
     return found
+
+
+def _refuse_unread(settings: EvaluationSettings, responses: object) -> None:
+    """Refuses settings that are not read of what is evaluated.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    problems = []
+    if responses is not None:
+        problems += unread(settings, DRAWING, "responses of a file, which are marked as they are")
+    elif settings.server is not None:
+        problems += unread(settings, LOADING, "a model behind a server")
+    if set(settings.tasks) <= set(TASKS):
+        problems += unread(
+            settings, ("include_path",), f"{', '.join(settings.tasks)}, but to lm-evaluation-harness's tasks"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _of_model(
@@ -191,9 +211,9 @@ def _of_responses(path: Path, loaded: Sequence[Loaded], settings: EvaluationSett
     for each in loaded:
         given, how = given_responses(path, each.task.name, each.items)
         answered = [
-            (one.item, as_sample(each.task.name, one.item, number, text))
+            (one.item, as_sample(each.task.name, one.item, number, text, finished=finished))
             for one in given
-            for number, text in enumerate(one.responses)
+            for number, (text, finished) in enumerate(zip(one.responses, one.finished, strict=True))
         ]
         responses = marked(each.task, answered)
         found[each.task.name] = task_record(each, settings, responses) | {"matched_by": how}
@@ -204,8 +224,8 @@ def _of_responses(path: Path, loaded: Sequence[Loaded], settings: EvaluationSett
         )
         all_responses += responses
     about = {"name": str(path), "weights": None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    refuse_smaller(folder, about, {name: (task["items"], 1) for name, task in found.items()})
-    return _write(folder, about, settings, found, all_responses)
+    refuse_smaller(folder, about, {name: (task["items"], task["samples"]) for name, task in found.items()})
+    return _write(folder, about, settings, found, all_responses, unused=DRAWING)
 
 
 def _hash_of_all(needed: Sequence[Wanted]) -> str:
@@ -220,10 +240,11 @@ def _write(
     found: Mapping[str, Record],
     responses: Sequence[Response],
     groups: Mapping[str, Record] | None = None,
+    unused: Sequence[str] = (),
 ) -> Path:
     record = {
         "model": about,
-        "settings": asdict(settings),
+        "settings": {key: value for key, value in asdict(settings).items() if key not in unused},
         "environment": environment(seed=settings.seed),
         "tasks": found,
         **({"groups": groups} if groups else {}),

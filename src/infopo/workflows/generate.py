@@ -18,7 +18,7 @@ from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.questions import prompts_in, with_system
 from infopo.evaluation.samples import Sample, SampleStore
 from infopo.evaluation.server import ServerSettings
-from infopo.evaluation.settings import EvaluationSettings
+from infopo.evaluation.settings import LOADING, EvaluationSettings, unread
 from infopo.evaluation.subjects import Subject
 from infopo.output import counted, say
 from infopo.preflight import check_writable
@@ -66,14 +66,16 @@ def generate(
     """
     if model is None and settings.server is None:
         raise ConfigError("MODEL: expected a model, or --server URL")
+    _refuse_unread(settings, against)
     path = _output_file(output)
     if path is not None:
         for each in (path, *([_second(path)] if against is not None else [])):
             refuse_foreign(each, (_store(path),), (file,))
     items = _items(prompts, file, system, settings.limit)
     own = replace(settings, server=None)
-    if against is not None and against.startswith(("http://", "https://")):
-        own = replace(settings, server=ServerSettings(against))
+    if against is not None and _is_url(against):
+        server = settings.server or ServerSettings(against)
+        own = replace(settings, server=ServerSettings(against, concurrency=server.concurrency))
     sides: list[tuple[str | None, EvaluationSettings]] = [(model, settings)]
     sides += [(None if own.server else against, own)] if against is not None else []
     found: list[tuple[str, list[Answer]]] = []
@@ -86,6 +88,24 @@ def generate(
     else:
         _write(found, path, system)
     return [[sample for _, sample in side] for _, side in found]
+
+
+def _refuse_unread(settings: EvaluationSettings, against: str | None) -> None:
+    """Refuses settings that are not read of any of the models.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    unused = ("data", "num_fewshot", "shard", "include_path", "allow_code_execution")
+    problems = unread(settings, unused, "prompts that are answered and not marked")
+    if settings.server is not None and (against is None or _is_url(against)):
+        problems += unread(settings, LOADING, "models behind a server")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
 
 
 def _store(path: Path) -> Path:

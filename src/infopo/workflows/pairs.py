@@ -18,7 +18,7 @@ from infopo.evaluation.items import Answered, Item, shown_text
 from infopo.evaluation.pairing import Candidate, Paired, PairingSettings, pair_up
 from infopo.evaluation.prompting import Prompts
 from infopo.evaluation.samples import Sample, SampleStore, samples_by_item
-from infopo.evaluation.settings import EvaluationSettings
+from infopo.evaluation.settings import DRAWING, LOADING, EvaluationSettings, unread
 from infopo.evaluation.subjects import Subject
 from infopo.evaluation.verifiers import Verifier, verifier_named
 from infopo.output import counted, say
@@ -122,7 +122,7 @@ def pairs(
     Args:
         model: Local folder, adapter, run directory, hub name, `lab:policy`, or the name of a served model.
         verifier: What marks samples (`verifier_named`).
-        settings: How samples are drawn. `tasks` and `data` are not used.
+        settings: How samples are drawn. `tasks` is not used, and of `samples` neither is `num_samples`.
         pairing: How samples become pairs.
         prompts: A file or hub name with prompts, or `lab`.
         skip: Number of prompts at the front that are left out. `settings.limit` counts those after them.
@@ -140,7 +140,8 @@ def pairs(
     """
     if (model is None and settings.server is None) == (samples is None):
         raise ConfigError("expected either a model (or --server URL) or --samples FILE")
-    if settings.num_samples < 2:
+    _refuse_unread(settings, samples)
+    if settings.num_samples < 2 and samples is None:
         raise ConfigError(f"--num-generations: expected at least 2, got {settings.num_samples}")
     if settings.temperature == 0:
         raise ConfigError("--temperature: greedy decoding has one response; expected a number above 0")
@@ -180,6 +181,24 @@ def pairs(
             )
             return folder
         return _write(output, groups, marker, pairing, origin, settings, prompts, items)
+
+
+def _refuse_unread(settings: EvaluationSettings, samples: object) -> None:
+    """Refuses settings that are not read of what is paired.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    problems = unread(settings, ("data", "include_path"), "pairs, whose verifier marks --prompts")
+    if samples is not None:
+        drawing = [name for name in DRAWING if name != "num_samples"]
+        problems += unread(
+            settings, drawing, "--samples, which are paired as they are", {"temperature": [1.0]}
+        )
+    elif settings.server is not None:
+        problems += unread(settings, LOADING, "a model behind a server")
+    if problems:
+        raise ConfigError(problems)
 
 
 def marker_of(

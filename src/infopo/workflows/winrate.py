@@ -22,12 +22,13 @@ from infopo.evaluation.duels import (
 from infopo.evaluation.items import Item
 from infopo.evaluation.judge import Judgements
 from infopo.evaluation.server import ServerSettings
+from infopo.evaluation.settings import refuse_unread
 from infopo.evaluation.winrate import Duel, Outcome, win_rate
 from infopo.output import counted, say
 from infopo.preflight import check_writable
 from infopo.provenance import environment
 from infopo.runs import read_object, to_json, write_json_atomic, write_text_atomic
-from infopo.workflows.ask_judge import JudgeSettings, refuse_without_verdicts, run_judge
+from infopo.workflows.ask_judge import JudgeSettings, refuse_arguments, refuse_without_verdicts, run_judge
 
 FORMATS = ("markdown", "json", "alpaca_eval")
 
@@ -85,11 +86,10 @@ def winrate(
         DataError: Prompts and responses do not match.
         ServerError: The judge does not answer. What it has answered is kept.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit: expected at least 1, got {limit}")
+    refuse_arguments(format, FORMATS, limit)
     sampling = sampling or SamplingSettings()
+    if all(has_responses(side) or is_side(side) for side in (a, b)):
+        refuse_unread(sampling, ("max_new_tokens", "temperature"), f"{a} and {b}, whose responses are there")
     folder = Path(output) if output is not None else Path("infopo-winrate") / f"{_name(a)}-against-{_name(b)}"
     check_writable(folder, "--output")
     items, answers = _both_sides(a, b, prompts, sampling, limit, folder)
