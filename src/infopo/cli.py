@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from infopo import __version__
 from infopo.commands import (
@@ -33,6 +33,7 @@ from infopo.commands import (
     train,
     winrate,
 )
+from infopo.durable import with_home
 from infopo.errors import InfoPOError
 from infopo.output import say, shown
 from infopo.secrets import masked_argument
@@ -77,10 +78,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "run" not in arguments:
         parser.print_help(sys.stderr)
         return EXIT_INPUT_AT_FAULT
+    _replace_home(arguments)
     status = _run(arguments)
     if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         _end_process(status)
     return status
+
+
+def _replace_home(arguments: argparse.Namespace) -> None:
+    """Replaces `~` at the beginning of what is no text for a model, since no shell does behind `--option=`."""
+    for name, value in vars(arguments).items():
+        if name in ("prompt", "system"):
+            continue
+        if isinstance(value, str):
+            setattr(arguments, name, with_home(value))
+        elif isinstance(value, list):
+            setattr(arguments, name, [_home_in(each) for each in value])
+
+
+def _home_in(value: Any) -> Any:
+    """Returns one of several values with its `~` replaced, which may stand behind `TASK=`."""
+    if not isinstance(value, str):
+        return value
+    key, equals, path = value.rpartition("=")
+    return f"{key}{equals}{with_home(path)}" if key.isidentifier() or not equals else with_home(value)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from types import NoneType, SimpleNamespace
 from typing import Any
 
 from infopo.catalog import REFERENCE_MODES, suggestion
+from infopo.durable import with_home
 from infopo.errors import ConfigError
 from infopo.losses import foreign
 from infopo.losses.catalog import OBJECTIVES
@@ -219,6 +220,7 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
     """
     # Secrets are learned before any value can be part of a message.
     learn(tree)
+    tree = _with_home(tree)
     homes = _homes(train_fields)
     _refuse_unknown(tree, [f.name for f in fields(Recipe) if f.name != "places"], "", problems, homes)
     has_rounds = tree.get("rounds") is not None
@@ -260,6 +262,18 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
         tree.get("sweep"),
         dict(problems.places),
     )
+
+
+def _with_home(value: Any) -> Any:
+    """Returns a part of a recipe with `~` at the beginning of its texts replaced, which all are paths.
+
+    It is done here, since a path goes to libraries that take `~` for a folder's name, and to others that do not.
+    """
+    if isinstance(value, dict):
+        return {key: _with_home(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_home(each) for each in value]
+    return with_home(value) if isinstance(value, str) else value
 
 
 def _note_pairs_of_rounds(tree: Tree, problems: Problems) -> None:

@@ -84,3 +84,13 @@ def sync_tree(folder: Path) -> None:
     """Makes a folder durable, with everything in it."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
+
+
+def with_home(path: str) -> str:
+    """Returns a path with its home folder in place of `~` or `~user` at the beginning, and any other text unchanged.
+
+    Example:
+        >>> with_home("a/~"), with_home("~/a") == with_home("~") + "/a"
+        ('a/~', True)
+    """
+    return os.path.expanduser(path)  # noqa: PTH111 - a Path would change what is none, such as a URL

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed
 
+from infopo.durable import with_home
 from infopo.errors import ModelError
 from infopo.output import get_logger
 from infopo.runs import runs_named
@@ -47,7 +48,7 @@ _LOADING_ERRORS = (
 
 
 def resolve_name(name_or_path: str) -> str:
-    """Returns the folder of `lab:policy`, and any other name unchanged.
+    """Returns the folder of `lab:policy`, that of a name with `~`, and any other name unchanged.
 
     Raises:
         ModelError: A name that can only be a folder's is none, or the lab has no such model.
@@ -60,11 +61,12 @@ def resolve_name(name_or_path: str) -> str:
         return str(LAB_POLICY_FOLDER)
     if name_or_path.startswith("lab:"):
         raise ModelError(f"model {name_or_path!r}: the lab has only {LAB_POLICY!r}")
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+    name = with_home(name_or_path)
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ModelError(f"model {name_or_path!r}: there is no such folder")
-    if "/" in name_or_path and not Path(name_or_path).is_dir():
-        _warn_beside_runs(name_or_path)
-    return name_or_path
+    if "/" in name and not Path(name).is_dir():
+        _warn_beside_runs(name)
+    return name
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from infopo.adapters import load_for_use
+from infopo.durable import with_home
 from infopo.errors import ConfigError
 from infopo.evaluation.asking import Wanted, answers, ask, wanted
 from infopo.evaluation.given import as_sample, given_responses
@@ -301,6 +302,7 @@ def model_in(name: str) -> str:
     Raises:
         ConfigError: A run directory has neither.
     """
+    name = with_home(name)
     folder = Path(name)
     is_run = folder.is_dir() and not (folder / "config.json").is_file()
     if not is_run or any((folder / file).is_file() for file in MODELS):
