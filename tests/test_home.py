@@ -49,6 +49,17 @@ def test_every_path_of_a_recipe_may_begin_with_it(home: Path) -> None:
     assert recipe.train["resume_from_checkpoint"] == f"{home}/checkpoint-1"
 
 
+def test_sources_with_weights_are_paths_and_other_texts_are_none(home: Path) -> None:
+    text = """
+    model: lab:policy
+    data: {path: {~/a.jsonl: 0.5, b.jsonl: 0.5}, chat_template_kwargs: {mark: "~"}}
+    output_dir: out
+    """
+    recipe = parse_recipe(text, source="r.yaml")
+    assert recipe.data.path == {f"{home}/a.jsonl": 0.5, "b.jsonl": 0.5}
+    assert recipe.data.chat_template_kwargs == {"mark": "~"}
+
+
 def test_every_path_of_a_command_may_begin_with_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "rows.jsonl").write_text('{"item": "gsm8k/0", "response": "#### 7"}\n')
     (home / "data.jsonl").write_text('{"question": "3+4?", "answer": "#### 7"}\n')

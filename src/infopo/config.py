@@ -265,12 +265,13 @@ def _build(tree: Tree, train_fields: Mapping[str, TrainField], problems: Problem
 
 
 def _with_home(value: Any) -> Any:
-    """Returns a part of a recipe with `~` at the beginning of its texts replaced, which all are paths.
+    """Returns a part of a recipe with the home folder in texts that begin with `~/`, which are paths.
 
-    It is done here, since a path goes to libraries that take `~` for a folder's name, and to others that do not.
+    It is done here, since a path goes to libraries that take `~` for a folder's name, and to others that do not. Keys
+    are paths where sources have weights.
     """
     if isinstance(value, dict):
-        return {key: _with_home(each) for key, each in value.items()}
+        return {_with_home(key): _with_home(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_with_home(each) for each in value]
     return with_home(value) if isinstance(value, str) else value

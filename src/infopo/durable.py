@@ -87,10 +87,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def with_home(path: str) -> str:
-    """Returns a path with its home folder in place of `~` or `~user` at the beginning, and any other text unchanged.
+    """Returns a path with the home folder in place of `~` if it begins with `~/`, and any other text unchanged.
+
+    A `~` alone may be a token or a word, so that it is left as it is.
 
     Example:
-        >>> with_home("a/~"), with_home("~/a") == with_home("~") + "/a"
-        ('a/~', True)
+        >>> with_home("a/~/b"), with_home("~"), with_home("~/a").endswith("/a"), with_home("~/a").startswith("~")
+        ('a/~/b', '~', True, False)
     """
-    return os.path.expanduser(path)  # noqa: PTH111 - a Path would change what is none, such as a URL
+    # A Path would change what is none, such as a URL.
+    return os.path.expanduser(path) if path.startswith("~/") else path  # noqa: PTH111
