@@ -34,6 +34,23 @@ OF_MODEL = ("runtime", "samples_per_second", "steps_per_second", "aux_loss")
 """Metrics that do not depend on objective and data: of transformers, and of a mixture of experts."""
 
 
+def make_savable(model: nn.Module, processing_class: Any) -> None:
+    """Changes what transformers would change or ask for when it saves a model, so that what is tried is what is saved.
+
+    Special tokens of the configurations become those of the tokenizer, as training makes them. A model that generates
+    gets a configuration for it, and one whose configuration has a temperature without sampling gets sampling, which
+    is logged as a warning. The base of an adapter stays as it is, because it is not saved.
+    """
+    if models.is_peft_model(model):
+        return
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        align_special_tokens(model, processing_class)
+    base: Any = model
+    if getattr(base, "generation_config", True) is None and base.can_generate():
+        base.generation_config = GenerationConfig.from_model_config(base.config)
+    _repair_generation(getattr(model, "generation_config", None))
+
+
 def check_saving(model: nn.Module, processing_class: Any, args: InfoPOConfig) -> None:
     """Saves everything but the weights once, to a folder that is removed: what fails would fail after hours.
 
@@ -47,15 +64,6 @@ def check_saving(model: nn.Module, processing_class: Any, args: InfoPOConfig) ->
         "processing_class": (processing_class, "save it with save_pretrained to see why, or pass another")
     }
     if not models.is_peft_model(model):  # an adapter is saved without the configurations of its base
-        if isinstance(processing_class, PreTrainedTokenizerBase):
-            align_special_tokens(
-                model, processing_class
-            )  # as training will, so that what is tried is what is saved
-        base: Any = model
-        if getattr(base, "generation_config", True) is None and base.can_generate():
-            # transformers asks for one when it saves a model.
-            base.generation_config = GenerationConfig.from_model_config(base.config)
-        _repair_generation(getattr(model, "generation_config", None))
         for name in ("config", "generation_config"):
             parts[name] = (getattr(model, name, None), f"change the values on model.{name}")
     with tempfile.TemporaryDirectory() as folder:

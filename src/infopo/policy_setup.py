@@ -94,6 +94,7 @@ def set_up_policy(
     changed = models.disable_dropout(policy) if args.disable_dropout else []
     if peft_config is not None:
         policy = models.add_adapter(policy, peft_config)
+    late_failures.make_savable(policy, tokenizer)
     late_failures.check_saving(policy, tokenizer, args)
     learning.refuse_frozen(policy, optimizer, keeps_float32=args.deepspeed_plugin is not None)
     if models.is_peft_model(policy) and args.activation_checkpointing:
