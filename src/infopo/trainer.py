@@ -25,6 +25,7 @@ from infopo import (
     learning,
     noise,
     observing,
+    printing,
     ranks,
     rehearsal,
     sharding,
@@ -172,6 +173,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
     def _set_up_run(self, policy: nn.Module, ref_model: nn.Module | None) -> None:
         """Sets what the steps of a run need, when transformers' part of the constructor has set up the processes."""
         ranks.leave_at_exit()
+        printing.shorten(self)
         self.add_callback(ranks.StartLine(logger.info))
         self.add_callback(RunFiles(self))
         self.add_callback(Judge())
