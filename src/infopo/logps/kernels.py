@@ -27,14 +27,6 @@ from infopo.output import get_logger
 
 logger = get_logger(__name__)
 
-flash_varlen: Any = None
-"""`flash_attn_varlen_func` of FlashAttention 3 where it is installed, else of FlashAttention 2, else None."""
-for _package in ("flash_attn_interface", "flash_attn"):
-    if flash_varlen is None and importlib.util.find_spec(_package) is not None:
-        # A build for another torch or GPU raises what it likes.
-        with contextlib.suppress(Exception):
-            flash_varlen = importlib.import_module(_package).flash_attn_varlen_func
-
 varlen_attn: Any = None
 with contextlib.suppress(ImportError):
     from torch.nn.attention.varlen import varlen_attn
@@ -79,6 +71,7 @@ class Call:
         has_window: Whether attention is limited to a sliding window.
         has_softcap: Whether scores have a soft cap.
         has_sinks: Whether heads have sinks.
+        is_deterministic: Whether torch is asked for algorithms that repeat bit for bit.
     """
 
     device: torch.device
@@ -91,6 +84,7 @@ class Call:
     has_window: bool = False
     has_softcap: bool = False
     has_sinks: bool = False
+    is_deterministic: bool = False
 
     @classmethod
     def of(cls, query: Query, key: Key, value: Value, options: Options) -> "Call":
@@ -106,6 +100,7 @@ class Call:
             options.window is not None,
             options.softcap is not None,
             options.sinks is not None,
+            torch.are_deterministic_algorithms_enabled(),
         )
 
 
@@ -242,35 +237,92 @@ def _compare(kernel: Kernel, call: Call, layout: ForestLayout) -> None:
             raise ArithmeticError(f"its results are off by {error:.2g} of the largest value")
 
 
-# ---- the package flash-attn ------------------------------------------------------------------------------------
+# ---- the packages of flash-attn --------------------------------------------------------------------------------
 
 
-def _flash_obstacle(call: Call) -> str | None:
-    if flash_varlen is None:
-        return "flash-attn is not installed"
-    if call.has_sinks:
-        return "it has no sinks"
-    needed = {"softmax_scale", "causal", "window_size", *(["softcap"] if call.has_softcap else [])}
-    if missing := needed - _arguments(flash_varlen):
-        return f"this version has no {', '.join(sorted(missing))}"
-    return _fused_obstacle(call)
+@dataclass(frozen=True)
+class _FlashAttention:
+    """One of the packages that have a `flash_attn_varlen_func`, which is called by the names of its arguments.
+
+    The names are those of all versions, and their order is not.
+
+    Attributes:
+        module: Module that has the function.
+        unlimited: What stands in its `window_size` for a side without a limit.
+        oldest: Least major compute capability of the GPUs that it has a forward and a backward pass for.
+        newest: Greatest one, or None if later ones may be tried.
+    """
+
+    module: str
+    unlimited: int | None
+    oldest: int
+    newest: int | None = None
+
+    def obstacle(self, call: Call) -> str | None:
+        """Returns why the package cannot take a call, or None if it can."""
+        if reason := _fused_obstacle(call):
+            return reason
+        major, minor = call.capability or (0, 0)
+        if major < self.oldest or (self.newest is not None and major > self.newest):
+            return f"it is not for GPUs of compute capability {major}.{minor}"
+        function, reason = _varlen_function_of(self.module)
+        if function is None:
+            return reason
+        if missing := self._needed(call) - _arguments(function):
+            return f"this version has no {', '.join(sorted(missing))}"
+        return None
+
+    @staticmethod
+    def _needed(call: Call) -> set[str]:
+        features = {
+            "softcap": call.has_softcap,
+            "learnable_sink": call.has_sinks,
+            "deterministic": call.is_deterministic,
+        }
+        always = {*_OF_ALL_RUNS, "softmax_scale", "causal", "window_size"}
+        return always | {name for name, is_needed in features.items() if is_needed}
+
+    def run(self, query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
+        """Computes all runs in one call, as `_by_varlen`."""
+        function, _ = _varlen_function_of(self.module)
+        before = self.unlimited if options.window is None else options.window - 1
+        arguments = dict(zip(_OF_ALL_RUNS, _of_all_runs(query, key, value, layout), strict=True))
+        arguments |= {"softmax_scale": options.scaling, "causal": True, "window_size": (before, 0)}
+        # What a call does not need is left out, because some versions do not have it.
+        if options.softcap is not None:
+            arguments["softcap"] = options.softcap
+        if options.sinks is not None:
+            # The trial has sinks in float32, and so must all that it speaks for.
+            arguments["learnable_sink"] = options.sinks.float()
+        if torch.are_deterministic_algorithms_enabled():
+            arguments["deterministic"] = True
+        output = function(**arguments)
+        # Some versions return the sums of the softmax, too.
+        return (output[0] if isinstance(output, tuple) else output)[None]
 
 
-def _by_flash(query: Query, key: Key, value: Value, layout: ForestLayout, options: Options) -> Output:
-    """Computes all runs in one call, as `_by_varlen`."""
-    wanted = {
-        "softmax_scale": options.scaling,
-        "causal": True,
-        "window_size": (-1 if options.window is None else options.window - 1, 0),
-        "softcap": options.softcap or 0.0,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-    output = flash_varlen(
-        *_of_all_runs(query, key, value, layout),
-        **{name: value for name, value in wanted.items() if name in _arguments(flash_varlen)},
-    )
-    # Some versions return the sums of the softmax, too.
-    return (output[0] if isinstance(output, tuple) else output)[None]
+@functools.cache
+def _varlen_function_of(module: str) -> tuple[Any, str]:
+    """Returns `flash_attn_varlen_func` of a module, or None and why there is none."""
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a build for another torch or GPU raises what it likes
+        # A missing module of another name is something that an installed package needs.
+        is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        does_not_load = f"{module} does not load: {type(error).__name__}: {error}"
+        return None, f"{module} is not installed" if is_absent else does_not_load
+    function = getattr(found, "flash_attn_varlen_func", None)
+    if function is None and getattr(found, "__file__", None) is None:
+        # FlashAttention 4 alone leaves a folder flash_attn behind, which is imported as an empty module.
+        return None, f"{module} is not installed"
+    return function, f"{module} has no flash_attn_varlen_func"
+
+
+# FlashAttention 4 has no backward pass for GPUs before Hopper (9.0). FlashAttention 3 calls exit() on a GPU that it was
+# not built for, so a trial must not find that out. It is always built for Hopper, and for no GPU after it.
+_FLASH_4 = _FlashAttention("flash_attn.cute", unlimited=None, oldest=9)
+_FLASH_3 = _FlashAttention("flash_attn_interface", unlimited=-1, oldest=9, newest=9)
+_FLASH_2 = _FlashAttention("flash_attn", unlimited=-1, oldest=8)
 
 
 # ---- torch's varlen_attn ---------------------------------------------------------------------------------------
@@ -333,6 +385,10 @@ def _of_all_runs(query: Query, key: Key, value: Value, layout: ForestLayout) -> 
     )
 
 
+_OF_ALL_RUNS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+"""Names that the packages of flash-attn have for what `_of_all_runs` returns."""
+
+
 class _SeenByRuns(torch.autograd.Function):
     """Copies keys (or values), (tokens, heads, width), to the place of each run that sees them.
 
@@ -364,9 +420,16 @@ class _SeenByRuns(torch.autograd.Function):
 def _flex_obstacle(call: Call) -> str | None:
     if not (call.has_softcap or call.has_sinks):
         return "it is for soft caps and sinks"
-    if call.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if call.device.type != "cuda" or not _is_installed("triton"):
         return "it needs a GPU and triton"
     return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # something stands in for it, without a specification
+        return False
 
 
 @functools.cache
@@ -485,11 +548,14 @@ def _seen(parts: Sequence[Tensor], layout: ForestLayout, run: int) -> list[Tenso
     return [*(parts[other][:, :, :tokens] for other, tokens in layout.context[run]), parts[run]]
 
 
-# The fastest come first. Flash, varlen and flex compute the whole row in one call; flex is for soft caps and sinks,
-# which the others lack. SDPA needs a call, and often a dense mask, per run, but works on every device. The last one
-# forms the scores as they are defined, and therefore takes every call.
+# The fastest come first. Later versions of flash-attn are for later GPUs, and varlen is version 2 as torch has it. Like
+# flex, they compute the whole row in one call. Flex is for soft caps and sinks, which varlen and some versions of
+# flash-attn lack. SDPA needs a call, and often a dense mask, per run, but works on every device. The last one forms the
+# scores as they are defined, and therefore takes every call.
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("flash", _flash_obstacle, _by_flash, is_tried=True),
+    Kernel("flash 4", _FLASH_4.obstacle, _FLASH_4.run, is_tried=True),
+    Kernel("flash 3", _FLASH_3.obstacle, _FLASH_3.run, is_tried=True),
+    Kernel("flash 2", _FLASH_2.obstacle, _FLASH_2.run, is_tried=True),
     Kernel("varlen", _varlen_obstacle, _by_varlen, is_tried=True),
     Kernel("flex", _flex_obstacle, _by_flex, is_tried=True),
     Kernel("sdpa", _sdpa_obstacle, _by_sdpa),

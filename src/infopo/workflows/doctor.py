@@ -23,8 +23,8 @@ from infopo.secrets import is_secret, masked_tree
 
 LIBRARIES = (
     "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "peft", "trl",
-    "bitsandbytes", "flash-attn", "flash-attn-3", "triton", "deepspeed", "vllm", "lm-eval", "openai", "bokeh",
-    "matplotlib", "tensorboard", "wandb",
+    "bitsandbytes", "flash-attn", "flash-attn-3", "flash-attn-4", "triton", "deepspeed", "vllm", "lm-eval", "openai",
+    "bokeh", "matplotlib", "tensorboard", "wandb",
 )  # fmt: skip
 """Distributions whose versions matter. Those that are absent are left out."""
 
