@@ -484,16 +484,73 @@ def test_a_kernel_that_cannot_be_made_is_said_once_and_done_without(
     assert kernels.failure(flex, replace(call, dtype=torch.bfloat16)) is None
 
 
-def test_a_kernel_that_is_wrong_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
+# ---- the trial -------------------------------------------------------------------------------------------------
+
+EVERYTHING = replace(AS_ON_A_GPU, capability=None, has_window=True, has_softcap=True, has_sinks=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", FLASH)
+def test_a_package_that_is_right_passes_the_trial(
+    install: Callable[[Mapping[str, Any]], None], name: str, dtype: torch.dtype
+) -> None:
+    install(FLASH)
+    call = replace(AS_ON_A_GPU, dtype=dtype, has_window=True, has_softcap=True, has_sinks=name == "flash 4")
+    assert kernels.failure(named(name), call) is None
+
+
+def half_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, half of whose gradient is lost."""
+    return tensor / 2 + tensor.detach() / 2
+
+
+def with_other(**changed: Callable[[Any], Any]) -> Callable[..., Any]:
+    def run(query: Any, key: Any, value: Any, layout: ForestLayout, options: Options) -> Any:
+        other = {name: change(getattr(options, name)) for name, change in changed.items()}
+        return kernels._written_out(query, key, value, layout, replace(options, **other))
+
+    return run
+
+
+WRONG: dict[str, Callable[..., Any]] = {
+    "no window": with_other(window=lambda window: None),
+    "a window that is one longer": with_other(window=lambda window: window + 1),
+    "its own scaling": with_other(scaling=lambda scaling: None),
+    "no scaling": with_other(scaling=lambda scaling: 1.0),
+    "no soft cap": with_other(softcap=lambda softcap: None),
+    "a soft cap that is inverted": with_other(softcap=lambda softcap: 1 / softcap),
+    "a soft cap before scaling": with_other(softcap=lambda softcap: softcap / 8),
+    "no sinks": with_other(sinks=lambda sinks: None),
+    "sinks of 0": with_other(sinks=lambda sinks: sinks * 0),
+    "sinks that are scaled": with_other(sinks=lambda sinks: sinks / 4),
+    "sinks without a gradient": with_other(sinks=lambda sinks: sinks.detach()),
+    "half of the gradient of sinks": with_other(sinks=half_of),
+    "half of the gradient of queries": lambda q, *rest: kernels._written_out(half_of(q), *rest),
+    "half of the gradient of keys": lambda q, k, *rest: kernels._written_out(q, half_of(k), *rest),
+    "half of the gradient of values": lambda q, k, v, *rest: kernels._written_out(q, k, half_of(v), *rest),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_kernel_that_is_wrong_is_done_without(
+    caplog: pytest.LogCaptureFixture, wrong: str, dtype: torch.dtype
+) -> None:
     """A trial compares: a kernel that runs and forgets the window would train on wrong numbers."""
-    sdpa = next(k for k in kernels.KERNELS if k.name == "sdpa")
-    call = Call(torch.device("cpu"), None, torch.float32, 4, 2, 8, 8, has_window=True)
-    assert kernels.failure(sdpa, call) is None
-    forgetful = replace(sdpa, run=lambda *args: sdpa.run(*args[:-1], replace(args[-1], window=None)))
-    assert "off by" in (kernels.failure(forgetful, call) or "")
-    halves = replace(call, dtype=torch.bfloat16)
-    assert kernels.failure(sdpa, halves) is None
-    assert "off by" in (kernels.failure(forgetful, halves) or "")
+    call = replace(EVERYTHING, dtype=dtype)
+    right = named("written out")
+    assert kernels.failure(right, call) is None
+    reason = kernels.failure(replace(right, run=WRONG[wrong]), call)
+    assert reason is not None
+    assert "off by" in reason or "no gradient" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [8, 64, 256])
+def test_a_right_kernel_passes_the_trial(dtype: torch.dtype, width: int) -> None:
+    call = replace(EVERYTHING, dtype=dtype, width=width, value_width=width)
+    assert kernels.failure(named("written out"), call) is None
+    assert kernels.failure(named("sdpa"), replace(call, has_softcap=False, has_sinks=False)) is None
 
 
 def test_a_torch_without_the_kernels_windows_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
