@@ -337,7 +337,7 @@ def _as_dict(setting: dict[str, Any] | str | None) -> dict[str, Any]:
 def _accelerator_has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return hasattr(torch, "xpu") and torch.xpu.is_available()
+    return torch.xpu.is_available()
 
 
 def init_kwargs(args: InfoPOConfig, quantization_config: Any) -> dict[str, Any]:

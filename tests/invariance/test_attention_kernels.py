@@ -180,12 +180,13 @@ def deterministic() -> Iterator[None]:
 
 
 def asked(install: Callable[[Mapping[str, Any]], None], name: str, options: Options) -> dict[str, Any]:
-    """The settings that a package is called with, without tensors."""
+    """What a package is called with, with types in place of tensors."""
     given = []
 
     @functools.wraps(FLASH[name])
     def noted(**arguments: Any) -> Any:
-        given.append({key: value for key, value in arguments.items() if not torch.is_tensor(value)})
+        types = {key: value.dtype for key, value in arguments.items() if torch.is_tensor(value)}
+        given.append(arguments | types)
         return FLASH[name](**arguments)
 
     install({name: noted})
@@ -199,10 +200,18 @@ def test_a_package_is_asked_by_the_names_of_its_arguments(
     install: Callable[[Mapping[str, Any]], None], name: str, unlimited: int | None
 ) -> None:
     always = {"max_seqlen_q": 7, "max_seqlen_k": 9, "causal": True}
+    always |= dict.fromkeys("qkv", torch.bfloat16) | dict.fromkeys(
+        ("cu_seqlens_q", "cu_seqlens_k"), torch.int32
+    )
     plain = {"softmax_scale": None, "window_size": (unlimited, 0)}
     assert asked(install, name, Options()) == always | plain
     everything = {"softmax_scale": 0.5, "window_size": (3, 0), "softcap": 2.0}
     assert asked(install, name, Options(0.5, 4, 2.0)) == always | everything
+
+
+def test_sinks_have_the_type_that_the_trial_had(install: Callable[[Mapping[str, Any]], None]) -> None:
+    sinks = torch.zeros(4, dtype=torch.bfloat16)
+    assert asked(install, "flash 4", Options(sinks=sinks))["learnable_sink"] == torch.float32
 
 
 @pytest.mark.parametrize("name", FLASH)
@@ -551,9 +560,3 @@ def test_a_right_kernel_passes_the_trial(dtype: torch.dtype, width: int) -> None
     call = replace(EVERYTHING, dtype=dtype, width=width, value_width=width)
     assert kernels.failure(named("written out"), call) is None
     assert kernels.failure(named("sdpa"), replace(call, has_softcap=False, has_sinks=False)) is None
-
-
-def test_a_torch_without_the_kernels_windows_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in (None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: query):
-        monkeypatch.setattr(kernels, "varlen_attn", kernel)
-        assert "this torch has none" in (named("varlen").obstacle(ON_A_GPU) or "")

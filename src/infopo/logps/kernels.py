@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
+from torch.nn.attention import varlen
 
 from infopo.logps.layout import ForestLayout, KeyIndex
 from infopo.output import get_logger
 
 logger = get_logger(__name__)
 
-varlen_attn: Any = None
-with contextlib.suppress(ImportError):
-    from torch.nn.attention.varlen import varlen_attn
+varlen_attn: Any = varlen.varlen_attn
+"""torch's kernel for sequences of any lengths, whose arguments differ between the versions of torch."""
 
 Query = Float[Tensor, "1 heads tokens width"]
 Key = Float[Tensor, "1 kv_heads tokens width"]
@@ -357,8 +357,6 @@ _FLASH_2 = _FlashAttention("flash_attn", unlimited=-1, oldest=8)
 def _varlen_obstacle(call: Call) -> str | None:
     if call.has_softcap or call.has_sinks:
         return "it has no soft caps and no sinks"
-    if varlen_attn is None or not {"scale", "window_size"} <= _arguments(varlen_attn):
-        return "this torch has none, or one without windows"
     return _fused_obstacle(call)
 
 
@@ -461,13 +459,11 @@ def _is_installed(package: str) -> bool:
 @functools.cache
 def _flex_kernel(backend: str = "inductor") -> Any:
     compiled = torch.compile(flex.flex_attention, backend=backend, fullgraph=True)
-    settings = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         # Each combination of windows, frozen projections and gradients needs a graph of its own. Beyond the default
         # limit of 8 graphs, a function that is compiled with `fullgraph` raises.
-        with settings.patch({limit: 64}):
+        with torch._dynamo.config.patch(recompile_limit=64):
             return compiled(*args, **kwargs)
 
     return kernel
