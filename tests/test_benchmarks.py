@@ -1,6 +1,8 @@
 """The benchmark compares like with like: examples, FLOPs, the peer's head, and the record. Nothing here judges time."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from infopo.records import PreferenceExample
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 VOCABULARY = 64
+ROOT = Path(__file__).resolve().parents[1]
 DRAWN = [name for name in regimes.REGIMES if name != "hh"]
 JOB = {"model": "tiny", "vocabulary": VOCABULARY, "device": "cpu", "variant": "infopo"}
 
@@ -323,3 +326,37 @@ def test_both_ways_of_drawing_give_whole_responses_and_the_page_has_the_results(
         ratio, speed_of = result["ratio"], result["tokens_per_second"]
         row = f"| {batch} | {speed_of['infopo']:,.0f} | {speed_of['transformers']:,.0f} | {ratio['median']:.2f} "
         assert f"{row}[{ratio['min']:.2f}, {ratio['max']:.2f}] |" in page
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >> "$CALLS"
+for each; do case "$each" in *"$FAILS") exit 3;; esac; done
+echo "| a row |"
+"""
+"""It runs nothing, and fails if an argument ends with a text."""
+
+
+def run_on_a_gpu(part: str, folder: Path, fails: str) -> tuple[int, list[str]]:
+    """Runs benchmarks/gpu.sh with such a Python, and returns its exit status and the files that it asked for."""
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "CALLS": str(folder / "calls"), "FAILS": fails}
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), part, str(folder / "results")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    words = (folder / "calls").read_text().split()
+    return run.returncode, [Path(word).name for word in words if word.endswith((".json", "test_gpu.py"))]
+
+
+@pytest.mark.parametrize("part", ["first", "second"])
+def test_a_run_on_a_gpu_that_fails_is_in_the_exit_status(part: str, tmp_path: Path) -> None:
+    """The others run all the same."""
+    status, names = run_on_a_gpu(part, tmp_path / "whole", "nothing")
+    assert status == 0
+    assert len(names) == len(set(names)) > 3
+    for name in names:
+        assert run_on_a_gpu(part, tmp_path / name, name) == (1, names)
