@@ -285,24 +285,24 @@ def test_packages_for_other_gpus_are_not_even_tried(
     assert [name for name in FLASH if named(name).obstacle(call) is None] == taken
 
 
+NO_IMAGE = (
+    "CUDA error: no kernel image is available for execution on the device\nCompile with TORCH_USE_CUDA_DSA."
+)
+
+
 def no_image(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
-
-
-def with_the_signature_of(function: Any, broken: Any) -> Any:
-    return functools.wraps(function)(broken)
+    raise RuntimeError(NO_IMAGE)
 
 
 def test_a_package_that_does_not_work_here_hides_no_other(
     install: Callable[[Mapping[str, Any]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    useless = with_the_signature_of(stand_ins.flash_3, no_image)
+    useless = functools.wraps(stand_ins.flash_3)(no_image)
     install({"flash 3": useless, "flash 2": stand_ins.flash_2})
     caplog.set_level("INFO", "infopo")
     assert kernels.choose(AS_ON_A_GPU).name == "flash 2"
     assert [record.getMessage() for record in caplog.records] == [
-        "the attention kernel 'flash 3' does not work here, so a slower one runs: "
-        "CUDA error: no kernel image is available for execution on the device",
+        f"the attention kernel 'flash 3' does not work here, so a slower one runs: {NO_IMAGE}",
         "attention on cpu by flash 2 (not flash 4: flash_attn.cute is not installed; not flash 3: "
         "CUDA error: no kernel image is available for execution on the device)",
     ]
@@ -531,6 +531,7 @@ WRONG: dict[str, Callable[..., Any]] = {
     "a soft cap before scaling": with_other(softcap=lambda softcap: softcap / 8),
     "no sinks": with_other(sinks=lambda sinks: None),
     "sinks of 0": with_other(sinks=lambda sinks: sinks * 0),
+    "sinks whose value is lost": with_other(sinks=lambda sinks: sinks - sinks.detach()),
     "sinks that are scaled": with_other(sinks=lambda sinks: sinks / 4),
     "sinks without a gradient": with_other(sinks=lambda sinks: sinks.detach()),
     "half of the gradient of sinks": with_other(sinks=half_of),

@@ -190,9 +190,9 @@ that are not listed have 1e-2, because a GPU may compute float32 products in TF3
 
 
 def failure(kernel: Kernel, call: Call) -> str | None:
-    """Returns why a kernel does not work for a call on this machine, or None if it does.
+    """Returns in one line why a kernel does not work for a call on this machine, or None if it does.
 
-    A failure is logged as a warning.
+    A failure is logged as a warning, with all that is known of it.
     """
     # The choice is made within a model's forward pass. A thread of its own has none of that pass's autograd state, such
     # as the hooks with which activation checkpointing replaces saved tensors.
@@ -201,7 +201,8 @@ def failure(kernel: Kernel, call: Call) -> str | None:
     if error is None:
         return None
     logger.warning("the attention kernel %r does not work here, so a slower one runs: %s", kernel.name, error)
-    return str(error)
+    # Errors of CUDA and of torch go on for many lines, and some assertions have none.
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 _TRIED = (
@@ -224,7 +225,7 @@ def _compare(kernel: Kernel, call: Call, layout: ForestLayout) -> None:
     inputs, options, weights = _trial(call, layout)
     results = []
     for run, dtype in ((kernel.run, call.dtype), (_written_out, torch.float32)):
-        q, k, v = (t.to(dtype, copy=True).requires_grad_() for t in inputs)
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in inputs)
         output = run(q, k, v, layout, options)
         varied = [q, k, v, *([options.sinks] if options.sinks is not None else [])]
         gradients = torch.autograd.grad(output, varied, weights.to(output.dtype), allow_unused=True)
