@@ -70,8 +70,8 @@ class ModelSettings(Settings):
     )
     attn_implementation: Text | None = setting(
         None,
-        "Attention by transformers' name. If it is null, transformers chooses `sdpa`. Prompts are shared with `sdpa`, "
-        "`eager` and flash attention, and rows are padded with others.",
+        "Attention kernel by transformers' name. If it is null, transformers chooses `sdpa`. With `sdpa`, `eager` and "
+        "flash attention prompts are shared, by the fastest kernel that works here; with others rows are padded.",
     )
     trust_remote_code: bool = setting(
         False, "Whether code that comes with the model may run.", argument="trust_remote_code"

@@ -48,7 +48,7 @@ NEEDLESS: Mapping[str, str] = {
     "xformers_attention": "kernels for shared prompts are chosen by themselves",
     "flex_attention": "kernels for shared prompts are chosen by themselves",
     "eager_attention": "kernels for shared prompts are chosen by themselves",
-    "attn_implementation": "kernels for shared prompts are chosen by themselves; one that is named here would pad rows",
+    "attn_implementation": "kernels for shared prompts are chosen by themselves",
     "bf16": "bfloat16 arithmetic is on where the accelerator has it",
     "bfloat16": "bfloat16 arithmetic is on where the accelerator has it",
     "train_on_inputs": "responses are scored, and prompts are not",

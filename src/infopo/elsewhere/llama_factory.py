@@ -33,7 +33,7 @@ NEEDLESS: Mapping[str, str] = {
     "low_cpu_mem_usage": "this is always so",
     "print_param_status": "`infopo check` says what is trained",
     "include_effective_tokens_per_second": "include_num_input_tokens_seen counts tokens",
-    "flash_attn": "kernels for shared prompts are chosen by themselves; one that is named here would pad rows",
+    "flash_attn": "kernels for shared prompts are chosen by themselves",
     "upcast_layernorm": "all weights that are trained are float32",
     "bf16": "bfloat16 arithmetic is on where the accelerator has it",
     "use_unsloth_gc": "train.activation_checkpointing saves the same memory",
