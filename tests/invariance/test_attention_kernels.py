@@ -17,9 +17,9 @@ import torch
 import stand_ins
 from families import EXAMPLES, assert_agree, prepared, results
 from infopo.data.packing import pack
-from infopo.logps import kernels
+from infopo.logps import flash, kernels
+from infopo.logps.calls import Call, Options
 from infopo.logps.forward import response_logps
-from infopo.logps.kernels import Call, Options
 from infopo.logps.layout import ForestLayout
 from infopo.records import PreferenceExample
 from worlds import quick, random_examples
@@ -35,9 +35,9 @@ ONE_CALL = [*FLASH, *VARLEN]
 @pytest.fixture(autouse=True)
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "_chosen", {})
-    kernels._varlen_function_of.cache_clear()
+    flash._varlen_function_of.cache_clear()
     yield
-    kernels._varlen_function_of.cache_clear()
+    flash._varlen_function_of.cache_clear()
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], No
 
     def install(functions: Mapping[str, Any]) -> None:
         monkeypatch.setattr(kernels, "_chosen", {})
-        kernels._varlen_function_of.cache_clear()
+        flash._varlen_function_of.cache_clear()
         for name, module in MODULES.items():
             installed = types.ModuleType(module)
             if name in functions:
@@ -68,7 +68,7 @@ def only_kernel(
     def choose(name: str) -> kernels.Kernel:
         install(FLASH)
         if name in VARLEN:
-            monkeypatch.setattr(kernels, "varlen_attn", VARLEN[name])
+            monkeypatch.setattr(flash, "varlen_attn", VARLEN[name])
         kernel = replace(named(name.split(" of ")[0]), obstacle=lambda call: None, is_tried=False)
         monkeypatch.setattr(kernels, "KERNELS", (kernel,))
         return kernel
@@ -166,9 +166,7 @@ def test_a_model_in_halves_takes_one_call_per_layer(
 
 
 def test_the_stand_in_has_the_arguments_of_torch() -> None:
-    ours, theirs = (
-        inspect.signature(each).parameters for each in (stand_ins.varlen_2_13, kernels.varlen_attn)
-    )
+    ours, theirs = (inspect.signature(each).parameters for each in (stand_ins.varlen_2_13, flash.varlen_attn))
     assert list(ours) == list(theirs)
 
 
@@ -341,7 +339,7 @@ def test_a_package_says_why_it_is_not_used(
     monkeypatch: pytest.MonkeyPatch, install: Callable[[Mapping[str, Any]], None], tmp_path: Path
 ) -> None:
     def reasons() -> list[str | None]:
-        kernels._varlen_function_of.cache_clear()
+        flash._varlen_function_of.cache_clear()
         return [named(name).obstacle(ON_A_GPU) for name in FLASH]
 
     absent = [f"{module} is not installed" for module in MODULES.values()]
@@ -373,7 +371,7 @@ def test_other_packages_do_not_break_the_import() -> None:
         "for name in ('flash_attn', 'flash_attn_interface'):\n"
         "    sys.modules[name] = types.ModuleType(name)\n"
         "import torch\n"
-        "from infopo.logps.kernels import Call, choose\n"
+        "from infopo.logps.calls import Call\nfrom infopo.logps.kernels import choose\n"
         "call = Call(torch.device('cpu'), (9, 0), torch.bfloat16, 2, 2, 8, 8, has_sinks=True)\n"
         "print(choose(call).name)\n"
     )

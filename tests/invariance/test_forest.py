@@ -38,7 +38,7 @@ from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
 from infopo.errors import LogpsError
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.logps import attention, kernels
+from infopo.logps import attention, flash, kernels
 from infopo.logps.forward import path_of, prepare, response_logps, self_test
 from infopo.logps.layout import ForestLayout
 from infopo.logps.registration import forest_attention, replacement_name
@@ -330,7 +330,7 @@ def test_each_run_is_given_the_keys_that_it_sees_and_each_token_all_its_gradient
     ]  # fmt: skip
     tokens = torch.randn(len(batch.input_ids), 2, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(len(expected), 2, 3, dtype=torch.float64)
-    (kernels._SeenByRuns.apply(tokens, index) * weight).sum().backward()
+    (flash._SeenByRuns.apply(tokens, index) * weight).sum().backward()
     torch.testing.assert_close(
         tokens.grad, torch.zeros_like(tokens).index_add(0, index.source, weight).detach()
     )

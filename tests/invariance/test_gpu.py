@@ -14,7 +14,7 @@ from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig,
 from infopo.arguments import InfoPOConfig
 from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.logps import attention, forest, kernels, lm_head
+from infopo.logps import attention, calls, forest, kernels, lm_head
 from infopo.logps.compiling import compile_layers
 from infopo.logps.forward import response_logps, self_test
 from infopo.models import disable_dropout
@@ -55,7 +55,7 @@ LONG = [
 
 
 @pytest.fixture(autouse=True)
-def chosen() -> dict[kernels.Call, kernels.Kernel]:
+def chosen() -> dict[calls.Call, kernels.Kernel]:
     """The kernels that a test has chosen."""
     kernels._chosen.clear()
     return kernels._chosen
@@ -65,7 +65,7 @@ ONE_CALL = {"flash 4", "flash 3", "flash 2", "varlen"}
 """Kernels for halves. Which one runs depends on what is installed."""
 
 
-def names(chosen: dict[kernels.Call, kernels.Kernel]) -> set[str]:
+def names(chosen: dict[calls.Call, kernels.Kernel]) -> set[str]:
     return {kernel.name for kernel in chosen.values()}
 
 
@@ -94,7 +94,7 @@ def assert_agree(model: torch.nn.Module, examples: list[PreferenceExample], *, e
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_both_paths_agree_as_far_as_the_precision_goes(
-    chosen: dict[kernels.Call, kernels.Kernel],
+    chosen: dict[calls.Call, kernels.Kernel],
     name: str,
     dtype: torch.dtype,
     examples: list[PreferenceExample],
@@ -114,7 +114,7 @@ def test_a_kernel_that_is_there_and_takes_a_call_passes_its_trial(
 ) -> None:
     [kernel] = [k for k in kernels.KERNELS if k.name == name]
     capability = torch.cuda.get_device_capability()
-    call = kernels.Call(torch.device("cuda", 0), capability, dtype, 4, 2, width, width, **features)
+    call = calls.Call(torch.device("cuda", 0), capability, dtype, 4, 2, width, width, **features)
     if reason := kernel.obstacle(call):
         pytest.skip(reason)
     assert kernels.failure(kernel, call) is None
@@ -122,7 +122,7 @@ def test_a_kernel_that_is_there_and_takes_a_call_passes_its_trial(
 
 @pytest.mark.parametrize(("width", "kernel"), [(256, ONE_CALL), (100, {"sdpa"}), (512, {"sdpa"})])
 def test_heads_that_a_kernel_does_not_take_go_to_the_next(
-    chosen: dict[kernels.Call, kernels.Kernel], width: int, kernel: set[str]
+    chosen: dict[calls.Call, kernels.Kernel], width: int, kernel: set[str]
 ) -> None:
     assert_agree(
         tiny_of(LlamaConfig(**SHAPE | {"head_dim": width})).to("cuda", torch.bfloat16), LONG, exact=False
@@ -131,7 +131,7 @@ def test_heads_that_a_kernel_does_not_take_go_to_the_next(
 
 
 def test_float32_weights_under_autocast_take_the_kernel_for_halves(
-    chosen: dict[kernels.Call, kernels.Kernel],
+    chosen: dict[calls.Call, kernels.Kernel],
 ) -> None:
     model = MODELS["one call"]().cuda()
     assert attention.enable(model) is None

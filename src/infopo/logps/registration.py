@@ -19,7 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from infopo.errors import LogpsError
-from infopo.logps.kernels import Key, Options, Output, Query, Value, attend
+from infopo.logps.calls import Key, Options, Output, Query, Value
+from infopo.logps.kernels import attend
 from infopo.logps.layout import ForestLayout
 
 NAMES: dict[str, str] = {}

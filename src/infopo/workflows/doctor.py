@@ -110,7 +110,8 @@ def _kernels() -> dict[str, Any]:
     """Which kernel computes shared-prefix attention, per type and feature, and why the ones before it do not."""
     import torch
 
-    from infopo.logps.kernels import KERNELS, Call, failure
+    from infopo.logps.calls import Call
+    from infopo.logps.kernels import KERNELS, failure
 
     kind = accelerators().kind
     device = torch.device(kind, 0) if kind != "cpu" else torch.device("cpu")
