@@ -17,19 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from infopo.data.conversation import MERGED_TOKENS, NOT_A_PREFIX
 from infopo.data.counts import DataCounts
-from infopo.data.encode import (
-    END_OF_TURN_APPENDED,
-    END_OF_TURN_DOUBLED,
-    END_OF_TURN_LOST,
-    MERGED_TOKENS,
-    NOT_A_PREFIX,
-    PROMPT_CUT,
-    RESPONSE_CUT,
-    EncodedRow,
-    Encoder,
-    encode_rows,
-)
+from infopo.data.encode import END_OF_TURN_LOST, PROMPT_CUT, RESPONSE_CUT, EncodedRow, Encoder, encode_rows
+from infopo.data.endings import END_OF_TURN_APPENDED, END_OF_TURN_DOUBLED
 from infopo.data.sources import read_rows
 from infopo.data.survey import render
 from infopo.errors import DataError, ModelError, RecipeError

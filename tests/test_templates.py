@@ -14,18 +14,15 @@ from infopo import InfoPOConfig
 from infopo.build import build_arguments
 from infopo.config import parse_recipe
 from infopo.data import templates
-from infopo.data.counts import DataCounts
-from infopo.data.encode import (
+from infopo.data.conversation import (
     EMPTY_BLOCK_DROPPED,
-    END_OF_TURN_APPENDED,
-    END_OF_TURN_DOUBLED,
     PROMPT_NOT_WRITTEN,
     REASONING_DROPPED,
     WRITTEN_AS_DATA,
-    EncodedRow,
-    Encoder,
-    encode_rows,
 )
+from infopo.data.counts import DataCounts
+from infopo.data.encode import EncodedRow, Encoder, encode_rows
+from infopo.data.endings import END_OF_TURN_APPENDED, END_OF_TURN_DOUBLED
 from infopo.data.memory_limit import MemoryLimit
 from infopo.data.survey import token_problem_lines
 from infopo.data.templates import TODAY, ChatTemplate

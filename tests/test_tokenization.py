@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from infopo.data.encode import MERGED_TOKENS, UNKNOWN_TEXT, Encoder
+from infopo.data.conversation import MERGED_TOKENS
+from infopo.data.encode import UNKNOWN_TEXT, Encoder
 from infopo.data.tokenization import Tokenization
 from infopo.errors import DataError
 from infopo.records import PreferenceRow
