@@ -3,11 +3,17 @@
 A compiled whole model would be compiled again for the layout of each batch. The parts of a layer (norms, projections
 with their rotary embedding, the feed-forward network) know nothing of the layout, and their elementwise work is what a
 compiler has to win.
+
+The routers of a mixture of experts stay as they are, too. transformers reads their logits by hooks that it adds when a
+forward pass is asked for them, and a graph that was made before has no hooks.
 """
+
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from infopo.logps import router
 from infopo.logps.wrappers import base_of
 
 
@@ -32,7 +38,18 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> i
         8
     """
     layers = [m for m in base_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
-    parts = [part for layer in layers for part in layer.children()]
+    routers = router.recorded(model)
+    parts = [part for layer in layers for part in _parts(layer, routers)]
     for part in parts:
         part.compile(backend=backend, mode=mode, dynamic=True)
     return len(parts)
+
+
+def _parts(module: nn.Module, left_out: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """Yields the parts of a module in which none of those left out is, as large as they can be."""
+    for child in module.children():
+        # A list of modules is not called, so that compiling it would do nothing.
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) or any(m in left_out for m in child.modules()):
+            yield from _parts(child, left_out)
+        else:
+            yield child

@@ -63,13 +63,48 @@ def _is_recorded(base: Any) -> bool:
 
     All layers of a mixture of experts may be dense by its configuration, and the loss of no router is an IndexError.
     """
-    recorders = (getattr(base, "_can_record_outputs", None) or {}).get("router_logits")
-    if recorders is None:
-        return True
-    listed = recorders if isinstance(recorders, list | tuple) else [recorders]
-    kinds = [getattr(recorder, "target_class", recorder) for recorder in listed]
-    classes = tuple(kind for kind in kinds if isinstance(kind, type))
-    return len(classes) < len(kinds) or any(isinstance(module, classes) for module in base.modules())
+    has_recorders = "router_logits" in (getattr(base, "_can_record_outputs", None) or {})
+    return not has_recorders or bool(recorded(base))
+
+
+def recorded(model: nn.Module) -> set[nn.Module]:
+    """Returns the modules whose outputs transformers keeps as router logits.
+
+    It does so by a hook on each of them, which it adds at the first forward pass that is asked for them.
+
+    Example:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+        >>> model = MixtralForCausalLM(MixtralConfig(vocab_size=8, num_key_value_heads=1, **tiny))
+        >>> sorted(type(module).__name__ for module in recorded(model))
+        ['MixtralTopKRouter', 'MixtralTopKRouter']
+    """
+    # A model within a model, such as the text model of a multimodal one, has recorders of its own.
+    owners = [m for m in base_of(model).modules() if hasattr(m, "_can_record_outputs")]
+    return {
+        module
+        for owner in owners
+        for recorder in _recorders(owner)
+        for name, module in owner.named_modules()
+        if _matches(recorder, name, module)
+    }
+
+
+def _recorders(owner: Any) -> list[Any]:
+    listed = (owner._can_record_outputs or {}).get("router_logits") or []
+    return list(listed) if isinstance(listed, list | tuple) else [listed]
+
+
+def _matches(recorder: Any, name: str, module: nn.Module) -> bool:
+    """Returns whether a recorder is for this module, by the rule of `transformers.utils.output_capturing`."""
+    if isinstance(recorder, str):
+        return name.endswith(recorder)
+    kind, ending = getattr(recorder, "target_class", recorder), getattr(recorder, "class_name", None)
+    is_named = ending is not None and name.endswith(ending)
+    if not is_named and not (isinstance(kind, type) and isinstance(module, kind)):
+        return False
+    layer = getattr(recorder, "layer_name", None)
+    return layer is None or f".{layer.strip('.')}." in f".{name}."
 
 
 def aux_losses(wanted: bool) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
