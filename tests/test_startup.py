@@ -378,6 +378,17 @@ def test_a_compiled_policy_trains_as_one_that_is_not(tmp_path: Path, backend: st
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
 
 
+class Seen(TrainerCallback):
+    """Notes whether a module is compiled when a step is over."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.compiled: list[bool] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.compiled.append(self.module._compiled_call_impl is not None)
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
@@ -395,8 +406,10 @@ def test_trainers_of_one_process_compile_each_as_it_was_asked(tmp_path: Path, or
         for a in arguments
     ]
     for number, trainer in zip(order, trainers, strict=True):
+        layer, seen = trainer.model.model.layers[0], Seen(trainer.model.model.layers[0].mlp)
+        trainer.add_callback(seen)
         trainer.train()
         whole = isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
-        layer = trainer.accelerator.unwrap_model(trainer.model).model.layers[0]
         assert whole == (number == 1)
-        assert (layer.mlp._compiled_call_impl is not None) == (number == 0)
+        assert seen.compiled == [number == 0]
+        assert layer.mlp._compiled_call_impl is None

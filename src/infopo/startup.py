@@ -28,8 +28,8 @@ from infopo.errors import (
     ReferenceMismatchError,
     UnsupportedArgumentError,
 )
-from infopo.logps import forest, lm_head, rope
-from infopo.logps.compiling import compile_layers
+from infopo.logps import attention, forest, lm_head, rope
+from infopo.logps.compiling import compiled
 from infopo.logps.forward import (
     DISAGREEMENT,
     path_of,
@@ -68,29 +68,36 @@ def choose_path(policy: nn.Module, ref_model: nn.Module | None, args: InfoPOConf
     shared = {"measure": partial(ranks.from_first, args=args)} if sharding.loads_on_first() else {}
     path, reason = prepare(both, args.logps_path, is_compiled=args.torch_compile, **shared)
     if path == "forest" and args.torch_compile:
-        compile_layers(policy, args.torch_compile_backend or "inductor", args.torch_compile_mode)
         reason = "the parts of its layers compiled"
     return f"{_PATH_IN_WORDS[path]} ({reason})" if reason else _PATH_IN_WORDS[path]
 
 
 @contextlib.contextmanager
-def compiling(accelerator: Accelerator, args: InfoPOConfig, *, in_parts: bool) -> Iterator[None]:
-    """Has accelerate compile what it prepares within the block if this run's policy is compiled as a whole.
+def compiling(accelerator: Accelerator, args: InfoPOConfig, policy: nn.Module) -> Iterator[None]:
+    """Has this run's policy compiled within the block, if `torch_compile` asks for it.
 
-    accelerate keeps its setting for all trainers of the process, and takes it from whoever came first.
+    A policy that shares prefixes is compiled in parts, and has them back as they were after the block. Any other one is
+    compiled as a whole when accelerate prepares it. accelerate keeps its setting for all trainers of the process, and
+    takes it from whoever came first.
 
     Args:
         accelerator: The trainer's.
         args: Settings, of which `torch_compile` and its backend and mode count.
-        in_parts: Whether the parts of the policy's layers are compiled already (see `choose_path`).
+        policy: The policy, whose attention is that of the run.
     """
     plugin = accelerator.state.dynamo_plugin
     before = plugin.backend, plugin.mode
+    in_parts = attention.is_enabled(policy)
     is_whole = args.torch_compile and not in_parts
-    plugin.backend = DynamoBackend((args.torch_compile_backend or "inductor").upper() if is_whole else "NO")
+    backend = args.torch_compile_backend or "inductor"
+    plugin.backend = DynamoBackend(backend.upper() if is_whole else "NO")
     plugin.mode = args.torch_compile_mode or "default"
+    parts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if args.torch_compile and in_parts:
+        parts = compiled(policy, backend, args.torch_compile_mode)
     try:
-        yield
+        with parts:
+            yield
     finally:
         plugin.backend, plugin.mode = before
 

@@ -216,7 +216,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """Lets the models share prefixes within the block, after which they have the attention they came with."""
+        """Lets the models share prefixes within the block, after which they are as they came: attention, and layers."""
         if self._is_running:  # an evaluation during training
             yield
             return
@@ -229,8 +229,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
             self._is_running = False
 
     def _compiling(self) -> contextlib.AbstractContextManager[None]:
-        in_parts = attention.is_enabled(self.model)
-        return startup.compiling(self.accelerator, self.args, in_parts=in_parts)
+        return startup.compiling(self.accelerator, self.args, self.model)
 
     def _take_path(self, description: str) -> None:
         """Collates batches for the path on which the policy's log-probs are now computed, which counts tokens."""

@@ -8,20 +8,26 @@ The routers of a mixture of experts stay as they are, too. transformers reads th
 forward pass is asked for them, and a graph that was made before has no hooks.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infopo.logps import router
+from infopo.logps.registration import has_layout
 from infopo.logps.wrappers import base_of
 
 
 def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> int:
-    """Makes each part of each layer compile itself when it first runs, for rows of any length.
+    """Makes each part of each layer compile itself when shared prefixes first run through it, for rows of any length.
 
     The parts keep their names and their weights, so that saving and loading change nothing. They are compiled one by
-    one, because torch leaves to Python what runs within activation checkpointing of a layer.
+    one, because torch leaves to Python what runs within activation checkpointing of a layer. Other passes without
+    gradients run as without a compiler: those of generation would be compiled again for each form of their caches.
 
     Args:
         model: A causal language model of transformers, with or without adapters.
@@ -37,12 +43,39 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> i
         >>> compile_layers(LlamaForCausalLM(LlamaConfig(vocab_size=8, **tiny)), "eager")  # 2 norms, attention, MLP
         8
     """
+    parts = parts_of(model)
+    for part in parts:
+        plain = part._compiled_call_impl or part._call_impl
+        call = torch.compile(part._call_impl, backend=backend, mode=mode, dynamic=True)
+        part._compiled_call_impl = partial(_call, call, plain)
+    return len(parts)
+
+
+@contextmanager
+def compiled(model: nn.Module, backend: str, mode: str | None = None) -> Iterator[None]:
+    """Has the layers of a model compiled within the block, after which it is as it was.
+
+    torch keeps the graphs, so that a later block compiles nothing again.
+
+    Args:
+        model: As in `compile_layers`, like the other arguments.
+        backend: Backend of `torch.compile`.
+        mode: Mode of `torch.compile`, or None for its default.
+    """
+    before = [(part, part._compiled_call_impl) for part in parts_of(model)]
+    try:
+        compile_layers(model, backend, mode)
+        yield
+    finally:
+        for part, call in before:
+            part._compiled_call_impl = call
+
+
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the parts of layers that are compiled, which are those without a router."""
     layers = [m for m in base_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
     routers = router.recorded(model)
-    parts = [part for layer in layers for part in _parts(layer, routers)]
-    for part in parts:
-        part.compile(backend=backend, mode=mode, dynamic=True)
-    return len(parts)
+    return [part for layer in layers for part in _parts(layer, routers)]
 
 
 def _parts(module: nn.Module, left_out: Collection[nn.Module]) -> Iterator[nn.Module]:
@@ -53,3 +86,10 @@ def _parts(module: nn.Module, left_out: Collection[nn.Module]) -> Iterator[nn.Mo
             yield from _parts(child, left_out)
         else:
             yield child
+
+
+def _call(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a part of a layer, compiled in passes over a layout and in their backward passes."""
+    # Activation checkpointing runs a part again in the backward pass, when the layout is out of sight, and must find
+    # the operations of the forward pass. Generation has no gradients.
+    return (compiled if torch.is_grad_enabled() or has_layout() else plain)(*args, **kwargs)

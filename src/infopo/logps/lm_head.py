@@ -33,7 +33,7 @@ is kept whole or not at all. Other devices keep none, for the reason that benchm
 
 
 _OUT_OF_GRAPHS = "_infopo_out_of_graphs"
-"""Attribute of a head that compiled graphs leave out: the handle of the hook that does it."""
+"""Attribute of a module that compiled graphs leave out: the handle of the hook that does it."""
 
 
 @dataclass(frozen=True)
@@ -352,19 +352,21 @@ def _explained(said: LogitMap, calls: list[Tensor], mapped: Tensor) -> LogitMap 
 
 
 def keep_out_of_graphs(model: nn.Module) -> None:
-    """Makes `torch.compile` leave a model's head to Python, where the hooks of `logps_of` are seen.
+    """Makes `torch.compile` leave a model's head and its routers to Python, where hooks on them are seen.
 
-    A compiled graph has the hooks that were there when it was made, and is not made again for others. A hook which must
-    not be compiled ends the graph before the head, and the head then runs as without a compiler.
+    A compiled graph has the hooks that were there when it was made, and is not made again for others: those of
+    `logps_of` on the head, and those by which transformers reads the logits of routers. A hook which must not be
+    compiled ends the graph before the module, and the module then runs as without a compiler.
     """
     head = plain_head(model)
-    if head is None or hasattr(head, _OUT_OF_GRAPHS):
-        return
-    setattr(head, _OUT_OF_GRAPHS, head.register_forward_pre_hook(torch.compiler.disable(_as_it_is)))
+    for module in (*(() if head is None else (head,)), *router.recorded(model)):
+        if not hasattr(module, _OUT_OF_GRAPHS):
+            setattr(module, _OUT_OF_GRAPHS, module.register_forward_pre_hook(_as_it_is))
 
 
-def _as_it_is(head: nn.Module, args: Any) -> None:
-    """A hook that changes nothing."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _as_it_is(module: nn.Module, args: Any) -> None:
+    """A hook that changes nothing. Its name is that of the function which stays with the model, so that it pickles."""
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:

@@ -54,6 +54,11 @@ def layout_given() -> Iterator[None]:
         _has_layout.reset(token)
 
 
+def has_layout() -> bool:
+    """Returns whether a forward pass over a layout is under way."""
+    return _has_layout.get()
+
+
 def forest_attention(
     module: nn.Module,
     query: Query,
