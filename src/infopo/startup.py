@@ -28,10 +28,11 @@ from infopo.errors import (
     ReferenceMismatchError,
     UnsupportedArgumentError,
 )
-from infopo.logps import attention, forest, lm_head, rope
+from infopo.logps import attention, lm_head, rope
 from infopo.logps.compiling import compiled
 from infopo.logps.forward import (
     DISAGREEMENT,
+    PLANS,
     path_of,
     prepare,
     response_lengths,
@@ -110,9 +111,8 @@ def collator(policy: nn.Module, args: InfoPOConfig, router_coef: float = 0.0) ->
     limit = args.max_tokens_per_forward
     if limit is None and args.device.type == "cpu" and not router_coef:
         limit = CPU_TOKENS_PER_FORWARD
-    if path_of(policy) != "forest":
-        return PreferenceCollator(limit)
-    return PreferenceCollator(limit, shared=True, plan=forest.Plan.of)
+    plan = PLANS.get(path := path_of(policy))
+    return PreferenceCollator(limit, shared=path == "forest", plan=plan)
 
 
 def check_fit(model: nn.Module, *data: Any) -> None:

@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
 from infopo.arguments import InfoPOConfig
 from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.lab.tokenizer import build_tokenizer
-from infopo.logps import attention, calls, forest, kernels, lm_head
+from infopo.logps import attention, calls, forest, kernels, lm_head, router
 from infopo.logps.compiling import compile_layers
-from infopo.logps.forward import response_logps, self_test
+from infopo.logps.forward import PLANS, response_logps, self_test
 from infopo.models import disable_dropout
 from infopo.records import PackedBatch, PreferenceExample
 from infopo.trainer import InfoPOTrainer
@@ -164,6 +171,38 @@ def test_the_host_never_waits_within_a_micro_batch(name: str, autocast: bool) ->
         values.sum().backward()
 
     run()  # the kernel is tried, and compiled, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+
+
+@pytest.mark.parametrize("name", ["padded", "experts"])
+def test_nor_does_it_for_padded_rows_and_for_experts_in_balance(name: str) -> None:
+    """For padded rows with `eager`, because transformers looks at the mask for `sdpa`."""
+    config = MixtralConfig(**SHAPE, **EXPERTS) if name == "experts" else LlamaConfig(**SHAPE)
+    model = tiny_of(config).to("cuda", torch.bfloat16)
+    path = "forest" if name == "experts" else "padded"
+    if path == "forest":
+        assert attention.enable(model) is None
+    else:
+        model.set_attn_implementation("eager")
+    collate = PreferenceCollator(shared=path == "forest", plan=PLANS[path])
+
+    def run() -> None:
+        [batch] = collate(EXAMPLES)
+        batch = batch.to("cuda")
+        with router.aux_losses(name == "experts") as found:
+            values = response_logps(model, batch, path)
+            with torch.no_grad():
+                response_logps(model, select(batch, [0, 2]), path)
+        (values.sum() + sum(aux for aux, _ in found)).backward()
+
+    run()  # the kernel is tried once
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()

@@ -1,18 +1,20 @@
 """Log-probs of responses: the definition, isolation, first tokens, and that batching changes nothing (rules 3, 4)."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, MistralConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BertConfig, GPT2Config, MistralConfig, MixtralConfig
 
 from infopo import InfoPOConfig
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import PreferenceCollator, pack, select
 from infopo.errors import LogpsError
-from infopo.logps import agreement, attention
-from infopo.logps.forest import Plan
-from infopo.logps.forward import PATHS, padding_noise, response_logps, self_test
+from infopo.logps import agreement, attention, lm_head, naive, router
+from infopo.logps.forward import PATHS, PLANS, padding_noise, response_logps, self_test
 from infopo.models import disable_dropout
 from infopo.records import EMPTY_EXAMPLE, PreferenceExample
 from infopo.startup import check_log_probs
@@ -166,8 +168,7 @@ def test_sums_are_float64_and_logits_float32_at_least(path: str) -> None:
 
 def test_a_batch_without_responses_still_reaches_every_parameter_with_a_zero_gradient(path: str) -> None:
     model = ready(tiny_llama(), path)
-    plan = Plan.of if path == "forest" else None
-    [batch] = PreferenceCollator(plan=plan)([EMPTY_EXAMPLE])  # as a rank without rows has it
+    [batch] = PreferenceCollator(plan=PLANS.get(path))([EMPTY_EXAMPLE])  # as a rank without rows has it
     logps = response_logps(model, batch.to("cpu"), path)
     assert logps.shape == (0,)
     logps.sum().backward()
@@ -243,3 +244,46 @@ def test_virtual_tokens_of_prompt_tuning_shift_nothing() -> None:
         tuned = peft.get_peft_model(model, peft.PromptTuningConfig(**settings)).eval()
         tuned.prompt_encoder["default"].embedding.weight.copy_(embeddings)
         torch.testing.assert_close(response_logps(tuned, pack(EXAMPLES)), expected, **FLOAT32)
+
+
+class NothingIsCopied(TorchDispatchMode):
+    """Refuses operations on tensors of the host. Those of a model on another device are copies, for which it waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        assert all(t.device.type == "meta" for t in tensors), func
+        return result
+
+
+def test_a_padded_batch_with_its_plan_copies_nothing_to_the_device_within_a_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The head is a plain one, because ours asks for autocast, which a meta device does not know.
+
+    With `sdpa`, transformers itself looks at the mask.
+    """
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, *_: Any) -> Any:
+        return naive.logps_from(hidden @ weight.T, targets)
+
+    monkeypatch.setattr(lm_head, "token_logps", head)
+    model = tiny_llama(attn_implementation="eager").to("meta")
+    [batch] = PreferenceCollator(plan=PLANS["padded"])(EXAMPLES)
+    batch = batch.to("meta")
+    with NothingIsCopied():
+        response_logps(model, batch, "padded").sum().backward()
+
+
+def test_how_often_a_token_counts_is_known_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_of(MixtralConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))  # fmt: skip
+    ready(model, "forest")
+    [batch] = PreferenceCollator(shared=True, plan=PLANS["forest"])(EXAMPLES)
+    monkeypatch.setattr(router, "multiplicity", None)
+    with router.aux_losses(True) as found:
+        response_logps(model, batch)
+    monkeypatch.undo()
+    with router.aux_losses(True) as expected:
+        response_logps(model, pack(EXAMPLES), "naive")
+    torch.testing.assert_close(router.mean(found), router.mean(expected), rtol=1e-4, atol=1e-5)

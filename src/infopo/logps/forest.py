@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from infopo.logps import lm_head, naive, router
@@ -24,8 +24,8 @@ class Plan:
     Attributes:
         layout: Which tokens attend to which.
         tensors: The position that predicts each scored token, its own position, for each token of each response,
-            response after response, its place among the scored ones (empty if that is the same), and then those of the
-            layout's `KeyIndex`.
+            response after response, its place among the scored ones (empty if that is the same), how many responses
+            hold each token, and then those of the layout's `KeyIndex`.
 
     Example:
         >>> from infopo.data.packing import pack
@@ -51,10 +51,10 @@ class Plan:
                     if batch.segment_scored[s]:
                         order += range(first_target[s], first_target[s] + start[s + 1] - start[s])
         scored = tuple(torch.tensor(each, dtype=torch.int64) for each in (before, target, order))
-        return cls(layout, (*scored, *layout.key_index().tensors))
+        return cls(layout, (*scored, router.multiplicity(batch), *layout.key_index().tensors))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Plan":
-        self.layout.place(KeyIndex.of_tensors(tensors[3:]))
+        self.layout.place(KeyIndex.of_tensors(tensors[4:]))
         return Plan(self.layout, tuple(tensors))
 
 
@@ -74,9 +74,9 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "response
     plan = batch.plan if isinstance(batch.plan, Plan) else Plan.of(batch)
     if plan.tensors[0].device != device:
         plan = plan.with_tensors(to_device(plan.tensors, device))
-    positions, places, order = plan.tensors[:3]
+    positions, places, order, times = plan.tensors[:4]
     targets = batch.input_ids[places]
-    mask = _mask(batch)
+    mask = _mask(times)
     inputs = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
@@ -95,15 +95,15 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "response
     return scored[order] if len(order) else scored
 
 
-def _mask(batch: PackedBatch) -> Tensor:
+def _mask(times: Int[Tensor, " tokens"]) -> Tensor:
     """Returns a mask that attention ignores. If routers are balanced, it says how often each token counts.
 
     Models take a mask of four dimensions as finished, and forest attention ignores it. Without a mask, a model would
     look for packed rows in the position ids, which synchronises with the GPU.
     """
     if router.is_wanted():
-        return router.multiplicity(batch)
-    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+        return times[None]
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=times.device)
 
 
 def _scored(batch: PackedBatch) -> tuple[list[int], list[int], dict[int, int]]:

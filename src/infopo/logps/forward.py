@@ -20,7 +20,7 @@ from infopo.logps.eligibility import obstacle
 from infopo.logps.registration import OWN_MASK
 from infopo.logps.rounding import moved_by_rounding
 from infopo.logps.wrappers import base_of, has_virtual_tokens
-from infopo.records import PackedBatch, sum_dtype, to_device
+from infopo.records import PackedBatch, Plan, sum_dtype, to_device
 
 TokenLogps = Callable[[nn.Module, PackedBatch], Float[Tensor, "response_tokens *agreement"]]
 
@@ -29,6 +29,9 @@ PATHS: Mapping[str, TokenLogps] = {
     "padded": padded.token_logps,
     "forest": forest.token_logps,
 }
+
+PLANS: Mapping[str, Callable[[PackedBatch], Plan]] = {"padded": padded.Plan.of, "forest": forest.Plan.of}
+"""What makes the `plan` of a batch for a path, on the host and ahead of the step. `naive` has none, to stay short."""
 
 
 _PREPARED = "_infopo_prepared"

@@ -6,11 +6,11 @@ Every faster path must agree with this one in values and gradients.
 from itertools import accumulate
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from infopo.logps import agreement, router, spread
-from infopo.records import PackedBatch
+from infopo.records import PackedBatch, to_device
 
 
 def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "response_tokens *agreement"]:
@@ -24,17 +24,15 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "response
         model: Any causal language model.
         batch: The packed segments, on the model's device.
     """
-    inputs, is_scored = padded_rows(batch)
-    input_ids, device = inputs["input_ids"], batch.input_ids.device
+    places, mask, row, position = to_device(padded_places(batch), batch.input_ids.device)
+    inputs = padded_rows(batch, places, mask)
+    input_ids = inputs["input_ids"]
     output = model(**inputs, **router.keywords(model), use_cache=False)
     router.note(output, inputs["attention_mask"])
     logits = output.logits
     # Prompt tuning puts virtual tokens before each row, whose logits come first.
     logits = logits[:, -input_ids.shape[1] :]
-    # The mask is on the CPU, because `nonzero` of a tensor on a GPU would synchronise with it.
-    row, position = torch.nonzero(is_scored, as_tuple=True)
-    logits = logits[row.to(device), position.to(device) - 1]
-    return logps_from(logits, input_ids[row.to(device), position.to(device)])
+    return logps_from(logits[row, position - 1], input_ids[row, position])
 
 
 def logps_from(
@@ -56,30 +54,39 @@ def logps_from(
     return agreement.beside(logps, (2 * logits.detach().log_softmax(dim=1)).logsumexp(dim=1))
 
 
-def padded_rows(
+def padded_places(
     batch: PackedBatch,
-) -> tuple[dict[str, Int[Tensor, "rows width"]], Bool[Tensor, "rows width"]]:
+) -> tuple[
+    Int[Tensor, "rows width"], Int[Tensor, "rows width"], Int[Tensor, " scored"], Int[Tensor, " scored"]
+]:
     """Lays each response out as a row of its own, after its prompt and padded on the right.
 
     Returns:
-        `input_ids` and `attention_mask` on the batch's device, and on the CPU the mask of scored positions.
+        On the CPU: for each position of the rows its token's place in the batch, or -1 for padding, the attention mask,
+        and row and position of each scored token.
     """
     paths = [batch.path(response) for response in range(batch.num_responses)]
     spans = [[(batch.segment_start[s], batch.segment_start[s + 1]) for s in path] for path in paths]
     width = max((sum(end - begin for begin, end in row) for row in spans), default=1)
-    rows = torch.full((max(len(paths), 1), width), -1, dtype=torch.int64)
-    is_scored = torch.zeros_like(rows, dtype=torch.bool)
+    places = torch.full((max(len(paths), 1), width), -1, dtype=torch.int64)
+    is_scored = torch.zeros_like(places, dtype=torch.bool)
     for response, (path, row) in enumerate(zip(paths, spans, strict=True)):
         ends = list(accumulate(end - begin for begin, end in row))
         for segment, (begin, end), stop in zip(path, row, ends, strict=True):
-            rows[response, stop - (end - begin) : stop] = torch.arange(begin, end)
+            places[response, stop - (end - begin) : stop] = torch.arange(begin, end)
             is_scored[response, stop - (end - begin) : stop] = batch.segment_scored[segment]
-    is_token = rows >= 0
+    is_token = places >= 0
     if batch.num_responses == 0:
         # A row that attends to nothing would give NaN.
         is_token[:] = True
-    device = batch.input_ids.device
-    # Padding has the index -1, which finds the added last entry.
+    scored_row, scored_position = torch.nonzero(is_scored, as_tuple=True)
+    return places, is_token.long(), scored_row, scored_position
+
+
+def padded_rows(
+    batch: PackedBatch, places: Int[Tensor, "rows width"], mask: Int[Tensor, "rows width"]
+) -> dict[str, Int[Tensor, "rows width"]]:
+    """Returns the model's inputs for the rows of `padded_places`, whose tensors are on the batch's device here."""
+    # Padding has the place -1, which finds the added last entry.
     tokens = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)])
-    inputs = {"input_ids": tokens[rows.to(device)], "attention_mask": is_token.long().to(device)}
-    return inputs, is_scored
+    return {"input_ids": tokens[places], "attention_mask": mask}

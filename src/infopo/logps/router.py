@@ -8,7 +8,7 @@ On the shared-prefix path a token counts as often as rows hold it, so that the l
 import functools
 import inspect
 from contextlib import AbstractContextManager
-from itertools import chain
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -152,12 +152,18 @@ def mean(found: list[tuple[Tensor, Tensor]]) -> Tensor | None:
     return (torch.stack([aux for aux, _ in found]) * weights).sum() / weights.sum()
 
 
-def multiplicity(batch: PackedBatch) -> Int[Tensor, "1 tokens"]:
-    """Returns how many responses hold each token of the batch, as an attention mask of one row."""
-    start = batch.segment_start
+def multiplicity(batch: PackedBatch) -> Int[Tensor, " tokens"]:
+    """Returns how many responses hold each token of the batch, on the host.
+
+    Example:
+        >>> from infopo.data.packing import pack
+        >>> from infopo.records import PreferenceExample
+        >>> multiplicity(pack([PreferenceExample([5, 6], [[7, 8]], [[9]], "pairs.jsonl:1")]))
+        tensor([2, 2, 1, 1, 1])
+    """
     times = [0] * len(batch.segment_parent)
     for response in range(batch.num_responses):
         for segment in batch.path(response):
             times[segment] += 1
-    counts = chain.from_iterable([n] * (start[s + 1] - start[s]) for s, n in enumerate(times))
-    return torch.tensor(list(counts), device=batch.input_ids.device)[None]
+    sizes = [end - begin for begin, end in pairwise(batch.segment_start)]
+    return torch.tensor(times, dtype=torch.int64).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
