@@ -14,7 +14,7 @@ from transformers import DogeConfig, MixtralConfig, OPTConfig, Phi3Config, Phimo
 from infopo import InfoPOConfig, InfoPOTrainer
 from infopo.data.examples import ExampleDataset
 from infopo.data.packing import pack, select
-from infopo.errors import LogpsError, ModelError, ReferenceMismatchError
+from infopo.errors import ConfigError, LogpsError, ModelError, ReferenceMismatchError
 from infopo.lab.tokenizer import build_tokenizer
 from infopo.logps import rope
 from infopo.logps.forward import path_of, prepare, response_logps
@@ -413,3 +413,17 @@ def test_trainers_of_one_process_compile_each_as_it_was_asked(tmp_path: Path, or
         assert whole == (number == 1)
         assert seen.compiled == [number == 0]
         assert layer.mlp._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_checkpointing_that_loses_the_gradient_of_the_experts_balance_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    settings = {name: {"use_reentrant": True}}
+    model = tiny_of(MixtralConfig(**SIZE, num_local_experts=4))
+    with pytest.raises(
+        ConfigError, match="use_reentrant=True leaves the load-balancing loss of experts without"
+    ):
+        trainer_of(tmp_path, model, router_aux_loss_coef=0.1, activation_checkpointing=True, **settings)
+    trainer_of(tmp_path, model, router_aux_loss_coef=0.0, activation_checkpointing=True, **settings)
+    trainer_of(tmp_path, model, router_aux_loss_coef=0.1, activation_checkpointing=False, **settings)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infopo import hashing, late_failures, learning, models, noise, sharding, startup
 from infopo.arguments import InfoPOConfig, init_kwargs
-from infopo.errors import ModelError
+from infopo.errors import ConfigError, ModelError
 from infopo.logps import router
 
 
@@ -103,5 +103,20 @@ def set_up_policy(
         models.disable_dropout(ref_model)
     quiet = noise.random_modules(policy) if args.disable_dropout else []
     coefficient = router.coefficient(policy, args.router_aux_loss_coef)
+    _refuse_reentrant(args, coefficient)
     path = startup.choose_path(policy, ref_model, args)
     return PolicySetup(policy, tokenizer, path, changed, list(quiet), coefficient)
+
+
+def _refuse_reentrant(args: InfoPOConfig, coefficient: float) -> None:
+    """Refuses checkpointing that leaves the routers' loss without a gradient: their logits are recorded without one.
+
+    Raises:
+        ConfigError: Layers are recomputed by PyTorch's reentrant variant, and the experts are to be balanced.
+    """
+    settings = (args.activation_checkpointing_kwargs or {}) | (args.gradient_checkpointing_kwargs or {})
+    if args.activation_checkpointing and coefficient and settings.get("use_reentrant"):
+        raise ConfigError(
+            "gradient_checkpointing_kwargs: use_reentrant=True leaves the load-balancing loss of experts without a "
+            "gradient; leave it out, or set router_aux_loss_coef=0"
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -32,10 +33,8 @@ def enable(model: nn.Module) -> str | None:
     disable(model)
     reason = obstacle(model)
     if reason is None:
-        base = base_of(model)
-        name = replacement_name(base.config._attn_implementation)
-        base.set_attn_implementation(name)
-        if base.config._attn_implementation != name:
+        _exchange(model, replacement_name(implementation_of(model)))
+        if not is_enabled(model):
             return "its attention cannot be exchanged"
     return reason
 
@@ -49,7 +48,7 @@ def lent(models: Sequence[nn.Module]) -> Iterator[None]:
     """
     for model in models:
         if not is_enabled(model):
-            base_of(model).set_attn_implementation(replacement_name(implementation_of(model)))
+            _exchange(model, replacement_name(implementation_of(model)))
     try:
         yield
     finally:
@@ -60,16 +59,45 @@ def lent(models: Sequence[nn.Module]) -> Iterator[None]:
 def disable(model: nn.Module) -> None:
     """Gives a model back the attention that it was loaded with."""
     if is_enabled(model):
-        base_of(model).set_attn_implementation(implementation_of(model))
+        _exchange(model, implementation_of(model))
 
 
 def is_enabled(model: nn.Module) -> bool:
     """Returns whether the model, or the one that it wraps, is switched to forest attention."""
-    model = base_of(model)
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) in NAMES.values()
+    return _current(model) in NAMES.values()
 
 
 def implementation_of(model: nn.Module) -> str | None:
     """Returns the name of the attention implementation that the model was loaded with, for `from_pretrained`."""
-    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    name = _current(model)
     return next((original for original, ours in NAMES.items() if ours == name), name)
+
+
+def _current(model: nn.Module) -> str | None:
+    """Returns the name of the implementation that texts run with now."""
+    config = getattr(base_of(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "_attn_implementation", None)
+
+
+def _exchange(model: nn.Module, name: str | None) -> None:
+    """Sets the implementation that texts run with. Towers of a multimodal model keep what they have."""
+    base = base_of(model)
+    base.set_attn_implementation(_of_text(base.config, base.config.get_text_config(), name))
+
+
+def _of_text(config: Any, text: Any, name: str | None) -> Any:
+    """Returns a name for the configuration of texts, in dicts by the keys that lead to it if it is within another."""
+    if config is text:
+        return name
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {
+        key: _of_text(part, text, name)
+        for key, part in parts.items()
+        if part is not None and _leads(part, text)
+    }
+
+
+def _leads(config: Any, text: Any) -> bool:
+    parts = (getattr(config, key, None) for key in getattr(config, "sub_configs", ()))
+    return config is text or any(_leads(part, text) for part in parts if part is not None)

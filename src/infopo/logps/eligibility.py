@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def obstacle(model: nn.Module) -> str | None:
         return "its adapter acts from certain tokens of a row on"
     if not isinstance(base, PreTrainedModel):
         return "it is not a model of transformers"
-    implementation = base.config._attn_implementation
+    implementation = base.config.get_text_config()._attn_implementation
     if replacement_name(implementation) is None:
         return (
             f"its attention is {implementation!r}; prefixes are shared with sdpa, eager and flash attention"
@@ -41,16 +42,23 @@ def obstacle(model: nn.Module) -> str | None:
         return "its attention cannot be exchanged"
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
         return "its forward pass gives logits of all positions only"
-    if any(getattr(module, "is_causal", True) is False for module in base.modules()):
+    running = list(_running(base))
+    if any(getattr(module, "is_causal", True) is False for module in running):
         return "its attention is not causal"
     text = base.config.get_text_config()
     if other := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(other))}"
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in running) or any(
         value for name, value in vars(text).items() if "drop" in name and isinstance(value, float)
     ):
         return "it has dropout, which a shared prompt would share too"
     return _refusal(base)
+
+
+def _running(base: PreTrainedModel) -> Iterable[nn.Module]:
+    """Returns the modules that a text runs through. The towers of a multimodal model, for images and sound, rest."""
+    decoder = base.get_decoder() if base.config.get_text_config() is not base.config else base
+    return base.modules() if decoder is None else decoder.modules()
 
 
 def _refusal(base: PreTrainedModel) -> str | None:
@@ -65,8 +73,8 @@ def _refusal(base: PreTrainedModel) -> str | None:
     inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "forest": layout}
     try:
         config = copy.deepcopy(base.config)
-        config._attn_implementation = replacement_name(base.config._attn_implementation)
         text = config.get_text_config()
+        text._attn_implementation = replacement_name(text._attn_implementation)
         text.num_hidden_layers = 1
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:1]
