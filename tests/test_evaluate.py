@@ -166,6 +166,13 @@ def test_a_given_response_that_was_cut_off_is_marked_as_one(
     assert graded_scores == {"gsm8k/0": [1.0], "gsm8k/1": [0.0]}
 
 
+def test_an_empty_cell_says_nothing_of_whether_a_response_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "responses.csv"
+    path.write_text("item,response,finished\nlab/0,Answer: 7,\nlab/1,Answer: 7,false\n")
+    assert run("--responses", path, "--output", tmp_path / "out") == 0
+    assert [each.finished for each in read_evaluation(tmp_path / "out").responses] == [True, False]
+
+
 def test_samples_of_given_responses_are_counted(tmp_path: Path) -> None:
     """Of items with more and with fewer, each has the fewest."""
     path = tmp_path / "responses.jsonl"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -436,6 +437,53 @@ def test_the_hash_sees_the_values_that_a_closure_holds(what: str) -> None:
     one, other = DIFFERENT[what]
     assert digest(over(one)) != digest(over(other))
     assert digest(over(one)) == digest(over(copy.deepcopy(one)))
+
+
+class Failing:
+    """An object that fails whenever it is looked at, as one that is loaded late."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not initialised")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not initialised")
+
+
+LATE = Failing()
+NUMBERS = (float, torch.Tensor, {"half": np.float16})
+WEIGHTS = {margins: 1.0, max: 2.0}
+
+
+def test_no_value_that_a_loss_holds_stops_a_run() -> None:
+    """Of what cannot be described there is the type. An array of objects has no values that last."""
+
+    def reads_globals(logps: Any) -> Any:
+        return LATE, NUMBERS, WEIGHTS
+
+    loop: list[Any] = []
+    loop.append(loop)
+    unset = object.__new__(Setting)
+    held = [
+        LATE,
+        NUMBERS,
+        WEIGHTS,
+        loop,
+        unset,
+        SimpleNamespace(dtype="bf16", shape=None),
+        logging.getLogger("a"),
+    ]
+    held += [np.array([{"a": 1}], dtype=object), torch.zeros(2, device="meta"), {1: frozenset({"a", "b"})}]
+    for value in (*held, lambda: held):
+        assert digest(over(value)) == digest(over(value))
+    assert digest(reads_globals) == digest(reads_globals)
+    assert digest(over(np.array([1, "a"], dtype=object))) != digest(over(np.array([2, "a"], dtype=object)))
+
+
+def test_a_method_that_is_registered_again_has_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "_found", {})
+    loss = Loss(1.0)
+    assert len({foreign.register(loss.bound) for _ in range(3)}) == 1
+    assert len(foreign._found) == 1
 
 
 def test_the_hash_of_methods_sees_whose_they_are() -> None:

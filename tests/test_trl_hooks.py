@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from torch import Tensor
+from transformers import MixtralConfig
 from trl import DPOTrainer
 from trl.experimental.bema_for_ref_model import BEMACallback as BEMAOfReference
 from trl.trainer.callbacks import BEMACallback, LogCompletionsCallback, SyncRefModelCallback
@@ -15,8 +16,9 @@ from infopo.arguments import InfoPOConfig
 from infopo.errors import ConfigError, DataError, UnsupportedArgumentError
 from infopo.refusals import FIXED, NEVER_CALLED
 from infopo.trainer import InfoPOTrainer
+from test_startup import SIZE
 from trainers import SETTINGS, TOKENIZER, step_records, trainer_of, weights
-from worlds import random_dataset, tiny_llama
+from worlds import random_dataset, tiny_llama, tiny_of
 
 CUTS: dict[str, dict[str, Any]] = {
     "one batch": {"per_device_train_batch_size": 6},
@@ -55,9 +57,9 @@ class Alone(InfoPOTrainer):
         return super().compute_loss(model, inputs, return_outputs)
 
 
-def trained(kind: type[InfoPOTrainer], folder: Path, **settings: Any) -> InfoPOTrainer:
+def trained(kind: type[InfoPOTrainer], folder: Path, model: Any = None, **settings: Any) -> InfoPOTrainer:
     trainer = kind(
-        model=tiny_llama(),
+        model=tiny_llama() if model is None else model,
         args=InfoPOConfig(output_dir=str(folder), **SETTINGS | {"objective": "dpo"} | settings),
         train_dataset=random_dataset(12),
         eval_dataset=random_dataset(4, seed=5),
@@ -110,6 +112,25 @@ def test_a_loss_that_does_not_pass_on_the_number_of_items_is_a_mean_of_batches(
     torch.testing.assert_close(weights(alone.model), weights(plain.model), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [Raised, Alone])
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_balance_of_experts_has_its_weight_in_an_overridden_loss(
+    tmp_path: Path, cut: str, kind: Any
+) -> None:
+    """It is a mean over device batches, of which pieces have shares by their tokens."""
+    if kind is Alone and "pieces" in cut:
+        pytest.skip("pieces have unequal numbers of pairs, whose means of means are another loss")
+    experts = MixtralConfig(**SIZE, num_local_experts=4, output_router_logits=True)
+    settings = {**CUTS[cut], "router_aux_loss_coef": 5.0, "max_steps": 1}
+    plain, own = (
+        trained(each, tmp_path / each.__name__, tiny_of(experts), **settings)
+        for each in (InfoPOTrainer, kind)
+    )
+    more = 1.0 if kind is Raised else 0.0
+    assert losses(own) == pytest.approx([loss + more for loss in losses(plain)], abs=5e-4)
+    torch.testing.assert_close(weights(own.model), weights(plain.model), rtol=0, atol=1e-6)
+
+
 def test_a_loss_that_is_set_on_the_trainer_is_kept_and_weighed(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, **CUTS["accumulated pieces"])
     usual = trainer.compute_loss
@@ -148,6 +169,21 @@ def test_a_method_that_nothing_calls_is_refused(tmp_path: Path, name: str) -> No
             args=InfoPOConfig(str(tmp_path), use_cpu=True),
             train_dataset=random_dataset(4),
         )
+
+
+def test_what_a_subclass_calls_by_itself_and_keeps_before_it_is_made_is_its_own(tmp_path: Path) -> None:
+    class Own(Raised):
+        def __init__(self, **kwargs: Any) -> None:
+            self.beta = 0.1
+            super().__init__(**kwargs)
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self._compute_loss(*args, **kwargs)
+
+        def _compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().compute_loss(*args, **kwargs)
+
+    assert trained(Own, tmp_path, max_steps=1).beta == 0.1
 
 
 def test_every_method_of_trls_trainer_is_called_here_or_refused() -> None:
@@ -241,24 +277,27 @@ def test_a_moving_average_of_the_policy_is_taken_and_one_of_the_reference_is_not
 
 # ---- errors of data ------------------------------------------------------------------------------------------------
 
+COLUMNS = "(in a script: InfoPOConfig(columns={...}), with None for null)"
+
 
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3", "context": "Of natural numbers."}, COLUMNS),
+        ({"ask": "1 + 1 =", "yes": " 2", "no": " 3"}, COLUMNS),
         (
-            {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3", "context": "Of natural numbers."},
-            "leave it out (columns={'context': None})",
+            {"prompt": "1 + 1 =", "chosen": "", "rejected": " 3"},
+            "(in a script: InfoPOConfig(on_bad_row='skip'))",
         ),
-        ({"ask": "1 + 1 =", "yes": " 2", "no": " 3"}, "are read with columns: {chosen: YOURS, ...}"),
-        ({"prompt": "1 + 1 =", "chosen": "", "rejected": " 3"}, "on_bad_row='skip' leaves such rows out"),
+        ({"question: it": "w", "chosen": "y", "rejected": "z"}, "question: it"),
+        ({"chosen": "data.x: {a: b: c}", "rejected": "other"}, "data.x: {a: b: c}"),
     ],
 )
-def test_errors_of_data_name_arguments_to_a_script(
+def test_errors_of_data_say_what_a_script_writes(
     tmp_path: Path, row: dict[str, str], said: str, streams: bool
 ) -> None:
     data = datasets.Dataset.from_list([row] * 3)
     with pytest.raises(DataError) as caught:
         trainer_of(tmp_path, data.to_iterable_dataset() if streams else data)
     assert said in str(caught.value)
-    assert "data." not in caught.value.problem

@@ -180,6 +180,23 @@ def test_a_parameter_that_is_set_twice_to_one_value_is_taken() -> None:
     assert both == [("simpo", parameters("simpo", alpha=0.3, beta=2.5), 1.0)]
 
 
+def test_a_divergence_and_its_parameter_may_stand_in_both_places_if_they_agree() -> None:
+    given: dict[str, Any] = {"objective": "fdpo", "f_divergence_type": "alpha_divergence"}
+    for more, alpha in (
+        (
+            {"objective_parameters": {"alpha": 0.3}},
+            0.3,
+        ),  # TRL's coefficient is at its default, which nobody gave
+        (
+            {"objective_parameters": {"divergence": "alpha", "alpha": 0.1}, "f_alpha_divergence_coef": 0.9},
+            0.1,
+        ),
+        ({"f_alpha_divergence_coef": 0.9}, pytest.approx(0.1)),
+    ):
+        wanted = parameters("fdpo", divergence="alpha", alpha=alpha)
+        assert mixture(**given, **more) == [("fdpo", wanted, 1.0)]
+
+
 def test_a_setting_goes_to_the_objective_that_it_is_of_and_not_to_a_namesake() -> None:
     both = mixture(loss_type=["simpo", "interpolated"], alpha=0.3)
     assert both[0][1]["alpha"] == 0.3

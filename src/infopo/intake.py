@@ -2,14 +2,12 @@
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import datasets
-import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +25,7 @@ from infopo.losses.catalog import UNPAIRED, Objective, row_of
 from infopo.losses.mixture import mixture_in_words
 from infopo.output import get_logger
 from infopo.records import PreferenceExample, PreferenceRow, Role
-from infopo.settings import DataSettings, RowSettings, arguments_of
+from infopo.settings import RowSettings
 
 logger = get_logger(__name__)
 
@@ -51,30 +49,24 @@ def rule_of(settings: RowSettings) -> ScoreRule:
     return ScoreRule(settings.score_rule, settings.score_threshold)
 
 
+_IN_A_SCRIPT = {
+    "data.columns": "InfoPOConfig(columns={...}), with None for null",
+    "on_bad_row: skip": "InfoPOConfig(on_bad_row='skip')",
+}
+"""Settings as errors of data name them, which are keys of a recipe -> how a script writes them."""
+
+
 @contextlib.contextmanager
 def _told_to_a_script() -> Iterator[None]:
-    """Within it, errors name settings as arguments of `InfoPOConfig`, and not as keys of a recipe."""
+    """Within it, errors that name a key of a recipe say how a script writes it."""
     try:
         yield
     except DataError as error:
-        raise DataError(as_arguments(error.problem), error.row_id, error.reason) from error
-
-
-def as_arguments(problem: str) -> str:
-    """Returns a text in which settings of a recipe's `data` are named as arguments of `InfoPOConfig`.
-
-    Example:
-        >>> as_arguments("leave it out (data.columns: {context: null}); on_bad_row: skip counts it")
-        "leave it out (columns={'context': None}); on_bad_row='skip' counts it"
-    """
-    names = arguments_of(DataSettings)
-
-    def as_argument(found: re.Match[str]) -> str:
-        name = names.get(found["name"], found[0])
-        return f"{name}={yaml.safe_load(found['value'])!r}" if found["value"] else name
-
-    problem = re.sub(r"\bdata\.(?P<name>\w+)(?:: (?P<value>\{[\w ,:\"'-]*\}))?", as_argument, problem)
-    return problem.replace("on_bad_row: skip", "on_bad_row='skip'")
+        # Nothing within the text is changed, because it may quote the user's rows.
+        if ways := [way for key, way in _IN_A_SCRIPT.items() if key in error.problem]:
+            problem = f"{error.problem} (in a script: {'; '.join(ways)})"
+            raise DataError(problem, error.row_id, error.reason) from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What transformers' Trainer does with logits or with several models, refused by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, ClassVar
 
@@ -65,14 +65,21 @@ def refuse_uses(trainer: type, callbacks: Sequence[Any]) -> None:
     Raises:
         UnsupportedArgumentError: There is one.
     """
-    own = takewhile(lambda kind: kind is not RefusingTrainer, trainer.__mro__)
-    names = [name for kind in own for name in vars(kind) if name in NEVER_CALLED]
+    own = list(takewhile(lambda kind: kind is not RefusingTrainer, trainer.__mro__))
+    used = {name for kind in own for each in vars(kind).values() for name in _names_in(each)}
+    names = [name for kind in own for name in vars(kind) if name in NEVER_CALLED and name not in used]
     problems = [f"{name}: this method is never called; {NEVER_CALLED[name]}" for name in names]
     problems += [
         f"callbacks: {problem}" for each in callbacks if (problem := wrong_callback(each)) is not None
     ]
     if problems:
         raise UnsupportedArgumentError(problems)
+
+
+def _names_in(member: Any) -> Iterable[str]:
+    """Returns the names that the code of a method uses: a class may call by itself what nothing else calls."""
+    function = getattr(member, "__func__", member)
+    return getattr(getattr(function, "__code__", None), "co_names", ())
 
 
 class RefusingTrainer(Trainer):
@@ -86,7 +93,8 @@ class RefusingTrainer(Trainer):
         Raises:
             UnsupportedArgumentError: The attribute is one of TRL's trainers that holds such a setting.
         """
-        if name in FIXED:
+        # A subclass may keep what it likes before the trainer is made.
+        if name in FIXED and "accelerator" in vars(self):
             raise UnsupportedArgumentError(
                 f"trainer.{name}: the objective is fixed when the trainer is made; set it in InfoPOConfig, or give a "
                 "loss of your own, which may follow a schedule"

@@ -214,7 +214,7 @@ class StepLoss:
             yield batch, number == len(batches) - 1
 
     def of_piece(
-        self, model: nn.Module, batch: PackedBatch, counts: Tensor | None, accumulation_steps: int
+        self, model: nn.Module, batch: PackedBatch, counts: Tensor | None, router_weight: float
     ) -> Tensor:
         """Returns what a piece adds to the loss of the optimizer step: Σ_terms Σ values / count.
 
@@ -224,7 +224,8 @@ class StepLoss:
             model: The policy as it is distributed.
             batch: The piece that `pieces` has yielded last.
             counts: Counts of the whole optimizer step (order: `PER`), or None for those of the piece.
-            accumulation_steps: Number of device batches in the optimizer step.
+            router_weight: Weight of the piece's load-balancing loss. It is a mean over device batches and ranks, as in
+                TRL.
         """
         piece = self._run.piece(model, batch, self._reference, self.share)
         policy = piece.logps.policy
@@ -238,8 +239,8 @@ class StepLoss:
         counts = (batch.counts if counts is None else counts).to(policy.dtype).clamp(min=1)
         loss = sum((term.values.sum() / counts[PER.index(term.per)] for term in terms), policy.sum() * 0)
         loss = loss * self._run.world_size
-        if piece.aux is not None:  # a mean over device batches and ranks, as in TRL
-            loss = loss + self._run.router_coef * piece.share / accumulation_steps * piece.aux
+        if piece.aux is not None:
+            loss = loss + self._run.router_coef * router_weight * piece.aux
         self._finite.note([loss, *(term.values.sum() for term in detached)])
         return loss
 

@@ -349,14 +349,12 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
                 "compute_loss: no logits are kept to return; leave return_outputs out"
             )
         noise.silence(self._quiet)
-        loss = self._steps.of_piece(model, inputs, num_items_in_batch, self._accumulated)
+        is_alone = self._has_own_loss and num_items_in_batch is None
+        router_weight = self.args.world_size if is_alone else self._weight
+        loss = self._steps.of_piece(model, inputs, num_items_in_batch, router_weight)
         if not self._has_own_loss:
             return loss
-        return loss / (self.args.world_size if num_items_in_batch is None else self._weight or 1.0)
-
-    @property
-    def _accumulated(self) -> int:
-        return getattr(self, "current_gradient_accumulation_steps", 1)
+        return loss / (self.args.world_size if is_alone else self._weight or 1.0)
 
     @property
     def _has_own_loss(self) -> bool:
@@ -366,7 +364,7 @@ class InfoPOTrainer(RefusingTrainer, DescribedTrainer):
     @property
     def _weight(self) -> float:
         """The part of the optimizer step's tokens that the current piece has."""
-        return self._steps.share / self._accumulated
+        return self._steps.share / getattr(self, "current_gradient_accumulation_steps", 1)
 
     @contextlib.contextmanager
     def _weighing(self) -> Iterator[None]:

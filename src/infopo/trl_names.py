@@ -4,6 +4,7 @@ Read by `InfoPOConfig`, by the documentation (`docs/from-trl.md`, whose lists a 
 the tests of every setting. Imports no torch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -157,7 +158,9 @@ class LossSettings:
         problems = self._names() + self._weights()
         if problems:
             return problems
-        problems += self._divergence() + self._weighting() + self._foreign() + self._set_twice()
+        if problems := self._divergence():
+            return problems
+        problems = self._weighting() + self._foreign() + self._set_twice()
         for name, parameters, _ in self.mixture():
             problems += [in_arguments(problem) for problem in check_objective(name, parameters)]
         # Several losses take the same β.
@@ -302,7 +305,7 @@ class LossSettings:
             f"{setting}={getattr(self, setting)!r} and objective_parameters={{{parameter!r}: {inside[parameter]!r}}}: "
             "give one of the two"
             for setting, parameter, value in alone
-            if parameter in inside and inside[parameter] != value
+            if parameter in inside and not _is_same(inside[parameter], value)
         ]
 
     def _of_trl(self, loss_type: str) -> dict[str, Any]:
@@ -336,9 +339,17 @@ class LossSettings:
         found: dict[str, tuple[str, Any]] = {}
         if divergence is not None:
             found["f_divergence_type"] = ("divergence", divergence)
-        if divergence == "alpha":
+        # As in `_set_alone`, a default says nothing if the parameter itself is given.
+        is_default = self.f_alpha_divergence_coef == _DEFAULTS["f_alpha_divergence_coef"]
+        if divergence == "alpha" and not (is_default and "alpha" in (self.objective_parameters or {})):
             found["f_alpha_divergence_coef"] = ("alpha", 1 - self.f_alpha_divergence_coef)
         return found
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values are one, for numbers up to rounding: α is 1 - TRL's."""
+    are_numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in (one, other))
+    return math.isclose(one, other, abs_tol=1e-12) if are_numbers else bool(one == other)
 
 
 _NEUTRAL = {"cpo_alpha": 0, "alpha": 0, "discopop_tau": 0.05}

@@ -359,6 +359,9 @@ def test_a_package_says_why_it_is_not_used(
         "flash_attn_interface does not load: OSError: undefined symbol: _ZN3c104cuda",
         f"flash_attn {missing}",
     ]
+    (tmp_path / "flash_attn_interface.py").write_text("raise SystemExit('not for this GPU')")
+    importlib.invalidate_caches()
+    assert reasons()[1] == "flash_attn_interface does not load: SystemExit: not for this GPU"
     (tmp_path / "flash_attn/__init__.py").write_text("")
     importlib.invalidate_caches()
     assert reasons()[::2] == [absent[0], "flash_attn has no flash_attn_varlen_func"]

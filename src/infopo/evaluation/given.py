@@ -115,7 +115,8 @@ def _texts(value: Any, field: str, row_id: str) -> list[str]:
 def _finished(value: Any, count: int, row_id: str) -> list[bool]:
     """Returns whether each of a row's responses is finished: one value for all of them, or a list."""
     values = value if isinstance(value, list) else [value] * count
-    words = [str(True if each is None else each).strip().casefold() for each in values]
+    # An empty cell of a CSV file says nothing.
+    words = [str(True if each in (None, "") else each).strip().casefold() for each in values]
     if len(words) != count or not all(word in (*_YES, *_NO) for word in words):
         raise DataError(
             f"{FINISHED}: expected true or false, or {counted(count, 'value')} of these, got {value!r:.60}",

@@ -75,7 +75,7 @@ def implementation_of(model: nn.Module) -> str | None:
 
 def _current(model: nn.Module) -> str | None:
     """Returns the name of the implementation that texts run with now."""
-    config = getattr(base_of(model), "config", None)
+    config: Any = getattr(base_of(model), "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "_attn_implementation", None)
 

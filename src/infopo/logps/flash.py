@@ -86,7 +86,7 @@ def _varlen_function_of(module: str) -> tuple[Any, str]:
     """Returns `flash_attn_varlen_func` of a module, or None and why there is none."""
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a build for another torch or GPU raises what it likes
+    except (Exception, SystemExit) as error:  # a build for another torch or GPU raises what it likes
         # A missing module of another name is something that an installed package needs.
         is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         does_not_load = f"{module} does not load: {type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ has changed since is noticed.
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import textwrap
@@ -60,22 +61,32 @@ def _parts(value: Any, seen: dict[int, Any]) -> Iterator[str]:
         yield "seen"
         return
     seen[id(value)] = value
-    yield f"{type(value).__qualname__}("
+    try:
+        inside = list(_inside(value, seen))
+    except Exception:
+        # Of an object that fails when it is looked at, there is the type. No run is stopped for its hash.
+        inside = []
+    yield from (f"{type(value).__qualname__}(", *inside, ")")
+
+
+def _inside(value: Any, seen: dict[int, Any]) -> Iterator[str]:
+    """Returns the pieces of text for what a value consists of."""
     if isinstance(value, tuple | list):
         for each in value:
             yield from _parts(each, seen)
     elif isinstance(value, set | frozenset):
-        yield from sorted("\n".join(_parts(each, seen)) for each in value)
+        yield from sorted("\n".join(_parts(each, {})) for each in value)
     elif isinstance(value, dict):
-        for key in sorted(value, key=repr):
-            yield repr(key)
-            yield from _parts(value[key], seen)
+        texts = {"\n".join(_parts(key, {})): each for key, each in value.items()}
+        for key in sorted(texts):
+            yield key
+            yield from _parts(texts[key], seen)
     elif isinstance(value, partial):
         yield from _parts((value.func, value.args, value.keywords), seen)
-    elif hasattr(value, "dtype") and hasattr(value, "shape"):
-        yield _array(value)
     elif isinstance(value, type):
         yield value.__module__
+    elif _is_array(value):
+        yield from _array(value, seen)
     elif callable(value):
         yield from _function(inspect.unwrap(value), seen)
     elif is_dataclass(value):
@@ -85,20 +96,26 @@ def _parts(value: Any, seen: dict[int, Any]) -> Iterator[str]:
     elif not hasattr(value, "__dict__") and " at 0x" not in (text := repr(value)):
         # Such as a path or a `torch.dtype`. Other objects, such as a logger, have a state that is no part of a loss.
         yield text
-    yield ")"
 
 
-def _array(value: Any) -> str:
+def _is_array(value: Any) -> bool:
+    has_values = hasattr(value, "detach") or hasattr(value, "tobytes")
+    return has_values and hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def _array(value: Any, seen: dict[int, Any]) -> Iterator[str]:
     """Returns shape, type and a hash of the values of a tensor or an array. A tensor on `meta` has no values."""
     said = f"{tuple(value.shape)} {value.dtype}"
-    try:
+    yield said
+    if str(value.dtype) == "object":
+        yield from _parts(value.tolist(), seen)
+        return
+    with contextlib.suppress(TypeError, RuntimeError):
         if hasattr(value, "detach"):
             value = value.detach().cpu()
             # NumPy has no bfloat16, and float32 has all its values.
             value = (value.float() if "bfloat16" in said else value).numpy()
-        return f"{said} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    except (TypeError, RuntimeError):
-        return said
+        yield hashlib.sha256(value.tobytes()).hexdigest()
 
 
 def _function(function: Any, seen: dict[int, Any]) -> Iterator[str]:
@@ -112,14 +129,22 @@ def _function(function: Any, seen: dict[int, Any]) -> Iterator[str]:
         return
     yield from _parts((function.__defaults__, function.__kwdefaults__), seen)
     for cell in function.__closure__ or ():
-        yield from _parts(cell.cell_contents, seen)
+        with contextlib.suppress(ValueError):  # the cell of a name that has no value yet is empty
+            yield from _parts(cell.cell_contents, seen)
     for name in sorted(_names(function.__code__) & function.__globals__.keys()):
         value = function.__globals__[name]
-        places = (getattr(value, "__module__", None), type(value).__module__)
-        if isinstance(value, ModuleType) or (callable(value) and function.__module__ not in places):
+        if isinstance(value, ModuleType) or (callable(value) and not _is_of(value, function.__module__)):
             continue
         yield name
         yield from [_source(value)] if isinstance(value, type) else _parts(value, seen)
+
+
+def _is_of(value: Any, module: str) -> bool:
+    """Returns whether a module defines a value or its class. An object may fail when it is asked."""
+    try:
+        return module in (getattr(value, "__module__", None), type(value).__module__)
+    except Exception:
+        return type(value).__module__ == module
 
 
 def _names(code: CodeType) -> set[str]:

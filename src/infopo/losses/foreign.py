@@ -94,9 +94,14 @@ def register(function: Callable[..., Any]) -> str:
     found = _described(function, name)
     marked = f"{name}#{found.row.digest[:8]}"
     names = chain([name, marked], (f"{marked}-{number}" for number in count(2)))
-    name = next(each for each in names if each not in _found or _found[each].function is function)
+    name = next(each for each in names if each not in _found or _is_same(_found[each].function, function))
     _found[name] = found
     return name
+
+
+def _is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Returns whether two callables are one. A method is another object each time it is named."""
+    return one is other or (inspect.ismethod(one) and one == other)
 
 
 def is_undeclared(name: str) -> bool:
