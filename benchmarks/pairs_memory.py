@@ -90,9 +90,9 @@ def work(kind: str, count: int, folder: Path) -> dict[str, Any]:
     from infopo.workflows.pairs import pairs
 
     def run(prompts: Path, name: str) -> None:
-        settings = EvaluationSettings(
-            tasks=["marks:length"], num_samples=SAMPLES, temperature=1.0, max_new_tokens=4, batch_size=512
-        )
+        # Stored samples are paired as they are, however they were drawn.
+        drawing = {} if kind == "pair" else {"max_new_tokens": 4, "batch_size": 512}
+        settings = EvaluationSettings(tasks=["marks:length"], num_samples=SAMPLES, temperature=1.0, **drawing)
         samples = write_samples(folder / "samples.jsonl", prompts) if kind == "pair" else None
         pairs(
             None if kind == "pair" else str(folder / "model"), "marks:length", settings,
