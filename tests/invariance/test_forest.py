@@ -42,6 +42,7 @@ from infopo.logps import attention, flash, kernels
 from infopo.logps.forward import path_of, prepare, response_logps, self_test
 from infopo.logps.layout import ForestLayout
 from infopo.logps.registration import forest_attention, replacement_name
+from infopo.logps.wrappers import base_of
 from infopo.models import disable_dropout
 from infopo.records import PreferenceExample
 from infopo.trainer import InfoPOTrainer
@@ -124,6 +125,16 @@ def test_adapters_get_the_same_gradients(family: str) -> None:
     assert attention.enable(model) is None
     assert path_of(model) == "forest"
     assert_agree(model, pack(EXAMPLES))
+
+
+def test_the_model_within_an_adapter_is_itself() -> None:
+    """PEFT sets attributes of its wrapper on it, too."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base = tiny_llama()
+    adapted = peft.get_peft_model(base, lora)
+    assert hasattr(base, "peft_config")
+    assert base_of(adapted) is base_of(base) is base
 
 
 def test_responses_in_any_order_keep_their_log_probs() -> None:

@@ -18,7 +18,9 @@ def base_of(model: nn.Module) -> Any:
     """
     while not hasattr(model, "config") and isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    # PEFT sets `peft_config` on the model within its wrapper, too.
+    is_wrapper = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return model.get_base_model() if is_wrapper else model  # type: ignore[operator]
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:
