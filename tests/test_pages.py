@@ -14,7 +14,7 @@ import pytest
 
 from infopo.cli import main
 from infopo.errors import ConfigError
-from infopo.pages import page, pages
+from infopo.shipped import page, pages
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "infopo").rglob("*.py"))

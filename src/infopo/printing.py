@@ -17,8 +17,8 @@ MEASURED = (
     "probe/", "anchor/", "drift/", "kl/", "reference/", "gradients/", "forecast/", "ratio_tail/", "length/",
     "generations/", "memory/",
 )  # fmt: skip
-"""Beginnings of the names of docs/diagnostics.md. There are up to fifty in a record, of which a screen shows nothing
-else. `metrics.jsonl`, trackers and callbacks have them all."""
+"""Beginnings of the names in docs/diagnostics.md. A record may have fifty of them, which would fill the screen.
+`metrics.jsonl`, trackers and callbacks get them all."""
 
 
 def printed(logs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The recipes that ship with the package: a starting point for each kind of run."""
+"""The recipes and the pages of documentation that ship with the package, so that both are there without a network."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class ShippedRecipe:
-    """A recipe, or a file that recipes refer to.
+class ShippedFile:
+    """A file that ships.
 
     Attributes:
-        name: The name by which `infopo recipes NAME` prints it, e.g. `lora` or `paper/pythia-2.8b-hh`.
+        name: The name by which a command prints it, e.g. `lora` or `paper/pythia-2.8b-hh` of `infopo recipes`.
         path: The file.
     """
 
@@ -33,6 +33,10 @@ class ShippedRecipe:
     def text(self) -> str:
         """What the file contains."""
         return self.path.read_text(encoding="utf-8")
+
+
+class ShippedRecipe(ShippedFile):
+    """A recipe, or a file that recipes refer to."""
 
     @property
     def title(self) -> str:
@@ -84,3 +88,54 @@ def _name(path: Path) -> str:
 
 def _rank(name: str, first: tuple[str, ...]) -> int:
     return first.index(name) if name in first else len(first)
+
+
+# ---- documentation -----------------------------------------------------------------------------------------------
+
+_PAGES = Path(__file__).with_name("docs")
+"""Where a wheel has them. In a checkout they are where people look for them."""
+_ONLY_AS_A_SITE = ("index", "api")
+"""Pages that are no text: the home, which is pictures and links, and a list of what a tool fills in from docstrings."""
+
+
+class Page(ShippedFile):
+    """A page of documentation, in Markdown."""
+
+    @property
+    def title(self) -> str:
+        """Its first heading."""
+        return self.text.partition("\n")[0].removeprefix("# ")
+
+
+def pages() -> list[Page]:
+    """Returns all pages, in the order of their names.
+
+    Raises:
+        ConfigError: They are neither in the package nor in a checkout around it.
+
+    Example:
+        >>> [page.name for page in pages()][:3]
+        ['after-training', 'compare', 'data']
+    """
+    folder = _PAGES if _PAGES.is_dir() else Path(__file__).parents[2] / "docs"
+    found = [Page(path.stem, path) for path in sorted(folder.glob("*.md"))]
+    if not found:
+        raise ConfigError(f"{folder}: the documentation is not there; install infopo again")
+    return [page for page in found if page.name not in _ONLY_AS_A_SITE]
+
+
+def page(name: str) -> Page:
+    """Returns the page of that name. The ending of a file, and the folder's name, may stand with it.
+
+    Raises:
+        ConfigError: There is none.
+
+    Example:
+        >>> page("docs/data.md").title
+        'Data'
+    """
+    wanted = name.removeprefix("docs/").removesuffix(".md")
+    found = {each.name: each for each in pages()}
+    if wanted not in found:
+        raise ConfigError(f"no page {name!r}{suggestion(wanted, list(found))}; there are {', '.join(found)}")
+    return found[wanted]

@@ -155,10 +155,7 @@ class LossSettings:
         """Everything that is wrong with them, one sentence each."""
         if isinstance(self.objective, list):
             return self._names() + read_terms(self.objective)[1] + self._beside_terms()
-        problems = self._names() + self._weights()
-        if problems:
-            return problems
-        if problems := self._divergence():
+        if problems := (self._names() + self._weights()) or self._divergence():
             return problems
         problems = self._weighting() + self._foreign() + self._set_twice()
         for name, parameters, _ in self.mixture():
@@ -256,7 +253,7 @@ class LossSettings:
             value = getattr(self, setting)
             # TRL's CPOTrainer reads the margin of SimPO with that loss only, and takes a weight of 0 with every loss.
             is_ignored = setting == "simpo_gamma" and bool({"cpo", "slic"} & set(losses))
-            is_neutral = value is None or is_ignored or _NEUTRAL.get(setting) == value
+            is_neutral = is_ignored or value in (None, _DEFAULTS[setting], _NEUTRAL.get(setting))
             if not is_neutral and not set(owners) & set(losses):
                 problems.append(f"{setting}={value!r}: {remedy} (the loss is {title})")
         return problems
@@ -352,8 +349,8 @@ def _is_same(one: Any, other: Any) -> bool:
     return math.isclose(one, other, abs_tol=1e-12) if are_numbers else bool(one == other)
 
 
-_NEUTRAL = {"cpo_alpha": 0, "alpha": 0, "discopop_tau": 0.05}
-"""Values of such settings that say nothing, whatever the loss is."""
+_NEUTRAL = {"cpo_alpha": 0}
+"""Values beside the defaults that say nothing, whatever the loss is."""
 
 _DEFAULTS = {field.name: field.default for field in fields(LossSettings)}
 """Default of each setting."""

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from infopo.pages import page, pages
+    from infopo.shipped import page, pages
 
     if arguments.page is not None:
         text = page(arguments.page).text

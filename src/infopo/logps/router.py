@@ -7,6 +7,7 @@ On the shared-prefix path a token counts as often as rows hold it, so that the l
 
 import functools
 import inspect
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
@@ -64,7 +65,8 @@ def _is_recorded(base: Any) -> bool:
     All layers of a mixture of experts may be dense by its configuration, and the loss of no router is an IndexError.
     """
     has_recorders = "router_logits" in (getattr(base, "_can_record_outputs", None) or {})
-    return not has_recorders or bool(recorded(base))
+    # This is asked in each forward pass, and the first router answers it.
+    return not has_recorders or next(_recorded(base), None) is not None
 
 
 def recorded(model: nn.Module) -> set[nn.Module]:
@@ -79,19 +81,20 @@ def recorded(model: nn.Module) -> set[nn.Module]:
         >>> sorted(type(module).__name__ for module in recorded(model))
         ['MixtralTopKRouter', 'MixtralTopKRouter']
     """
+    return set(_recorded(base_of(model)))
+
+
+def _recorded(base: nn.Module) -> Iterator[nn.Module]:
     # A model within a model, such as the text model of a multimodal one, has recorders of its own.
-    owners = [m for m in base_of(model).modules() if hasattr(m, "_can_record_outputs")]
-    return {
-        module
-        for owner in owners
-        for recorder in _recorders(owner)
-        for name, module in owner.named_modules()
-        if _matches(recorder, name, module)
-    }
+    for owner in base.modules():
+        for recorder in _recorders(owner):
+            for name, module in owner.named_modules():
+                if _matches(recorder, name, module):
+                    yield module
 
 
 def _recorders(owner: Any) -> list[Any]:
-    listed = (owner._can_record_outputs or {}).get("router_logits") or []
+    listed = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits") or []
     return list(listed) if isinstance(listed, list | tuple) else [listed]
 
 
